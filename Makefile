@@ -1,0 +1,42 @@
+# make demo   set up, then data -> SFT -> reward model -> PPO -> evaluation on the embedded world (runs/demo)
+# make test   set up, then lint, types and tests
+# make lock   rewrite constraints.txt from the environment that was tested
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test setup lint types pytest lock clean
+
+demo: setup
+	$(BIN)/rlhf run configs/demo/pipeline.yaml
+
+test: lint types pytest
+
+setup: $(VENV)/.installed
+
+# Torch first and by itself: pip then takes the CPU build where it is offered and no CUDA build is pulled in later.
+# DeepSpeed after torch, without building its operators: none is needed for ZeRO.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("rlhf needs Python 3.11 or newer") if sys.version_info < (3, 11) else None'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch setuptools wheel
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[dev,deepspeed]'
+	touch $@
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+pytest: setup
+	$(BIN)/python -m pytest
+
+lock: setup
+	$(BIN)/python -m pip freeze --exclude-editable --exclude pip | sed 's/+cpu$$//' > constraints.txt
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

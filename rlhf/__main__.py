@@ -1,0 +1,6 @@
+"""`python -m rlhf`."""
+
+from rlhf.cli import main
+
+if __name__ == "__main__":
+    main()

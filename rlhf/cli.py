@@ -1,0 +1,245 @@
+"""The command line. Thin: a stage is imported inside its command, so help and configuration errors are instant."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rlhf import __version__
+from rlhf.errors import ConfigError, RLHFError
+
+if TYPE_CHECKING:
+    from rlhf.runs.console import Console
+
+app = typer.Typer(
+    name="rlhf", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="From a pretrained language model and human preferences to an aligned chat model.\n\n"
+    "The stages in order: pretrain (optional), sft, reward, ppo, evaluate; 'run' chains them. Each takes a YAML file "
+    "and key=value overrides:\n\n"
+    "  rlhf run configs/demo/pipeline.yaml\n\n"
+    "  rlhf ppo configs/demo/ppo.yaml kl.target=2.5 seed=2\n\n"
+    "  accelerate launch --config_file configs/accelerate/ddp.yaml -m rlhf sft configs/demo/sft.yaml",
+)  # fmt: skip
+
+ConfigArg = Annotated[Path, typer.Argument(help="YAML file of the stage", show_default=False)]
+OverridesArg = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides, e.g. optim.learning_rate=1e-5")
+]
+LauncherOpt = Annotated[
+    str | None, typer.Option(help="run under 'accelerate launch' with configs/accelerate/NAME.yaml (or a path)")
+]
+QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="print results only")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="print one JSON object a line")]
+
+
+def _console(quiet: bool, as_json: bool) -> Console:
+    from rlhf.runs.console import Console
+
+    return Console(quiet=quiet, as_json=as_json, main=os.environ.get("RANK", "0") == "0")
+
+
+def _stage(
+    name: str, config: Path, overrides: list[str] | None, launcher: str | None, quiet: bool, as_json: bool
+) -> None:
+    from importlib import import_module
+
+    from rlhf.config.load import load
+    from rlhf.config.schema import STAGES
+
+    loaded = load(STAGES[name], config, overrides or [])
+    if launcher is not None:
+        flags = [*(["--quiet"] if quiet else []), *(["--json"] if as_json else [])]
+        raise typer.Exit(launch(launcher, [name, str(config), *(overrides or []), *flags]))
+    import_module(f"rlhf.stages.{name}").run(loaded.config, _console(quiet, as_json))
+
+
+@app.command()
+def pretrain(
+    config: ConfigArg, overrides: OverridesArg = None, launcher: LauncherOpt = None, quiet: QuietOpt = False,
+    as_json: JsonOpt = False,
+) -> None:  # fmt: skip
+    """Make a small source model: tokenizer and next-token training on text."""
+    _stage("pretrain", config, overrides, launcher, quiet, as_json)
+
+
+@app.command()
+def sft(
+    config: ConfigArg, overrides: OverridesArg = None, launcher: LauncherOpt = None, quiet: QuietOpt = False,
+    as_json: JsonOpt = False,
+) -> None:  # fmt: skip
+    """Stage 1: supervised fine-tuning on demonstrations."""
+    _stage("sft", config, overrides, launcher, quiet, as_json)
+
+
+@app.command()
+def reward(
+    config: ConfigArg, overrides: OverridesArg = None, launcher: LauncherOpt = None, quiet: QuietOpt = False,
+    as_json: JsonOpt = False,
+) -> None:  # fmt: skip
+    """Stage 2: a reward model on preference pairs, started from the SFT model."""
+    _stage("reward", config, overrides, launcher, quiet, as_json)
+
+
+@app.command()
+def ppo(
+    config: ConfigArg, overrides: OverridesArg = None, launcher: LauncherOpt = None, quiet: QuietOpt = False,
+    as_json: JsonOpt = False,
+) -> None:  # fmt: skip
+    """Stage 3: PPO against the reward model, kept near the SFT model."""
+    _stage("ppo", config, overrides, launcher, quiet, as_json)
+
+
+@app.command()
+def evaluate(
+    config: ConfigArg, overrides: OverridesArg = None, launcher: LauncherOpt = None, quiet: QuietOpt = False,
+    as_json: JsonOpt = False,
+) -> None:  # fmt: skip
+    """Compare models on held-out prompts: win rate with its interval, KL, length, perplexity; writes report.html."""
+    _stage("evaluate", config, overrides, launcher, quiet, as_json)
+
+
+@app.command()
+def run(config: ConfigArg, overrides: OverridesArg = None, quiet: QuietOpt = False, as_json: JsonOpt = False) -> None:
+    """All stages in order. Finished stages are skipped, an interrupted one continues.
+
+    Overrides start with the stage: ppo.kl.target=2.5, pretrain.enabled=true, sft.launcher=ddp, seed=2.
+    """
+    from rlhf.config.load import load_pipeline
+
+    pipeline = load_pipeline(config, overrides or [])
+    from rlhf.stages.pipeline import run as run_pipeline
+
+    run_pipeline(pipeline, _console(quiet, as_json))
+
+
+@app.command()
+def show(
+    config: ConfigArg, overrides: OverridesArg = None,
+    stage: Annotated[str | None, typer.Option(help="which stage's file it is; default: the file's name")] = None,
+) -> None:  # fmt: skip
+    """Print every value of a configuration with its origin (default, file:line, command line) and meaning."""
+    from rlhf.config.load import load
+    from rlhf.config.schema import STAGES
+    from rlhf.config.show import lines
+
+    name = stage or config.stem
+    if name not in STAGES:
+        raise ConfigError(f"no stage called '{name}'", where=str(config), do=f"give --stage: {', '.join(STAGES)}")
+    for line in lines(load(STAGES[name], config, overrides or [])):
+        typer.echo(line)
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="run directory, model folder or hub id")],
+    temperature: Annotated[float, typer.Option(help="0 = always the likeliest token")] = 0.7,
+    max_new_tokens: Annotated[int, typer.Option(help="longest reply, in tokens")] = 128,
+    seed: Annotated[int, typer.Option(help="seed of the replies")] = 1,
+) -> None:
+    """Talk to a model in the terminal. Empty line or Ctrl-D ends; /new starts over."""
+    from rlhf.stages.generate import chat as run_chat
+
+    run_chat(model, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="run directory, model folder or hub id")],
+    prompts: Annotated[str, typer.Argument(help="file of prompts (any format that PPO reads)")],
+    output: Annotated[Path, typer.Argument(help="JSONL file to write; must not exist")],
+    temperature: Annotated[float, typer.Option(help="0 = always the likeliest token")] = 0.7,
+    max_new_tokens: Annotated[int, typer.Option(help="longest reply, in tokens")] = 128,
+    seed: Annotated[int, typer.Option(help="seed of the replies")] = 1,
+    quiet: QuietOpt = False,
+) -> None:
+    """Answer a file of prompts."""
+    from rlhf.stages.generate import generate as run_generate
+
+    run_generate(
+        model, prompts, output, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed,
+        console=_console(quiet, False),
+    )  # fmt: skip
+
+
+@app.command()
+def data(
+    what: Annotated[str, typer.Argument(help="demo")] = "demo",
+    output: Annotated[Path, typer.Option(help="folder to write; existing files of the same names are replaced")] = Path(
+        "data/demo"
+    ),
+    seed: Annotated[int, typer.Option(help="0 gives the shipped files byte for byte")] = 0,
+) -> None:
+    """Regenerate embedded data."""
+    if what != "demo":
+        raise ConfigError(f"no embedded data called '{what}'", where="command line", do="the only one is 'demo'")
+    from rlhf.demo.generate import generate as generate_demo
+
+    for name, count in generate_demo(output, seed=seed).items():
+        typer.echo(f"{output / name}: {count} records")
+
+
+def accelerate_config(name: str) -> Path:
+    """The accelerate file that a launcher name means.
+
+    Raises: ConfigError listing the known ones.
+    """
+    here = Path("configs/accelerate")
+    package = Path(__file__).resolve().parent.parent / "configs" / "accelerate"
+    for candidate in (Path(name), here / f"{name}.yaml", package / f"{name}.yaml"):
+        if candidate.is_file():
+            return candidate
+    known = sorted({p.stem for folder in (here, package) for p in folder.glob("*.yaml")})
+    raise ConfigError("no such launcher", found=name, where="--launcher", do=f"one of {', '.join(known)}, or a path")
+
+
+def launch(launcher: str, arguments: list[str]) -> int:
+    """Run ourselves under `accelerate launch`; returns its exit code."""
+    import yaml
+
+    path = accelerate_config(launcher)
+    settings: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    processes = int(settings.get("num_processes", 1))
+    environment = dict(os.environ, RLHF_EXPECTED_PROCESSES=str(processes))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    port = ["--main_process_port", "0"] if int(settings.get("num_machines", 1)) == 1 else []
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path), *port, "-m", "rlhf", *arguments,
+    ]  # fmt: skip
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
+def main() -> None:
+    """Entry point: errors a user can cause become one message and a non-zero exit code."""
+    import click
+
+    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    try:
+        code = app(standalone_mode=False)
+        sys.exit(code or 0)
+    except RLHFError as error:
+        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        sys.exit(2)
+    except click.exceptions.Abort:
+        _interrupted()
+    except KeyboardInterrupt:
+        _interrupted()
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        sys.exit(1)
+
+
+def _interrupted() -> None:
+    typer.echo("\ninterrupted; the same command continues: rlhf " + " ".join(sys.argv[1:]), err=True)
+    sys.exit(130)
+
+
+__all__ = ["__version__", "app", "main"]

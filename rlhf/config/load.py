@@ -1,0 +1,294 @@
+"""YAML and `key=value` overrides to a typed configuration, with the origin of every value.
+
+Precedence: schema default < YAML < command line. All problems are reported at once, each with file and line.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from rlhf.config.schema import STAGES, PipelineConfig, PipelineStage, Stage
+from rlhf.errors import ConfigError, collect
+
+T = TypeVar("T", bound=BaseModel)
+Origins = dict[str, str]
+COMMAND_LINE = "command line"
+
+
+@dataclass(frozen=True)
+class Loaded(Generic[T]):
+    """A validated configuration and where each value came from ('configs/x.yaml:7', 'command line')."""
+
+    config: T
+    origins: Origins
+
+
+@dataclass(frozen=True)
+class Stanza:
+    """One stage of a pipeline, resolved."""
+
+    name: str
+    launcher: str | None
+    loaded: Loaded[Stage]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A resolved pipeline: its own settings and its enabled stages in order."""
+
+    config: PipelineConfig
+    stages: tuple[Stanza, ...]
+
+
+def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> Loaded[T]:
+    """Read a stage's YAML file, apply overrides, validate.
+
+    Args:
+        schema: the pydantic class of the stage.
+        path: YAML file.
+        overrides: 'section.key=value' strings; values are read as YAML.
+    Raises: ConfigError naming every problem with file and line.
+    """
+    values, origins = read_yaml(Path(path))
+    _apply(values, origins, _parse_overrides(overrides))
+    return validate(schema, values, origins, str(path))
+
+
+def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
+    """Read a pipeline file and every enabled stage's file; later stages are wired to the output of earlier ones.
+
+    Raises: ConfigError naming every problem of the pipeline file, or of the first stage file that has some.
+    """
+    path = Path(path)
+    values, origins = read_yaml(path)
+    _apply(values, origins, _parse_overrides(overrides))
+    own: dict[str, Any] = {}
+    inline: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        if key in STAGES and isinstance(value, dict):
+            own[key] = {k: v for k, v in value.items() if k in PipelineStage.model_fields}
+            inline[key] = {k: v for k, v in value.items() if k not in PipelineStage.model_fields}
+        else:
+            own[key] = value
+    pipeline = validate(PipelineConfig, own, origins, str(path)).config
+    stages = []
+    for name, schema in STAGES.items():
+        entry: PipelineStage | None = getattr(pipeline, name)
+        if entry is None or not entry.enabled:
+            continue
+        stage_values, stage_origins = read_yaml(path.parent / entry.config)
+        _merge(stage_values, stage_origins, wiring(name, pipeline), "pipeline")
+        prefix = name + "."
+        nested = {k[len(prefix) :]: v for k, v in origins.items() if k.startswith(prefix)}
+        for key, value in _leaves(inline.get(name, {})):
+            _put(stage_values, key, value)
+            stage_origins[key] = nested.get(key, str(path))
+        loaded = validate(schema, stage_values, stage_origins, str(path.parent / entry.config))
+        stages.append(Stanza(name, entry.launcher, loaded))
+    return Pipeline(pipeline, tuple(stages))
+
+
+def wiring(stage: str, pipeline: PipelineConfig) -> dict[str, Any]:
+    """The values that follow from a stage's place in the pipeline: seed, output folder, what earlier stages made."""
+    folder = {name: f"{pipeline.output_dir}/{i}-{name}" for i, name in enumerate(STAGES)}
+
+    def made(name: str) -> str | None:
+        entry = getattr(pipeline, name)
+        return f"{folder[name]}/model" if entry is not None and entry.enabled else None
+
+    values: dict[str, Any] = {"output_dir": folder[stage]}
+    if pipeline.seed is not None:
+        values["seed"] = pipeline.seed
+    links = {
+        "sft": {"model.path": "pretrain"},
+        "reward": {"model.path": "sft"},
+        "ppo": {"policy.path": "sft", "reward_model.path": "reward"},
+        "evaluate": {
+            "models.base.path": "pretrain", "models.sft.path": "sft", "models.ppo.path": "ppo",
+            "reward_model.path": "reward",
+        },
+    }  # fmt: skip
+    for key, source in links.get(stage, {}).items():
+        path = made(source)
+        if path is not None:
+            _put(values, key, path)
+    return values
+
+
+def read_yaml(path: Path) -> tuple[dict[str, Any], Origins]:
+    """A YAML mapping and the file:line of each of its keys (dotted)."""
+    if not path.is_file():
+        near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise ConfigError(
+            "no such configuration file", where=str(path), do=f"files there: {', '.join(near)}" if near else ""
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except UnicodeDecodeError as error:
+        raise ConfigError("not UTF-8 text", found=str(error), where=str(path)) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(
+            "not valid YAML", found=getattr(error, "problem", str(error)) or "", where=f"{path}{line}"
+        ) from None
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ConfigError("expected 'key: value' lines", found=type(values).__name__, where=str(path))
+    origins: Origins = {}
+    if node is not None:
+        _lines(node, "", str(path), origins)
+    return values, origins
+
+
+def validate(schema: type[T], values: Mapping[str, Any], origins: Origins, where: str) -> Loaded[T]:
+    """Check values against a schema.
+
+    Raises: ConfigError with one line for each problem.
+    """
+    try:
+        return Loaded(schema.model_validate(dict(values)), origins)
+    except ValidationError as error:
+        errors = error.errors()
+        inner = [e["loc"] for e in errors]
+        # A list whose items are wrong is also reported as too short: only the items' own problems help.
+        errors = [e for e in errors if not (e["type"] == "too_short" and any(_below(loc, e["loc"]) for loc in inner))]
+        problems = [_explain(schema, dict(e), origins, where) for e in errors]
+    raised = collect(ConfigError, problems)
+    assert raised is not None
+    raise raised
+
+
+def _below(inner: Sequence[Any], outer: Sequence[Any]) -> bool:
+    return len(inner) > len(outer) and tuple(inner[: len(outer)]) == tuple(outer)
+
+
+def _origin(parts: Sequence[str], origins: Origins, where: str) -> str:
+    """Origin of the longest known prefix of a dotted key, else of a key below it, else the file."""
+    for n in range(len(parts), 0, -1):
+        if (key := ".".join(parts[:n])) in origins:
+            return origins[key]
+    key = ".".join(parts) + "."
+    return next((origin for known, origin in origins.items() if known.startswith(key)), where)
+
+
+def _explain(schema: type[BaseModel], error: dict[str, Any], origins: Origins, where: str) -> str:
+    parts = [str(p) for p in error["loc"]]
+    key = ".".join(parts)
+    origin = _origin(parts, origins, where)
+    if error["type"] == "extra_forbidden":
+        valid = _valid_keys(schema, parts[:-1])
+        near = difflib.get_close_matches(parts[-1], valid, n=1)
+        prefix = ".".join(parts[:-1])
+        dotted = f"{prefix}." if prefix else ""
+        hint = f"did you mean '{dotted}{near[0]}'?" if near else f"valid keys: {', '.join(valid)}"
+        return f"{origin}: unknown key '{key}'; {hint}"
+    if error["type"] == "missing":
+        return f"{where}: missing required key '{key}'"
+    message = error["msg"].removeprefix("Value error, ")
+    message = message.replace("Input should be", "expected")
+    label = f"'{key}': " if key else ""
+    got = "" if error["type"] == "value_error" else f", got {error['input']!r}"
+    return f"{origin}: {label}{message}{got}"
+
+
+def _valid_keys(schema: type[BaseModel], parts: Sequence[str]) -> list[str]:
+    """Field names at a dotted place inside a schema."""
+    current: Any = schema
+    for part in parts:
+        if isinstance(current, type) and issubclass(current, BaseModel) and part in current.model_fields:
+            current = current.model_fields[part].annotation
+        for _ in range(4):  # unwrap Optional[...], tuple[X, ...], dict[str, X]
+            args = [a for a in get_args(current) if isinstance(a, type) and issubclass(a, BaseModel)]
+            if not args or (isinstance(current, type) and issubclass(current, BaseModel)):
+                break
+            current = args[0]
+    if isinstance(current, type) and issubclass(current, BaseModel):
+        return list(current.model_fields)
+    return []
+
+
+def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    parsed, problems = {}, []
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals or not key.strip():
+            problems.append(f"{COMMAND_LINE}: expected section.key=value, got '{item}'")
+            continue
+        try:
+            parsed[key.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            problems.append(f"{COMMAND_LINE}: '{key}': not a YAML value: {text!r}")
+    error = collect(ConfigError, problems)
+    if error:
+        raise error
+    return parsed
+
+
+def _apply(values: dict[str, Any], origins: Origins, overrides: Mapping[str, Any]) -> None:
+    for key, value in overrides.items():
+        _put(values, key, value)
+        for stale in [k for k in origins if k.startswith(key + ".")]:
+            del origins[stale]
+        origins[key] = COMMAND_LINE
+
+
+def _merge(values: dict[str, Any], origins: Origins, extra: Mapping[str, Any], origin: str) -> None:
+    for key, value in _leaves(extra):
+        _put(values, key, value)
+        origins[key] = origin
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _put(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key; a number inside it indexes a list ('data.train.0.path')."""
+    parts = key.split(".")
+    current: Any = values
+    for i, part in enumerate(parts[:-1]):
+        if isinstance(current, list):
+            if not part.isdigit() or int(part) >= len(current):
+                raise ConfigError(
+                    f"'{key}': '{'.'.join(parts[:i])}' is a list of {len(current)}", found=part, where=COMMAND_LINE,
+                    do="use an index",
+                )  # fmt: skip
+            current = current[int(part)]
+        else:
+            if not isinstance(current.get(part), dict | list):
+                current[part] = {}
+            current = current[part]
+    last = parts[-1]
+    if isinstance(current, list):
+        if not last.isdigit() or int(last) >= len(current):
+            raise ConfigError(f"'{key}': no such list item", found=last, where=COMMAND_LINE)
+        current[int(last)] = value
+    else:
+        current[last] = value
+
+
+def _lines(node: yaml.Node, prefix: str, path: str, out: Origins) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key_node, value_node in node.value:
+            key = f"{prefix}{key_node.value}"
+            out[key] = f"{path}:{key_node.start_mark.line + 1}"
+            _lines(value_node, key + ".", path, out)
+    elif isinstance(node, yaml.SequenceNode):
+        for i, item in enumerate(node.value):
+            out[f"{prefix}{i}"] = f"{path}:{item.start_mark.line + 1}"
+            _lines(item, f"{prefix}{i}.", path, out)

@@ -1,0 +1,133 @@
+"""Sections shared by the stages. Field descriptions are the help text of `rlhf show`.
+
+Only what a user decides is a field; sizes that follow from others are methods. Importing this file imports no torch.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from rlhf.errors import ConfigError
+
+Unit = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """Frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSource(Section):
+    """Where a model comes from."""
+
+    path: str = Field(description="model folder (ours or any save_pretrained), a finished run, or a hub id")
+    revision: str | None = Field(None, description="commit, tag or branch of a hub id; pin it for repeatable runs")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="weights in memory; auto = bfloat16 on a GPU that has it, float32 elsewhere"
+    )
+    trust_remote_code: bool = Field(False, description="run Python code that comes with a hub model")
+
+
+class Lora(Section):
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685)."""
+
+    enabled: bool = Field(False, description="train low-rank adapters instead of all weights")
+    r: Count = Field(16, description="rank")
+    alpha: Positive = Field(32.0, description="scale; the update is multiplied by alpha / r")
+    dropout: Unit = Field(0.0, description="dropout on the adapter input; PPO needs 0")
+    target_modules: str | tuple[str, ...] = Field("all-linear", description="which linear layers get an adapter")
+
+
+class Source(Section):
+    """One data set."""
+
+    path: str = Field(description="JSONL, JSON, CSV or Parquet file (also .gz), a saved datasets folder, or a hub id")
+    split: str = Field("train", description="split of a saved folder or hub id")
+    name: str | None = Field(None, description="subset of a hub id")
+    revision: str | None = Field(None, description="commit of a hub id; required, so that runs can be repeated")
+    format: Literal[
+        "auto", "text", "messages", "prompt-completion", "preference", "implicit-preference", "prompt", "alpaca",
+        "sharegpt", "transcript",
+    ] = Field("auto", description="record format; auto recognises it from the columns and says so")  # fmt: skip
+    columns: dict[str, str] = Field(default_factory=dict, description="our column name -> the file's column name")
+    weight: Positive = Field(1.0, description="share of this source in the mixture, relative to the others")
+    limit: Count | None = Field(None, description="use only the first N records after shuffling")
+
+
+class Data(Section):
+    """Training and validation records of a stage."""
+
+    train: tuple[Source, ...] = Field(min_length=1, description="mixture to train on")
+    validation: tuple[Source, ...] = Field((), description="held-out records; empty = split off from train")
+    validation_fraction: Unit = Field(0.05, description="share of train split off, by prompt, if validation is empty")
+    max_length: Annotated[int, Field(ge=8)] = Field(1024, description="tokens per sequence")
+    too_long: Literal["error", "drop", "truncate"] = Field(
+        "drop", description="what to do with a longer sequence; the share is reported either way"
+    )
+    on_bad_row: Literal["error", "drop"] = Field(
+        "error", description="what to do with a row that breaks the record contract; drops are counted by reason"
+    )
+    deduplicate: bool = Field(True, description="drop exact repeats of a record")
+    loss_on: Literal["assistant", "all"] = Field("assistant", description="SFT: tokens that carry loss")
+
+
+class Optim(Section):
+    """AdamW and its schedule. `batch_size` counts over all processes, so it does not change with their number."""
+
+    learning_rate: Positive = Field(2e-5, description="peak learning rate")
+    schedule: Literal["linear", "cosine", "constant"] = Field("cosine", description="decay to 0 after the warm-up")
+    warmup_fraction: Unit = Field(0.03, description="share of all updates spent warming up")
+    weight_decay: NonNegative = Field(0.0, description="decoupled weight decay")
+    adam_beta1: Unit = Field(0.9, description="decay of the first moment")
+    adam_beta2: Unit = Field(0.999, description="decay of the second moment")
+    adam_eps: Positive = Field(1e-8, description="added to the root of the second moment")
+    max_grad_norm: Positive = Field(1.0, description="global gradient norm is clipped to this")
+    epochs: Positive = Field(1.0, description="passes over the training records")
+    max_updates: Count | None = Field(None, description="stop after this many optimizer updates")
+    batch_size: Count = Field(64, description="sequences (or pairs) per optimizer update, over all processes")
+    microbatch_size: Count = Field(16, description="sequences (or pairs) per backward on one process")
+
+    def accumulation(self, processes: int) -> int:
+        """Backward passes per update on each process.
+
+        Raises: ConfigError if batch_size is not processes x microbatch x a whole number.
+        """
+        return split_batch(self.batch_size, self.microbatch_size, processes, "optim")
+
+
+def split_batch(batch: int, microbatch: int, processes: int, where: str) -> int:
+    """How many microbatches of at most `microbatch` each process runs per update; the microbatch may shrink to fit.
+
+    Raises: ConfigError if the batch cannot be shared equally.
+    """
+    if batch % processes:
+        near = sorted({max(1, batch // processes) * processes, (batch // processes + 1) * processes})
+        raise ConfigError(
+            f"batch_size {batch} cannot be shared equally by {processes} processes", where=f"{where}.batch_size",
+            do=f"nearest: {', '.join(map(str, near))}",
+        )  # fmt: skip
+    share = batch // processes
+    size = min(microbatch, share)
+    if share % size:
+        divisors = [d for d in range(1, share + 1) if share % d == 0]
+        raise ConfigError(
+            f"{share} sequences per process and update are not whole microbatches of {size}",
+            where=f"{where}.microbatch_size", do=f"choose one of {', '.join(map(str, divisors))}",
+        )  # fmt: skip
+    return share // size
+
+
+class Sampling(Section):
+    """How responses are drawn. Nothing else (no generation_config of the model) changes the distribution."""
+
+    max_new_tokens: Count = Field(256, description="longest response, in tokens")
+    temperature: NonNegative = Field(1.0, description="logits are divided by it; 0 = greedy")
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(1.0, description="nucleus; 1 = off")
+    top_k: Annotated[int, Field(ge=0)] = Field(0, description="keep the k likeliest tokens; 0 = off")
+    batch_size: Count = Field(256, description="prompts decoded side by side on one process")

@@ -1,0 +1,39 @@
+"""Print a configuration with origins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel
+
+from rlhf.config.load import Loaded
+
+
+def lines(loaded: Loaded[Any]) -> Iterator[str]:
+    """One line a value: `key = value   # origin; meaning`."""
+    yield from _walk(loaded.config, "", loaded.origins)
+
+
+def _walk(section: BaseModel, prefix: str, origins: dict[str, str]) -> Iterator[str]:
+    for name, field in type(section).model_fields.items():
+        value, key = getattr(section, name), prefix + name
+        if isinstance(value, BaseModel):
+            yield from _walk(value, key + ".", origins)
+        elif isinstance(value, tuple) and value and all(isinstance(v, BaseModel) for v in value):
+            for i, item in enumerate(value):
+                yield from _walk(item, f"{key}.{i}.", origins)
+        elif isinstance(value, dict) and value and all(isinstance(v, BaseModel) for v in value.values()):
+            for inner, item in value.items():
+                yield from _walk(item, f"{key}.{inner}.", origins)
+        else:
+            meaning = f"; {field.description}" if field.description else ""
+            yield f"{key} = {value!r}   # {_origin(key, origins)}{meaning}"
+
+
+def _origin(key: str, origins: dict[str, str]) -> str:
+    parts = key.split(".")
+    for n in range(len(parts), 0, -1):
+        if (known := ".".join(parts[:n])) in origins:
+            return origins[known]
+    return "default"

@@ -1,0 +1,60 @@
+"""The errors a user can cause.
+
+Each message has four parts: what is wrong, what was found, where, and what to do. Independent problems are
+collected and reported together. `assert` is kept for the project's own invariants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class RLHFError(Exception):
+    """Base of every error that the command line turns into a message and a non-zero exit code (no traceback)."""
+
+    def __init__(self, what: str, *, found: str = "", where: str = "", do: str = "") -> None:
+        """Build the message `where: what (found: ...); do`.
+
+        Args:
+            what: the rule that was broken, in words.
+            found: the offending value.
+            where: file, row, config key, step or rank.
+            do: the next action for the user.
+        """
+        self.what, self.found, self.where, self.do = what, found, where, do
+        text = f"{where}: {what}" if where else what
+        if found:
+            text += f" (found: {found})"
+        if do:
+            text += f"; {do}"
+        super().__init__(text)
+
+
+class ConfigError(RLHFError):
+    """A configuration file or command-line override is wrong."""
+
+
+class DataError(RLHFError):
+    """A data file or record is wrong."""
+
+
+class ShapeError(RLHFError):
+    """Tensors that belong together differ in shape, or a mask is empty. Raised instead of broadcasting."""
+
+
+class CheckpointError(RLHFError):
+    """A model folder, run directory or stage hand-over is missing, damaged or does not fit."""
+
+
+class TrainingError(RLHFError):
+    """An invariant broke while training (non-finite loss, wrong world size, ...)."""
+
+
+def collect(kind: type[RLHFError], problems: Iterable[str]) -> RLHFError | None:
+    """One error for several independent problems, or None if there is none."""
+    found = list(problems)
+    if not found:
+        return None
+    if len(found) == 1:
+        return kind(found[0])
+    return kind(f"{len(found)} problems\n  " + "\n  ".join(found))

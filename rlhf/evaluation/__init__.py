@@ -1,0 +1,1 @@
+"""Evaluation that someone can believe: paired prompts, intervals, baselines beside every claim."""

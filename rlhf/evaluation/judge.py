@@ -1,0 +1,37 @@
+"""Judges: any Python function over a response."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+from rlhf.errors import ConfigError
+
+Messages = list[dict[str, str]]
+Judge = Callable[[Messages, str, Mapping[str, Any], bool], float]
+
+
+def load_judge(name: str) -> Judge:
+    """Import 'module:function'. It is the user's own code and runs with the user's rights.
+
+    Raises: ConfigError if there is no such function.
+    """
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            "the judge does not import", found=f"{name} ({error})", where="judge", do="give module:function"
+        ) from None
+    if not callable(found):
+        raise ConfigError("the judge is not a function", found=name, where="judge")
+    judge: Judge = found
+    return judge
+
+
+def demo_gold(prompt: Messages, response: str, record: Mapping[str, Any], finished: bool) -> float:
+    """Gold utility of the demo world. Known to evaluation only; no training stage may import it."""
+    from rlhf.demo.gold import utility
+
+    return utility(response, record["task"], finished)

@@ -1,0 +1,32 @@
+"""The mathematics of the pipeline as pure functions of tensors.
+
+No file access, no modules, no devices, no configuration, no process groups. Shapes are checked before arithmetic,
+nothing broadcasts silently, and every mask is bool with True = counts.
+"""
+
+from rlhf.functional.kl import adaptive_kl, kl_estimate
+from rlhf.functional.logprobs import token_entropy, token_logprobs, token_logprobs_from_hidden
+from rlhf.functional.masked import explained_variance, masked_mean, masked_moments, masked_sum, masked_whiten
+from rlhf.functional.ppo import policy_loss, value_loss
+from rlhf.functional.preference import bradley_terry_loss
+from rlhf.functional.reduce import token_mean
+from rlhf.functional.returns import gae, shaped_rewards
+
+__all__ = [
+    "adaptive_kl",
+    "bradley_terry_loss",
+    "explained_variance",
+    "gae",
+    "kl_estimate",
+    "masked_mean",
+    "masked_moments",
+    "masked_sum",
+    "masked_whiten",
+    "policy_loss",
+    "shaped_rewards",
+    "token_entropy",
+    "token_logprobs",
+    "token_logprobs_from_hidden",
+    "token_mean",
+    "value_loss",
+]

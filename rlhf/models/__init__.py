@@ -1,0 +1,1 @@
+"""Loading, heads, adapters and the one module that touches distributed internals."""

@@ -1,0 +1,103 @@
+"""LoRA adapters: made fresh, continued from an earlier stage, or kept frozen as the reference."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf.config.sections import Lora, ModelSource
+from rlhf.errors import CheckpointError, ConfigError
+from rlhf.models.load import is_adapter, load_pretrained, resolve
+
+REFERENCE = "reference"
+
+
+def base_source(source: ModelSource, folder: str) -> ModelSource:
+    """Where the base model of an adapter folder lies.
+
+    Raises: CheckpointError if it is not there.
+    """
+    config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise CheckpointError("the adapter does not name its base model", where=folder)
+    return source.model_copy(update={"path": base, "revision": config.get("revision")})
+
+
+def load_adapter(source: ModelSource, folder: str, auto_class: Any, *, trainable: bool, **options: Any) -> Any:
+    """Base model plus the adapter saved in `folder`, as a PeftModel."""
+    from peft import PeftModel
+
+    base = base_source(source, folder)
+    model = load_pretrained(auto_class, base, resolve(base), **options)
+    return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+
+
+def lora_config(lora: Lora, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> Any:
+    """PEFT configuration. SEQ_CLS also trains and saves the score head: without it a random head would be frozen."""
+    from peft import LoraConfig
+
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    return LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type=task,
+        modules_to_save=["score"] if task == "SEQ_CLS" else None,
+    )  # fmt: skip
+
+
+def add_lora(model: Any, lora: Lora, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> Any:
+    """Wrap a full model with a fresh adapter (B = 0: the output does not change)."""
+    from peft import get_peft_model
+
+    return get_peft_model(model, lora_config(lora, task))
+
+
+def check_same_shape(lora: Lora, folder: str) -> None:
+    """Refuse to continue an adapter under other settings than it was made with.
+
+    Raises: ConfigError.
+    """
+    saved = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+    for key, ours, theirs in (("r", lora.r, saved["r"]), ("alpha", lora.alpha, saved["lora_alpha"])):
+        if ours != theirs:
+            raise ConfigError(
+                f"the adapter in {folder} was trained with {key}={theirs}", found=f"lora.{key}={ours}",
+                where=f"lora.{key}", do=f"set lora.{key}={theirs}, or lora.enabled=false to train all weights",
+            )  # fmt: skip
+
+
+def policy_with_adapter(source: ModelSource, lora: Lora) -> Any:
+    """A trainable LoRA policy; `reference_policy` gives its starting point without a second copy of the base.
+
+    From full weights: a fresh adapter (the reference is the adapter switched off). From an adapter: that adapter
+    continues, and a frozen copy of it is the reference, since base weights alone are not the SFT model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder = resolve(source)
+    if not is_adapter(folder):
+        return add_lora(load_pretrained(AutoModelForCausalLM, source, folder), lora, "CAUSAL_LM")
+    check_same_shape(lora, folder)
+    model = load_adapter(source, folder, AutoModelForCausalLM, trainable=True)
+    model.load_adapter(folder, REFERENCE, is_trainable=False)
+    model.set_adapter("default")
+    return model
+
+
+@contextmanager
+def reference_policy(model: Any) -> Iterator[Any]:
+    """Inside, an adapter policy computes as the model it started from."""
+    if REFERENCE not in model.peft_config:
+        with model.disable_adapter():
+            yield model
+        return
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    model.base_model.set_adapter(REFERENCE)
+    try:
+        yield model
+    finally:
+        model.base_model.set_adapter("default")
+        for name, parameter in model.named_parameters():  # set_adapter switches requires_grad as a side effect
+            parameter.requires_grad_(trainable[name])

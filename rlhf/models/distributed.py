@@ -1,0 +1,142 @@
+"""The only module that touches accelerate, DeepSpeed and TRL internals."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlhf.errors import TrainingError
+
+# Minor releases that tests/models/test_distributed.py has seen. Outside it, TRL may have moved what we rely on.
+TESTED = {"trl": ("1.16", "1.17"), "accelerate": ("1.14", "2.0"), "transformers": ("5.20", "6.0")}
+EXPECTED_PROCESSES = "RLHF_EXPECTED_PROCESSES"
+
+
+def quiet_libraries(*, telemetry: bool) -> None:
+    """Settings that must precede the first import of TRL and the hub client: no usage ping, no wall of warnings."""
+    if not telemetry:
+        os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if use_cpu():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed prints how it looked for one
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    import logging
+    import warnings
+
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|trl|accelerate|peft|datasets)(\..*)?")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    import datasets
+
+    datasets.disable_progress_bars()
+    for name in ("accelerate", "torch.distributed", "DeepSpeed", "deepspeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def use_cpu() -> bool:
+    """Whether to train on the CPU: no accelerator is there, or ACCELERATE_USE_CPU asks for it."""
+    return not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+
+
+def make_accelerator(*, timeout_minutes: int = 30) -> Any:
+    """An Accelerator whose idea of the world agrees with the launcher's.
+
+    On CPU the backend is named explicitly: under a DeepSpeed launch every rank would otherwise believe to be alone.
+    The scheduler is ours, so accelerate must not step it once per process.
+    Raises: TrainingError if the number of processes is not the launched one.
+    """
+    from accelerate import Accelerator, InitProcessGroupKwargs
+
+    handlers = []
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and use_cpu():
+        handlers.append(InitProcessGroupKwargs(backend="gloo", timeout=timedelta(minutes=timeout_minutes)))
+    under_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+    accelerator = Accelerator(
+        cpu=use_cpu() and not under_deepspeed, kwargs_handlers=handlers, step_scheduler_with_optimizer=False
+    )
+    check_world(accelerator.num_processes)
+    return accelerator
+
+
+def check_world(processes: int) -> None:
+    """Compare the processes that run with those that were asked for.
+
+    Raises: TrainingError (some launch forms silently start one process).
+    """
+    for variable in ("WORLD_SIZE", EXPECTED_PROCESSES):
+        wanted = os.environ.get(variable)
+        if wanted is not None and int(wanted) != processes:
+            raise TrainingError(
+                "the launcher did not start the processes it was asked for", found=f"{processes} instead of {wanted}",
+                where=variable, do="use a file of configs/accelerate with 'accelerate launch --config_file'",
+            )  # fmt: skip
+
+
+def rank() -> int:
+    """This process's index, also before an Accelerator exists."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_main() -> bool:
+    """Whether this process writes files and prints."""
+    return rank() == 0
+
+
+def set_microbatch(accelerator: Any, microbatch_size: int) -> None:
+    """Tell DeepSpeed the microbatch that no prepared dataloader would tell it."""
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if plugin is not None:
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = microbatch_size
+
+
+def trainer_arguments() -> dict[str, Any]:
+    """Arguments that make a transformers Trainer see the right world on this machine."""
+    arguments: dict[str, Any] = {"use_cpu": use_cpu(), "report_to": "none", "disable_tqdm": True}
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and use_cpu():
+        arguments["ddp_backend"] = "gloo"
+    arguments["bf16"] = not use_cpu() and torch.cuda.is_bf16_supported()
+    return arguments
+
+
+def save_model(model: Any, folder: str, *, accelerator: Any) -> None:
+    """Write full (gathered) weights or the adapter with plain `save_pretrained`; collective, rank 0 writes."""
+    state = accelerator.get_state_dict(model)
+    inner = accelerator.unwrap_model(model)
+    if accelerator.is_main_process:
+        inner.save_pretrained(folder, state_dict=state, safe_serialization=True)
+    accelerator.wait_for_everyone()
+
+
+@contextmanager
+def unsharded(model: nn.Module, accelerator: Any) -> Iterator[nn.Module]:
+    """The bare module with whole weights, for sampling and scoring. Under ZeRO-3 its parameters are gathered."""
+    inner = accelerator.unwrap_model(model)
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if plugin is None or plugin.zero_stage != 3:
+        yield inner
+        return
+    import deepspeed
+    from trl.models.utils import add_hooks, remove_hooks
+
+    with deepspeed.zero.GatheredParameters(list(inner.parameters())):
+        remove_hooks(model)  # gathering alone does not help: the ZeRO-3 hooks would partition again
+        try:
+            yield inner
+        finally:
+            add_hooks(model)
+
+
+def library_versions() -> dict[str, str]:
+    """Installed versions of what a run depends on."""
+    names = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")
+    return {name: version(name) for name in names}

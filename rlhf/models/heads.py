@@ -1,0 +1,198 @@
+"""Scalar heads: a causal LM's trunk with one new output. Scores are read by mask, never by token id, in float32."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.config.sections import Lora, ModelSource
+from rlhf.errors import CheckpointError
+from rlhf.models.adapters import add_lora, base_source, check_same_shape, lora_config
+from rlhf.models.load import (
+    backbone,
+    disable_dropout,
+    grow_embeddings,
+    is_adapter,
+    load_causal,
+    load_pretrained,
+    resolve,
+)
+
+
+class Float32Head(nn.Linear):
+    """A linear output layer that computes in float32 whatever the trunk's dtype and under autocast.
+
+    bfloat16 scores of size 4-8 come in steps of 0.03; saved, it is an ordinary linear layer.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            return nn.functional.linear(input.float(), self.weight, self.bias)
+
+
+def _float32_head(model: Any) -> None:
+    old = model.score
+    head = Float32Head(old.in_features, old.out_features, bias=old.bias is not None)
+    with torch.no_grad():
+        head.weight.copy_(old.weight)
+        if old.bias is not None:
+            head.bias.copy_(old.bias)
+    model.score = head.to(old.weight.device)
+
+
+def new_reward_model(source: ModelSource, lora: Lora, *, pad_id: int, vocab_size: int, seed: int) -> Any:
+    """A reward model that starts from an SFT model: its trunk bit for bit, its output layer replaced by one scalar.
+
+    The head is drawn from N(0, 1/(H+1)), bias-free (Stiennon et al. 2020, arXiv:2009.01325; std 1/sqrt(H+1) as in
+    arXiv:2403.17031). With LoRA and an SFT adapter, that adapter continues; the head is trained and saved with it.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    folder = resolve(source)
+    options = {"num_labels": 1, "pad_token_id": pad_id}
+    if is_adapter(folder) and lora.enabled:
+        check_same_shape(lora, folder)
+        base = base_source(source, folder)
+        model = load_pretrained(AutoModelForSequenceClassification, base, resolve(base), **options)
+        _float32_head(model)
+        _init_head(model.score, seed)
+        return _continue_adapter(model, lora, folder)
+    if is_adapter(folder):
+        merged = load_causal(source)
+        config = merged.config
+        config.num_labels, config.pad_token_id = 1, pad_id
+        model = AutoModelForSequenceClassification.from_config(config, dtype=merged.dtype)
+        backbone(model).load_state_dict(backbone(merged).state_dict())
+    else:
+        model = load_pretrained(AutoModelForSequenceClassification, source, folder, **options)
+    grow_embeddings(model, vocab_size)
+    disable_dropout(model)
+    _float32_head(model)
+    _init_head(model.score, seed)
+    return add_lora(model, lora, "SEQ_CLS") if lora.enabled else model
+
+
+def _init_head(score: nn.Linear, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    std = 1.0 / math.sqrt(score.in_features + 1)
+    with torch.no_grad():
+        score.weight.copy_(torch.randn(score.weight.shape, generator=generator) * std)
+        if score.bias is not None:
+            score.bias.zero_()
+
+
+def _continue_adapter(model: Any, lora: Lora, folder: str) -> Any:
+    from peft import get_peft_model, set_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    disable_dropout(model)
+    wrapped = get_peft_model(model, lora_config(lora, "SEQ_CLS"))
+    weights = load_peft_weights(folder, device="cpu")
+    result = set_peft_model_state_dict(wrapped, weights)
+    if result.unexpected_keys:
+        raise CheckpointError(
+            "the SFT adapter has weights that a reward model has no place for", found=result.unexpected_keys[0],
+            where=folder, do="train the SFT adapter on the trunk only (lora.target_modules)",
+        )  # fmt: skip
+    return wrapped
+
+
+def load_scorer(source: ModelSource, *, trainable: bool = False, lora: Lora | None = None) -> Any:
+    """A trained reward model, or a value model that starts as one.
+
+    Args:
+        trainable: keep (or add, if `lora` is enabled) adapters that can be trained; else adapters are merged.
+    Raises: CheckpointError if the folder is not a one-output classifier.
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    folder = resolve(source)
+    keep = trainable and lora is not None and lora.enabled
+    if is_adapter(folder):
+        base = base_source(source, folder)
+        model = load_pretrained(AutoModelForSequenceClassification, base, resolve(base), num_labels=1)
+        _float32_head(model)
+        model = PeftModel.from_pretrained(model, folder, is_trainable=keep)
+        _restore_head(model, folder)
+        if not keep:
+            model = model.merge_and_unload()
+    else:
+        model = load_pretrained(AutoModelForSequenceClassification, source, folder)
+        if model.config.num_labels != 1:
+            raise CheckpointError(
+                "a reward model has one output", found=f"{model.config.num_labels} labels", where=folder,
+                do="train it with 'rlhf reward'",
+            )  # fmt: skip
+        architectures = model.config.architectures or []
+        if not any("SequenceClassification" in name for name in architectures):
+            raise CheckpointError(
+                "not a reward model: its score head would be random", found=", ".join(architectures), where=folder,
+                do="give a folder made by 'rlhf reward'",
+            )  # fmt: skip
+        _float32_head(model)
+        _restore_head(model, folder)
+        if keep:
+            assert lora is not None
+            model = add_lora(model, lora, "SEQ_CLS")
+    disable_dropout(model)
+    return model
+
+
+def _restore_head(model: Any, folder: str) -> None:
+    """Read the head again in the dtype it was saved in: loading casts it to the trunk's."""
+    from safetensors import safe_open
+
+    head = score_head(model)
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+                for part, parameter in head.named_parameters():
+                    wanted = part.rsplit(".", 1)[-1]
+                    if name.endswith(f"score.{wanted}") and "original" not in part:
+                        parameter.data = tensors.get_tensor(name).to(parameter.device, torch.float32)
+
+
+def score_head(model: Any) -> nn.Module:
+    """The output layer of a scorer, adapter wrapping included."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inner.score
+
+
+def token_scores(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """The head's output at every position.
+
+    Args:
+        ids: [B, T] int64. mask: [B, T] bool, True on real tokens (padding on either side).
+    Returns: [B, T] float32, score units; meaningless where mask is False.
+    """
+    hidden = backbone(model)(
+        input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False
+    ).last_hidden_state
+    return score_head(model)(hidden).squeeze(-1)
+
+
+def sequence_scores(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """The score of each sequence, read at its last real token.
+
+    Args:
+        ids: [B, T] int64. mask: [B, T] bool.
+    Returns: [B] float32, score units. Independent of the amount and side of padding, also when pad = end token.
+    """
+    last = last_index(mask)
+    return token_scores(model, ids, mask).gather(1, last[:, None]).squeeze(1)
+
+
+def last_index(mask: Tensor) -> Tensor:
+    """Index of the last True of each row. [B, T] bool -> [B] int64."""
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    return (positions * mask.long()).amax(dim=1)
+
+
+def position_ids(mask: Tensor) -> Tensor:
+    """Positions that do not count left padding. [B, T] bool -> [B, T] int64."""
+    return (mask.long().cumsum(dim=1) - 1).clamp_min(0)

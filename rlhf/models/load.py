@@ -1,0 +1,161 @@
+"""Model folders to models: the policy (causal LM) and its tokenizer. Adapters and full weights load alike."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlhf.config.sections import ModelSource
+from rlhf.errors import CheckpointError
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+
+
+def resolve(source: ModelSource) -> str:
+    """The folder (or hub id) that a model path means: a finished run stands for the model it made.
+
+    Raises: CheckpointError if a local folder holds no model, listing what is there and which runs nearby are finished.
+    """
+    path = Path(source.path)
+    if not path.exists():
+        looks_local = source.path.startswith((".", "/", "~")) or source.path.count("/") != 1 or path.parent.is_dir()
+        if looks_local:
+            raise CheckpointError("no such model", where=source.path, do=_finished_runs(path))
+        if source.revision is None:
+            raise CheckpointError(
+                "a hub model needs a pinned revision", where=source.path, do="set 'revision' to a commit hash"
+            )
+        return source.path
+    if (path / "run.json").is_file() and (path / "model").is_dir():
+        path = path / "model"
+    has_config = (path / "config.json").is_file() or (path / "adapter_config.json").is_file()
+    has_weights = any((path / name).is_file() for name in WEIGHTS)
+    if not (has_config and has_weights):
+        missing = "weights (.safetensors)" if has_config else "config.json or adapter_config.json"
+        files = ", ".join(sorted(p.name for p in path.iterdir())[:8]) if path.is_dir() else "a file, not a folder"
+        raise CheckpointError(
+            f"no {missing} here", found=files or "empty folder", where=str(path), do=_finished_runs(path)
+        )
+    return str(path)
+
+
+def _finished_runs(path: Path) -> str:
+    """A hint that names finished runs in the folders above."""
+    for parent in list(path.parents)[:3]:
+        if parent.is_dir():
+            runs = [p for p in sorted(parent.glob("*/run.json")) if _status(p) == "finished"]
+            if runs:
+                return "finished runs here: " + ", ".join(str(p.parent) for p in runs[:5])
+    return "train the stage that makes it first"
+
+
+def _status(run_json: Path) -> str:
+    try:
+        return str(json.loads(run_json.read_text(encoding="utf-8")).get("status"))
+    except (OSError, ValueError):
+        return "unreadable"
+
+
+def dtype_of(source: ModelSource) -> torch.dtype:
+    """Weights' dtype in memory; 'auto' is bfloat16 on a GPU that has it, float32 elsewhere."""
+    if source.dtype == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+    dtype: torch.dtype = getattr(torch, source.dtype)
+    return dtype
+
+
+def is_adapter(folder: str) -> bool:
+    """Whether a model folder holds an adapter (PEFT) rather than full weights."""
+    return (Path(folder) / "adapter_config.json").is_file()
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """The tokenizer stored with a model.
+
+    Raises: CheckpointError if there is none.
+    """
+    from transformers import AutoTokenizer
+
+    folder = resolve(source)
+    try:
+        return AutoTokenizer.from_pretrained(
+            folder, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError("no readable tokenizer", found=str(error).split("\n")[0][:200], where=folder) from None
+
+
+def load_pretrained(auto_class: Any, source: ModelSource, folder: str, **options: Any) -> Any:
+    """`from_pretrained` from safetensors only, with library errors turned into ours."""
+    try:
+        return auto_class.from_pretrained(
+            folder, revision=source.revision, trust_remote_code=source.trust_remote_code, dtype=dtype_of(source),
+            use_safetensors=True, **options,
+        )  # fmt: skip
+    except Exception as error:
+        kind = type(error).__name__
+        if isinstance(error, OSError | ValueError | RuntimeError | KeyError) or kind == "SafetensorError":
+            raise CheckpointError(
+                "the model does not load", found=f"{kind}: {str(error).splitlines()[0][:200]}", where=folder
+            ) from None
+        raise
+
+
+def load_causal(source: ModelSource, *, vocab_size: int | None = None) -> Any:
+    """A causal LM with dropout off; an adapter is merged into its base in memory.
+
+    Args:
+        vocab_size: length of the tokenizer; embeddings grow to it if it is larger.
+    Raises: CheckpointError if the folder does not hold a loadable model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder = resolve(source)
+    if is_adapter(folder):
+        from rlhf.models.adapters import load_adapter
+
+        model = load_adapter(source, folder, AutoModelForCausalLM, trainable=False).merge_and_unload()
+    else:
+        model = load_pretrained(AutoModelForCausalLM, source, folder)
+    if vocab_size is not None:
+        grow_embeddings(model, vocab_size)
+    disable_dropout(model)
+    return model
+
+
+def grow_embeddings(model: Any, vocab_size: int) -> None:
+    """Add embedding rows if the tokenizer has more tokens than the model. Rows are never removed."""
+    if vocab_size > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(vocab_size)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout to 0: sampling and update must see the same policy (arXiv:2403.17031, detail on dropout)."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif hasattr(module, "attention_dropout"):
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010 - not declared on Module
+
+
+def backbone(model: Any) -> nn.Module:
+    """The transformer below the output layer, adapters included."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    trunk: nn.Module = getattr(inner, inner.base_model_prefix)
+    return trunk
+
+
+def context_length(model: Any) -> int | None:
+    """Positions that the model was made for, or None if its configuration does not say."""
+    config = model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, total) parameters."""
+    total = sum(p.numel() for p in model.parameters())
+    return sum(p.numel() for p in model.parameters() if p.requires_grad), total

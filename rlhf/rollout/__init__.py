@@ -1,0 +1,1 @@
+"""Prompts to rollouts to experience."""

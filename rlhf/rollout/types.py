@@ -1,0 +1,132 @@
+"""What PPO passes around: Rollout (tokens), then Experience (+ numbers).
+
+One padded row, prompt `a b`, response `c d .` where `.` is the end token (P = 3, R = 4):
+
+    prompt_ids       _ a b          prompt_mask      0 1 1          left-padded
+    response_ids           c d . _  response_mask          1 1 1 0  right-padded, end token inside the mask
+    logprobs[t]            log pi(c | a b), log pi(d | a b c), ...
+    values[t]              V(a b), V(a b c), V(a b c d)             before token t is emitted
+    rewards[t]             -kl -kl score-kl 0                       score on the last real token
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from rlhf.errors import ShapeError
+
+R = TypeVar("R", bound="Rollout")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Tokens of B episodes.
+
+    Example (B = 2): prompt_ids [[0, 5, 6], [7, 8, 9]], prompt_mask [[F, T, T], [T, T, T]],
+    response_ids [[4, 2, 0], [3, 3, 3]], response_mask [[T, T, F], [T, T, T]], finished [True, False], index [12, 3].
+    """
+
+    prompt_ids: Tensor  # [B, P] int64, left-padded
+    prompt_mask: Tensor  # [B, P] bool
+    response_ids: Tensor  # [B, R] int64, right-padded
+    response_mask: Tensor  # [B, R] bool, a prefix of each row
+    finished: Tensor  # [B] bool, the end token was sampled
+    index: Tensor  # [B] int64, which prompt of the data
+
+    def __len__(self) -> int:
+        return int(self.response_ids.shape[0])
+
+    def validate(self) -> None:
+        """Check shapes, dtypes and masks.
+
+        Raises: ShapeError.
+        """
+        size = len(self)
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value.shape[0] != size:
+                raise ShapeError(f"{field.name} has another number of rows", found=f"{tuple(value.shape)}, B = {size}")
+        if self.prompt_ids.shape != self.prompt_mask.shape or self.response_ids.shape != self.response_mask.shape:
+            raise ShapeError("ids and masks differ in shape", where="Rollout")
+        for name in ("prompt_mask", "response_mask", "finished"):
+            if getattr(self, name).dtype != torch.bool:
+                raise ShapeError(f"{name} must be bool", found=str(getattr(self, name).dtype))
+        if not bool(self.response_mask.any(dim=1).all()):
+            raise ShapeError("a response without a token", where="Rollout.response_mask")
+        if not bool((self.response_mask.long().diff(dim=1) <= 0).all()):
+            raise ShapeError("response_mask is not a prefix", where="Rollout.response_mask")
+
+    @property
+    def ids(self) -> Tensor:
+        """Prompt and response, [B, P + R]."""
+        return torch.cat([self.prompt_ids, self.response_ids], dim=1)
+
+    @property
+    def mask(self) -> Tensor:
+        """Real tokens of prompt and response, [B, P + R] bool."""
+        return torch.cat([self.prompt_mask, self.response_mask], dim=1)
+
+    @property
+    def response_length(self) -> Tensor:
+        """Real response tokens, [B] int64."""
+        return self.response_mask.sum(dim=1)
+
+    def select(self: R, rows: Tensor) -> R:
+        """Some rows, with padding that none of them needs cut off."""
+        taken = replace(self, **{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+        prompt = int(taken.prompt_mask.sum(dim=1).max())
+        response = int(taken.response_length.max())
+        cut: dict[str, Any] = {}
+        for f in fields(taken):
+            value = getattr(taken, f.name)
+            if f.name in ("prompt_ids", "prompt_mask"):
+                cut[f.name] = value[:, value.shape[1] - prompt :]
+            elif value.dim() == 2:
+                cut[f.name] = value[:, :response]
+        return replace(taken, **cut)
+
+    def to(self: R, device: torch.device) -> R:
+        """The same on another device."""
+        return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class Experience(Rollout):
+    """A rollout with everything the update needs. Nothing here carries a gradient."""
+
+    old_logprobs: Tensor  # [B, R] nats, teacher-forced, at the sampling temperature
+    ref_logprobs: Tensor  # [B, R] nats
+    values: Tensor  # [B, R] score units, V before token t
+    scores: Tensor  # [B] score units, normalised, end-token penalty included
+    raw_scores: Tensor  # [B] what the reward model said
+    rewards: Tensor  # [B, R] score units, KL penalty included
+    advantages: Tensor  # [B, R] whitened if configured
+    returns: Tensor  # [B, R] un-whitened advantage + value
+
+    @property
+    def kl_per_sequence(self) -> Tensor:
+        """Sum over response tokens of log pi - log pi_ref, [B] nats (the k1 estimate of KL(pi || ref))."""
+        return ((self.old_logprobs - self.ref_logprobs) * self.response_mask).sum(dim=1)
+
+
+def merge(parts: list[R], pad_id: int) -> R:
+    """Stack rollouts (or experiences) of unequal padding into one, in order."""
+    widest_prompt = max(p.prompt_ids.shape[1] for p in parts)
+    widest_response = max(p.response_ids.shape[1] for p in parts)
+    columns: dict[str, Tensor] = {}
+    for f in fields(parts[0]):
+        rows = []
+        for part in parts:
+            value = getattr(part, f.name)
+            if value.dim() == 2:
+                left = f.name in ("prompt_ids", "prompt_mask")
+                missing = (widest_prompt if left else widest_response) - value.shape[1]
+                fill = pad_id if f.name.endswith("_ids") else 0
+                value = torch.nn.functional.pad(value, (missing, 0) if left else (0, missing), value=fill)
+            rows.append(value)
+        columns[f.name] = torch.cat(rows)
+    return type(parts[0])(**columns)

@@ -1,0 +1,1 @@
+"""Run directories, metrics, hand-over records, console, report."""

@@ -1,0 +1,120 @@
+"""What a person sees: notes, a progress bar with the numbers that matter, tables. One place for --quiet and --json."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+NumberTable = Sequence[Sequence[str]]
+
+
+class Console:
+    """Prints for people (default), nothing but results (--quiet), or one JSON object a line (--json)."""
+
+    def __init__(self, *, quiet: bool = False, as_json: bool = False, main: bool = True) -> None:
+        self.quiet, self.as_json, self.main = quiet, as_json, main
+        self._rich = RichConsole(stderr=False, highlight=False, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """A line of information."""
+        if not self.main or self.quiet:
+            return
+        if self.as_json:
+            self._emit({"note": text})
+        else:
+            self._rich.print(text, markup=False, style="dim")
+
+    def title(self, text: str) -> None:
+        """The start of a stage."""
+        if not self.main or self.quiet:
+            return
+        if self.as_json:
+            self._emit({"stage": text})
+        else:
+            self._rich.print(f"\n{text}", markup=False, style="bold")
+
+    def table(self, title: str, header: Sequence[str], rows: NumberTable) -> None:
+        """A table; shown also under --quiet."""
+        if not self.main:
+            return
+        if self.as_json:
+            self._emit({"table": title, "rows": [dict(zip(header, row, strict=True)) for row in rows]})
+            return
+        table = Table(title=title, title_justify="left", title_style="bold")
+        for i, name in enumerate(header):
+            table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        # Never narrower than its contents need: a piped table must not be cut to 80 columns.
+        console = self._rich if self._rich.is_terminal else RichConsole(width=160, highlight=False)
+        console.print(table)
+
+    def text(self, text: str) -> None:
+        """A result that is not a table; shown also under --quiet."""
+        if not self.main:
+            return
+        if self.as_json:
+            self._emit({"text": text})
+        else:
+            self._rich.print(text, markup=False)
+
+    def _emit(self, value: Mapping[str, Any]) -> None:
+        sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+        sys.stdout.flush()
+
+    @contextmanager
+    def progress(self, label: str, total: int, unit: str) -> Iterator[Bar]:
+        """A bar with rate, time left and chosen numbers. Without a terminal: a line now and then."""
+        bar = Bar(self, label, total, unit)
+        with bar:
+            yield bar
+
+
+class Bar:
+    """Progress of one long piece of work."""
+
+    def __init__(self, console: Console, label: str, total: int, unit: str) -> None:
+        self.console, self.label, self.total, self.unit = console, label, total, unit
+        self._done, self._begun, self._last = 0, time.monotonic(), -1e9
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> Bar:
+        c = self.console
+        if c.main and not c.quiet and not c.as_json and c._rich.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
+                TextColumn("eta"), TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"), console=c._rich,
+            )  # fmt: skip
+            self._progress.start()
+            self._task = self._progress.add_task(self.label, total=self.total, numbers="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def update(self, done: int, numbers: Mapping[str, float]) -> None:
+        """Say how far the work is, with two or three numbers."""
+        self._done = done
+        elapsed = max(time.monotonic() - self._begun, 1e-9)
+        rate = done / elapsed
+        words = " ".join(f"{k} {v:.3g}" for k, v in numbers.items())
+        c = self.console
+        if not c.main or c.quiet:
+            return
+        if c.as_json:
+            c._emit({"progress": self.label, "done": done, "total": self.total, **numbers})
+        elif self._progress is not None:
+            self._progress.update(self._task, completed=done, numbers=f"{rate:.2g} {self.unit}/s  {words}")
+        elif time.monotonic() - self._last >= 10 or done >= self.total:
+            self._last = time.monotonic()
+            eta = (self.total - done) / rate if rate else 0.0
+            c.note(f"{self.label} {done}/{self.total} {self.unit}s  {rate:.2g}/s  eta {eta:.0f} s  {words}")

@@ -1,0 +1,108 @@
+"""One table of every number a run writes: unit, meaning, healthy range. An undeclared name is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from rlhf.errors import TrainingError
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A declared number."""
+
+    unit: str
+    meaning: str
+    low: float = -math.inf  # healthy range, inclusive
+    high: float = math.inf
+
+    def healthy(self, value: float) -> bool:
+        """Whether a value lies in the healthy range."""
+        return self.low <= value <= self.high
+
+
+METRICS: dict[str, Metric] = {
+    "loss": Metric("nats", "mean loss of the update", 0.0),
+    "eval_loss": Metric("nats", "mean loss on the validation records", 0.0),
+    "learning_rate": Metric("1", "learning rate of the update", 0.0),
+    "grad_norm": Metric("1", "global gradient norm before clipping", 0.0, 100.0),
+    "epoch": Metric("epochs", "passes over the training records", 0.0),
+    "tokens": Metric("tokens", "tokens trained on so far", 0.0),
+    "token_accuracy": Metric("share", "loss-carrying tokens predicted right", 0.0, 1.0),
+    "entropy": Metric("nats", "mean entropy of the next-token distribution on response tokens", 0.05),
+    "accuracy": Metric("share", "pairs whose chosen response scores higher", 0.5, 1.0),
+    "eval_accuracy": Metric("share", "held-out pairs whose chosen response scores higher", 0.5, 1.0),
+    "margin": Metric("score", "mean score of chosen minus rejected", 0.0),
+    "eval_margin": Metric("score", "the same on held-out pairs", 0.0),
+    "score": Metric("score", "mean raw reward-model score of the rollout"),
+    "score_normalized": Metric("score", "mean score after normalisation and end-token penalty"),
+    "score_std": Metric("score", "deviation of the raw scores over the rollout", 1e-3),
+    "kl": Metric("nats", "mean over responses of the summed k1 estimate of KL(policy || reference)", -0.5, 20.0),
+    "kl_k3": Metric("nats", "the same KL by the k3 estimate, never negative", 0.0, 20.0),
+    "kl_coef": Metric("1", "weight of the KL penalty used for this rollout", 0.0),
+    "response_length": Metric("tokens", "mean response length, end token included", 1.0),
+    "finished": Metric("share", "responses that ended with the end token", 0.5, 1.0),
+    "policy_loss": Metric("1", "clipped surrogate, mean over response tokens"),
+    "value_loss": Metric("score^2", "clipped value loss, mean over response tokens", 0.0),
+    "clip_fraction": Metric("share", "tokens whose ratio left the clip range", 0.0, 0.4),
+    "approx_kl": Metric("nats", "mean k3 of the rollout's policy to the current one, per token", 0.0, 0.2),
+    "first_ratio_error": Metric("1", "largest |ratio - 1| in a step's first minibatch; 0 by construction", 0.0, 0.05),
+    "explained_variance": Metric("1", "1 - Var(return - value) / Var(return) of the rollout's values", -1.0, 1.0),
+    "episodes": Metric("episodes", "prompt-response pairs so far", 0.0),
+    "step": Metric("steps", "rollouts (PPO) or optimizer updates (other stages) so far", 0.0),
+    "time_sample": Metric("s", "seconds spent sampling", 0.0),
+    "time_score": Metric("s", "seconds spent scoring", 0.0),
+    "time_update": Metric("s", "seconds spent updating", 0.0),
+}
+
+
+class MetricsWriter:
+    """Appends to metrics.jsonl. `step` is the first key of every line."""
+
+    def __init__(self, path: Path, *, main: bool = True, keep_until: int | None = None) -> None:
+        """Open the file.
+
+        Args:
+            keep_until: on resume, lines of later steps are dropped; None starts an empty file.
+        """
+        self._file: IO[str] | None = None
+        if not main:
+            return
+        kept = []
+        if keep_until is not None and path.is_file():
+            kept = [line for line in read_lines(path) if line.get("step", 0) <= keep_until]
+        self._file = path.open("w", encoding="utf-8")
+        for line in kept:
+            self._file.write(json.dumps(line) + "\n")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one line.
+
+        Raises: TrainingError on a name that the table does not declare.
+        """
+        unknown = sorted(set(values) - set(METRICS))
+        if unknown:
+            raise TrainingError("undeclared metric", found=", ".join(unknown), do="declare it in rlhf/runs/metrics.py")
+        if self._file is not None:
+            self._file.write(json.dumps({"step": step, **{k: round(float(v), 8) for k, v in values.items()}}) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Lines of a JSONL file of ours; a last line cut by a crash is skipped."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                return

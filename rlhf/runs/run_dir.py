@@ -1,0 +1,200 @@
+"""The run directory: what a stage leaves behind, and the only way it is written.
+
+- config.yaml: resolved configuration; run.json: status, versions, seeds, fingerprints, timings
+- metrics.jsonl: one object a log line; samples.jsonl: prompts and responses while training
+- model/: plain save_pretrained folder, with handover.json
+- checkpoints/: what an interrupted run continues from
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from rlhf import __version__
+from rlhf.errors import CheckpointError, ConfigError
+
+RUN_FILE = "run.json"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file so that a reader sees the old one or the new one, never a half."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False, sort_keys=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises: CheckpointError if it is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise CheckpointError("no such file", where=str(path)) from None
+    except ValueError as error:
+        raise CheckpointError("damaged JSON", found=str(error), where=str(path)) from None
+
+
+class RunDir:
+    """One stage's output folder. Only the main process writes; `start` runs before anything expensive."""
+
+    def __init__(self, path: str | Path, *, main: bool = True) -> None:
+        self.path = Path(path)
+        self.main = main
+        self.info: dict[str, Any] = {}
+
+    @property
+    def model(self) -> Path:
+        """Where the finished model lies."""
+        return self.path / "model"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where an interrupted run continues from."""
+        return self.path / "checkpoints"
+
+    def check(self, stage: str, config: BaseModel, inputs: Mapping[str, str]) -> str:
+        """'new', 'interrupted' (same configuration and inputs, may continue) or 'finished' (the same).
+
+        Args:
+            inputs: path -> fingerprint of everything the stage reads.
+        Raises: ConfigError if the folder holds another run, a run on other inputs, or foreign files.
+        """
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return "new"
+        if not (self.path / RUN_FILE).is_file():
+            raise ConfigError(
+                "the output folder holds files that are no run", where=f"output_dir {self.path}",
+                found=", ".join(sorted(p.name for p in self.path.iterdir())[:5]), do="choose another output_dir",
+            )  # fmt: skip
+        info = read_json(self.path / RUN_FILE)
+        saved = self.path / "config.yaml"
+        same = saved.is_file() and yaml.safe_load(saved.read_text(encoding="utf-8")) == plain(config)
+        if info.get("stage") != stage or not same:
+            raise ConfigError(
+                "the output folder already holds another run", found=f"{info.get('stage')}, {info.get('status')}",
+                where=f"output_dir {self.path}", do="choose another output_dir, or delete that folder",
+            )  # fmt: skip
+        changed = sorted(path for path, mark in inputs.items() if info.get("inputs", {}).get(path, mark) != mark)
+        if changed:
+            raise ConfigError(
+                "the output folder holds a run on inputs that have changed since", found=", ".join(changed),
+                where=f"output_dir {self.path}", do="choose another output_dir, or delete that folder",
+            )  # fmt: skip
+        self.info = info
+        return "finished" if info.get("status") == "finished" else "interrupted"
+
+    def start(
+        self, stage: str, config: BaseModel, *, seed: int, processes: int, versions: dict[str, str],
+        inputs: Mapping[str, str],
+    ) -> None:  # fmt: skip
+        """Create the folder (or take over an interrupted one) and write config.yaml and run.json."""
+        if not self.main:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / "config.yaml").write_text(yaml.safe_dump(plain(config), sort_keys=False), encoding="utf-8")
+        attempts = int(self.info.get("attempts", 0)) + 1
+        self.info = {
+            "id": uuid.uuid4().hex, "stage": stage, "status": "running", "rlhf": __version__, "versions": versions,
+            "commit": _commit(), "python": platform.python_version(), "seed": seed, "processes": processes, "attempts": attempts,
+            "started": _now(), "inputs": dict(inputs), "data": {}, "timings_s": {},
+        }  # fmt: skip
+        self.save()
+
+    def note(self, **values: Any) -> None:
+        """Add facts to run.json."""
+        for key, value in values.items():
+            if isinstance(value, dict) and isinstance(self.info.get(key), dict):
+                self.info[key].update(value)
+            else:
+                self.info[key] = value
+        self.save()
+
+    def save(self) -> None:
+        """Write run.json (main process, once the run has started)."""
+        if self.main and self.path.is_dir() and self.info:
+            write_json(self.path / RUN_FILE, self.info)
+
+    def finish(self) -> None:
+        """Mark the run finished."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+        self.note(status="finished", ended=_now(), peak_memory_gib=round(peak, 2))
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Record how a stage ended; an exception passes through."""
+        begun = time.monotonic()
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.note(status="interrupted", ended=_now())
+            raise
+        except BaseException as error:
+            self.note(status="failed", ended=_now(), error=f"{type(error).__name__}: {error}"[:2000])
+            raise
+        finally:
+            if self.info:
+                self.note(timings_s={"total": round(time.monotonic() - begun, 2)})
+
+    @contextmanager
+    def new_model(self) -> Iterator[Path]:
+        """A folder to save the model into; it becomes `model/` only when complete."""
+        temporary = self.path / "model.tmp"
+        if self.main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        yield temporary
+        if self.main:
+            shutil.rmtree(self.model, ignore_errors=True)
+            os.replace(temporary, self.model)
+
+
+def fingerprint_path(path: Path) -> str:
+    """A mark that changes when a file or model folder does: content of a file, identity of the run behind a model."""
+    if path.is_file():
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()[:16]
+    for folder in (path, path.parent):
+        if (folder / RUN_FILE).is_file():
+            return str(read_json(folder / RUN_FILE).get("id"))
+    sizes = sorted((str(p.relative_to(path)), p.stat().st_size) for p in path.rglob("*") if p.is_file())
+    return hashlib.sha256(repr(sizes).encode()).hexdigest()[:16]
+
+
+def plain(config: BaseModel) -> dict[str, Any]:
+    """The configuration as YAML-able values."""
+    return config.model_dump(mode="json")
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def _commit() -> str | None:
+    try:
+        out = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5,
+            check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return out.stdout.strip() or None

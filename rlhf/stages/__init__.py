@@ -1,0 +1,1 @@
+"""One file a stage: run(config, console) -> RunResult, straight-line."""

@@ -1,0 +1,101 @@
+"""Use a model: answer a file of prompts, or talk in the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf.config.sections import ModelSource, Sampling, Source
+from rlhf.data.render import Renderer
+from rlhf.data.sources import load_records
+from rlhf.errors import ConfigError, DataError
+from rlhf.evaluation.answers import answer
+from rlhf.models.distributed import quiet_libraries, use_cpu
+from rlhf.models.load import context_length, load_causal, resolve
+from rlhf.runs.console import Console
+from rlhf.stages import rendering
+from rlhf.stages.common import check_context, open_tokenizer
+
+
+def _open(model: str, console: Console) -> tuple[Any, Renderer]:
+    source = ModelSource(path=model)
+    resolve(source)
+    quiet_libraries(telemetry=False)
+    tokenizer, renderer = open_tokenizer(source, console)
+    loaded = load_causal(source, vocab_size=len(tokenizer))
+    return loaded.to(torch.device("cpu" if use_cpu() else "cuda")).eval(), renderer
+
+
+def generate(
+    model: str, prompts: str, output: Path, *, temperature: float, max_new_tokens: int, seed: int, console: Console
+) -> None:
+    """Write one JSON line for each prompt: prompt, response, finished.
+
+    Raises: ConfigError if the output exists; DataError on bad prompts or one that does not fit the model's context.
+    """
+    if output.exists():
+        raise ConfigError("the output file exists", where=str(output), do="choose another name")
+    records = load_records("prompt", [Source(path=prompts)], seed=seed, on_bad_row="error", deduplicate=False).records
+    loaded, renderer = _open(model, console)
+    context = context_length(loaded)
+    room = (context or 1 << 30) - max_new_tokens
+    check_context(max_new_tokens + 1, context, "--max-new-tokens")
+    ids = rendering.prompts(records, renderer, room, "error", "error", console)
+    settings = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
+    answers = []
+    with console.progress("generate", len(ids), "prompt") as bar:
+        for start in range(0, len(ids), settings.batch_size):
+            chunk = ids[start : start + settings.batch_size]
+            answers += answer(loaded, chunk, renderer, settings, seed=seed, draw=start)
+            bar.update(len(answers), {})
+    temporary = output.with_name(output.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        for record, a in zip(records, answers, strict=True):
+            line = {"prompt": record.messages, "response": a.text, "finished": a.finished}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    os.replace(temporary, output)
+    console.note(f"{len(answers)} responses in {output}")
+
+
+def chat(model: str, *, temperature: float, max_new_tokens: int, seed: int) -> None:
+    """Read a line, answer it, remember the conversation."""
+    console = Console()
+    loaded, renderer = _open(model, console)
+    room = (context_length(loaded) or 1 << 30) - max_new_tokens
+    settings = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
+    messages: list[dict[str, str]] = []
+    turn = 0
+    console.note("empty line or Ctrl-D ends; /new starts over")
+    while True:
+        try:
+            line = input("you > ").strip()
+        except EOFError:
+            return
+        if not line:
+            return
+        if line == "/new":
+            messages = []
+            continue
+        messages.append({"role": "user", "content": line})
+        try:
+            ids = renderer.prompt(messages)
+        except DataError as error:
+            messages.pop()
+            console.text(f"(not sent: {error})")
+            continue
+        while len(ids) > room and len(messages) > 2:  # forget the oldest exchange, and say so
+            messages = messages[2:]
+            console.note("(the start of the conversation no longer fits and is forgotten)")
+            ids = renderer.prompt(messages)
+        if len(ids) > room:
+            messages.pop()
+            console.text("(too long for this model)")
+            continue
+        reply = answer(loaded, [ids], renderer, settings, seed=seed, draw=turn)[0]
+        turn += 1
+        messages.append({"role": "assistant", "content": reply.text})
+        console.text(f"model > {reply.text}" + ("" if reply.finished else " ..."))

@@ -1,0 +1,93 @@
+"""Make a small source model from nothing: tokenizer, then next-token training on text and transcripts, packed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rlhf.config.schema import Architecture, PretrainConfig
+from rlhf.data.records import Text
+from rlhf.data.render import CHATML, Rendered, Renderer
+from rlhf.runs.console import Console
+from rlhf.stages.common import RunResult, begin, check_context, read_data, say_model, start
+from rlhf.stages.fit import fit
+
+PAD, END, START, STOP = "<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+
+
+def run(config: PretrainConfig, console: Console) -> RunResult:
+    """Train tokenizer and model; writes the run directory."""
+    directory, state = begin("pretrain", config, console)
+    if state == "finished":
+        return RunResult(directory.path, directory.info.get("summary", {}), skipped=True)
+    train, validation, prints = read_data("document", config.data, config.seed, console)
+    tokenizer = new_tokenizer(_texts(train), config.architecture.vocab_size)
+    renderer = Renderer(tokenizer)
+    console.note(f"tokenizer: {len(tokenizer)} byte-level BPE tokens trained on {len(train)} documents")
+    length = config.data.max_length
+    check_context(length, config.architecture.context, "data.max_length")
+    model = new_model(config.architecture, renderer, len(tokenizer))
+    say_model(model, console)
+    start(directory, "pretrain", config)
+    directory.note(data=prints)
+    summary = fit(
+        "pretrain", model, tokenizer, renderer, blocks(train, renderer, length), blocks(validation, renderer, length),
+        config.optim, directory, config.seed, console, resume=state == "interrupted",
+    )  # fmt: skip
+    return RunResult(directory.path, summary)
+
+
+def new_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
+    """Byte-level BPE with ChatML. Digits split, so that no number is one opaque token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END, PAD, START, STOP], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=END, pad_token=PAD, additional_special_tokens=[START, STOP],
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def new_model(architecture: Architecture, renderer: Renderer, vocab_size: int) -> Any:
+    """A Llama-type model with tied embeddings, weights drawn from the run's seed."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    a = architecture
+    config = LlamaConfig(
+        vocab_size=vocab_size, hidden_size=a.hidden_size, num_hidden_layers=a.layers, num_attention_heads=a.heads,
+        num_key_value_heads=a.heads, intermediate_size=a.intermediate_size, max_position_embeddings=a.context,
+        tie_word_embeddings=True, pad_token_id=renderer.pad_id, eos_token_id=renderer.end_id, bos_token_id=None,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def blocks(documents: Sequence[Any], renderer: Renderer, length: int) -> list[Rendered]:
+    """Documents end to end, cut into blocks of equal length; the last, shorter one is kept."""
+    stream: list[int] = []
+    for document in documents:
+        if isinstance(document, Text):
+            stream += renderer.text(document.text).ids
+        else:
+            stream += [*renderer.conversation(document.messages, loss_on="all").ids, renderer.eos_id]
+    rows = [stream[i : i + length] for i in range(0, len(stream), length)]
+    return [Rendered(ids=row, mask=[True] * len(row)) for row in rows if len(row) > 1]
+
+
+def _texts(documents: Sequence[Any]) -> Iterator[str]:
+    for document in documents:
+        if isinstance(document, Text):
+            yield document.text
+        else:
+            yield from (m["content"] for m in document.messages)

@@ -1,0 +1,118 @@
+"""Records to token rows for a stage, with what was cut or dropped said as a share."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, TypeVar
+
+from rlhf.config.sections import Data
+from rlhf.data.collate import LengthReport, TooLong, fit, fit_pair
+from rlhf.data.records import BadRow, Comparison, Demonstration, Prompt
+from rlhf.data.render import Rendered, Renderer
+from rlhf.errors import DataError
+from rlhf.runs.console import Console
+
+OnBadRow = Literal["error", "drop"]
+T = TypeVar("T")
+
+
+def conversations(
+    records: Sequence[Demonstration], renderer: Renderer, data: Data, what: str, console: Console
+) -> list[Rendered]:
+    """Demonstrations as rows whose mask says where loss is.
+
+    Raises: DataError if a row cannot be rendered (unless bad rows are dropped) or none is left.
+    """
+    report = LengthReport()
+
+    def one(record: Demonstration) -> Rendered | None:
+        row = renderer.conversation(record.messages, loss_on=data.loss_on, where=record.where)
+        return fit(row, data.max_length, data.too_long, report, where=record.where)
+
+    rows = list(_each(records, one, data.on_bad_row, what, console))
+    _say(report, data.max_length, what, console)
+    return _some(rows, records, what)
+
+
+def pairs(
+    records: Sequence[Comparison], renderer: Renderer, data: Data, what: str, console: Console
+) -> list[dict[str, Any]]:
+    """Comparisons as chosen_ids, rejected_ids, preference (and margin if every record has one).
+
+    Raises: DataError as `conversations`.
+    """
+    report = LengthReport()
+    margins = bool(records) and all(r.margin is not None for r in records)
+
+    def one(record: Comparison) -> dict[str, Any] | None:
+        start = renderer.prompt(record.prompt, where=record.where)
+        sides = []
+        for text in (record.chosen, record.rejected):
+            response = renderer.response(text, where=record.where)
+            sides.append(Rendered(start + response, [False] * len(start) + [True] * len(response)))
+        fitted = fit_pair(sides[0], sides[1], data.max_length, data.too_long, report, where=record.where)
+        if fitted is None:
+            return None
+        pair = {"chosen_ids": fitted[0].ids, "rejected_ids": fitted[1].ids, "preference": record.preference}
+        return pair | ({"margin": record.margin} if margins else {})
+
+    rows = list(_each(records, one, data.on_bad_row, what, console))
+    _say(report, data.max_length, what, console)
+    return _some(rows, records, what)
+
+
+def prompts(
+    records: Sequence[Prompt], renderer: Renderer, max_tokens: int, too_long: TooLong, on_bad_row: OnBadRow,
+    console: Console,
+) -> list[list[int]]:  # fmt: skip
+    """Prompts as ids that end where a response begins.
+
+    Raises: DataError on a prompt of more than `max_tokens` tokens with too_long="error".
+    """
+    report = LengthReport()
+
+    def one(record: Prompt) -> Rendered | None:
+        ids = renderer.prompt(record.messages, where=record.where)
+        if len(ids) > max_tokens and too_long == "error":
+            raise DataError(
+                f"the prompt is longer than {max_tokens} tokens", found=f"{len(ids)} tokens", where=record.where,
+                do="shorten it, raise max_prompt_tokens within the model's context, or set too_long=drop",
+            )  # fmt: skip
+        return fit(Rendered(ids, [True] * len(ids)), max_tokens, too_long, report, where=record.where)
+
+    rows = list(_each(records, one, on_bad_row, "prompts", console))
+    _say(report, max_tokens, "prompts", console)
+    return [row.ids for row in _some(rows, records, "prompts")]
+
+
+def _each(
+    records: Sequence[Any], one: Callable[[Any], T | None], on_bad_row: OnBadRow, what: str, console: Console
+) -> Iterator[T]:
+    dropped: Counter[str] = Counter()
+    for record in records:
+        try:
+            row = one(record)
+        except BadRow as error:
+            if on_bad_row == "error":
+                raise
+            dropped[error.reason] += 1
+            continue
+        if row is not None:
+            yield row
+    if dropped:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.most_common())
+        console.note(f"{what}: {sum(dropped.values())} of {len(records)} records dropped ({reasons})")
+
+
+def _say(report: LengthReport, limit: int, what: str, console: Console) -> None:
+    if report.too_long:
+        console.note(f"{what}: {report.text(limit)}")
+
+
+def _some(rows: list[T], records: Sequence[Any], what: str) -> list[T]:
+    if records and not rows:
+        raise DataError(
+            f"no {what} record is left", found=f"{len(records)} before rendering", do="raise data.max_length"
+        )
+    return rows

@@ -1,0 +1,1 @@
+"""SFT and reward model on TRL's trainers, PPO on our own loop."""

@@ -1,0 +1,127 @@
+"""What the stages on a transformers Trainer share: arguments, progress and metrics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import TrainerCallback
+
+from rlhf.config.sections import Optim
+from rlhf.models.distributed import trainer_arguments
+from rlhf.runs.console import Bar
+from rlhf.runs.metrics import METRICS, MetricsWriter
+from rlhf.runs.run_dir import RunDir
+
+RENAMED = {"num_tokens": "tokens", "mean_token_accuracy": "token_accuracy"}
+
+
+def updates_of(optim: Optim, records: int) -> int:
+    """Optimizer updates of a run. A last incomplete batch still makes an update."""
+    per_epoch = math.ceil(records / optim.batch_size)
+    total = max(1, round(per_epoch * optim.epochs))
+    return min(total, optim.max_updates) if optim.max_updates else total
+
+
+def arguments(
+    optim: Optim, run: RunDir, *, seed: int, processes: int, updates: int, evaluate: bool, evaluations: int = 5
+) -> dict[str, Any]:
+    """Keyword arguments of a TrainingArguments subclass.
+
+    Evaluations and checkpoints fall together, `evaluations` times over the run.
+    """
+    accumulation = optim.accumulation(processes)
+    every = max(1, math.ceil(updates / evaluations))
+    schedule = {"constant": "constant_with_warmup"}.get(optim.schedule, optim.schedule)
+    return {
+        "output_dir": str(run.checkpoints),
+        "seed": seed,
+        "data_seed": seed,
+        "learning_rate": optim.learning_rate,
+        "lr_scheduler_type": schedule,
+        "warmup_steps": math.ceil(optim.warmup_fraction * updates),
+        "weight_decay": optim.weight_decay,
+        "adam_beta1": optim.adam_beta1,
+        "adam_beta2": optim.adam_beta2,
+        "adam_epsilon": optim.adam_eps,
+        "max_grad_norm": optim.max_grad_norm,
+        "max_steps": updates,
+        "per_device_train_batch_size": optim.batch_size // processes // accumulation,
+        "per_device_eval_batch_size": optim.batch_size // processes // accumulation,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_checkpointing": False,
+        "logging_steps": max(1, updates // 100),
+        "logging_first_step": True,
+        "eval_strategy": "steps" if evaluate else "no",
+        "eval_steps": every,
+        "save_strategy": "steps",
+        "save_steps": every,
+        "save_total_limit": 2,
+        **trainer_arguments(),
+    }
+
+
+class Report(TrainerCallback):
+    """Carries a Trainer's log lines to metrics.jsonl and the progress bar."""
+
+    def __init__(self, writer: MetricsWriter, bar: Bar, shown: tuple[str, ...]) -> None:
+        self.writer, self.bar, self.shown = writer, bar, shown
+        self._numbers: dict[str, float] = {}
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
+        """Write the declared numbers of a log line."""
+        renamed = {RENAMED.get(k, k): v for k, v in (logs or {}).items()}
+        values = {k: float(v) for k, v in renamed.items() if k in METRICS and isinstance(v, int | float)}
+        if values:
+            self.writer.write(state.global_step, values)
+            self._numbers.update({k: v for k, v in values.items() if k in self.shown})
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Advance the bar."""
+        self.bar.update(state.global_step, self._numbers)
+
+
+def silence(trainer: Any) -> None:
+    """Take off the callback that prints log lines as dictionaries: the bar shows what matters."""
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+
+
+class StopOnBadLoss(TrainerCallback):
+    """Ends a run whose loss is not a number, before it overwrites good checkpoints."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
+        """Raise on a non-finite loss or gradient norm."""
+        from rlhf.errors import TrainingError
+
+        for name in ("loss", "grad_norm"):
+            value = (logs or {}).get(name)
+            if isinstance(value, int | float) and not math.isfinite(value):
+                raise TrainingError(
+                    f"{name} is {value}", where=f"update {state.global_step}",
+                    do="lower optim.learning_rate, or check the data",
+                )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A Trainer checkpoint to continue from."""
+
+    path: str
+    step: int
+
+    def __str__(self) -> str:
+        return f"{self.path} (update {self.step})"
+
+
+def last_checkpoint(run: RunDir) -> Checkpoint | None:
+    """The newest complete checkpoint of an interrupted run."""
+    found = []
+    for folder in run.checkpoints.glob("checkpoint-*"):
+        number = folder.name.rsplit("-", 1)[-1]
+        if number.isdigit() and (folder / "trainer_state.json").is_file():
+            found.append(Checkpoint(str(folder), int(number)))
+    return max(found, key=lambda c: c.step, default=None)

@@ -1,0 +1,35 @@
+"""Supervised fine-tuning and pretraining: rendered columns into trl.SFTTrainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rlhf.data.render import Rendered
+from rlhf.trainers.hf import Report, StopOnBadLoss
+
+
+def to_dataset(rows: Sequence[Rendered]) -> Any:
+    """Columns `input_ids` and `labels` (-100 where the mask is False), which TRL uses as they are."""
+    from datasets import Dataset
+
+    labels = [[i if m else -100 for i, m in zip(r.ids, r.mask, strict=True)] for r in rows]
+    return Dataset.from_dict({"input_ids": [r.ids for r in rows], "labels": labels})
+
+
+def build(
+    model: Any, tokenizer: Any, train: Sequence[Rendered], validation: Sequence[Rendered], arguments: dict[str, Any],
+    report: Report, *, packing: int | None = None,
+) -> Any:  # fmt: skip
+    """A trl.SFTTrainer on rendered rows.
+
+    Args:
+        packing: fill sequences of this many tokens with several rows (attention stays within a row); None = off.
+    """
+    from trl import SFTConfig, SFTTrainer
+
+    args = SFTConfig(**arguments, packing=packing is not None, max_length=packing, eval_packing=False)
+    return SFTTrainer(
+        model=model, args=args, processing_class=tokenizer, train_dataset=to_dataset(train),
+        eval_dataset=to_dataset(validation) if validation else None, callbacks=[report, StopOnBadLoss()],
+    )  # fmt: skip

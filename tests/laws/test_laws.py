@@ -1,0 +1,186 @@
+"""Every law holds on the package, and every law rejects each of the broken twins listed for it."""
+
+import inspect
+
+import pytest
+import torch
+
+from rlhf import functional as F
+from tests.laws import laws, twins
+
+CASES = {
+    laws.whitened_advantages_have_mean_0_and_variance_1: [
+        ("masked_whiten", twins.whiten_inverted_flag),
+        ("masked_whiten", twins.whiten_ignores_mask),
+        ("masked_whiten", twins.whiten_unbiased),
+    ],
+    laws.uncentred_whitening_keeps_the_mean: [
+        ("masked_whiten", twins.whiten_inverted_flag),
+        ("masked_whiten", twins.whiten_ignores_mask),
+        ("masked_whiten", twins.whiten_unbiased),
+        ("masked_whiten", twins.whiten_only_divides),
+    ],
+    laws.lambda_1_is_return_minus_value: [
+        ("gae", twins.gae_ignores_mask),
+        ("gae", twins.gae_bootstraps_after_the_end),
+        ("gae", twins.gae_flips_the_next_value),
+        ("gae", twins.gae_forgets_gamma_in_the_trace),
+    ],
+    laws.lambda_0_is_the_one_step_temporal_difference: [
+        ("gae", twins.gae_ignores_mask),
+        ("gae", twins.gae_bootstraps_after_the_end),
+        ("gae", twins.gae_flips_the_next_value),
+        ("gae", twins.gae_forgets_lambda),
+        ("gae", twins.gae_swaps_gamma_and_lambda),
+    ],
+    laws.exact_values_give_no_advantage: [
+        ("gae", twins.gae_ignores_mask),
+        ("gae", twins.gae_bootstraps_after_the_end),
+        ("gae", twins.gae_flips_the_next_value),
+        ("gae", twins.gae_swaps_gamma_and_lambda),
+    ],
+    laws.rewards_sum_to_score_minus_penalty: [
+        ("shaped_rewards", twins.rewards_flipped_penalty),
+        ("shaped_rewards", twins.rewards_penalise_padding),
+        ("shaped_rewards", twins.rewards_on_every_token),
+        ("kl_estimate", twins.kl_swapped),
+    ],
+    laws.without_drift_only_the_last_token_is_rewarded: [
+        ("shaped_rewards", twins.rewards_length_for_index),
+        ("shaped_rewards", twins.rewards_in_last_column),
+        ("shaped_rewards", twins.rewards_on_every_token),
+    ],
+    laws.a_terminal_score_decays_with_distance: [
+        ("shaped_rewards", twins.rewards_length_for_index),
+        ("shaped_rewards", twins.rewards_in_last_column),
+        ("gae", twins.gae_forgets_lambda),
+        ("gae", twins.gae_forgets_gamma_in_the_trace),
+    ],
+    laws.the_first_ratio_is_exactly_1: [
+        ("policy_loss", twins.policy_flipped_sign),
+        ("policy_loss", twins.policy_swapped_ratio),
+        ("policy_loss", twins.policy_without_gradient),
+        ("policy_loss", twins.policy_old_is_new),
+        ("token_logprobs", twins.logprobs_not_repeatable),
+    ],
+    laws.clipping_never_lowers_the_policy_loss: [
+        ("policy_loss", twins.policy_takes_the_smaller),
+        ("policy_loss", twins.policy_flipped_sign),
+    ],
+    laws.clipping_never_lowers_the_value_loss: [
+        ("value_loss", twins.value_takes_the_smaller),
+        ("value_loss", twins.value_only_clipped),
+    ],
+    laws.padding_changes_nothing: [
+        ("masked_whiten", twins.whiten_ignores_mask),
+        ("gae", twins.gae_ignores_mask),
+        ("shaped_rewards", twins.rewards_in_last_column),
+        ("shaped_rewards", twins.rewards_penalise_padding),
+        ("token_mean", twins.token_mean_divides_by_all),
+        ("token_mean", twins.token_mean_ignores_mask),
+        ("masked_mean", twins.mean_ignores_mask),
+        ("masked_mean", twins.mean_divides_by_all),
+        ("masked_sum", twins.sum_ignores_mask),
+        ("explained_variance", twins.explained_variance_ignores_mask),
+    ],
+    laws.probabilities_sum_to_1_and_temperature_divides_log_odds: [
+        ("token_logprobs", twins.logprobs_unnormalised),
+        ("token_logprobs", twins.logprobs_temperature_too_late),
+        ("token_logprobs", twins.logprobs_temperature_multiplies),
+        ("token_logprobs", twins.logprobs_of_the_next_position),
+    ],
+    laws.entropy_is_the_mean_surprise: [
+        ("token_entropy", twins.entropy_ignores_temperature),
+        ("token_entropy", twins.entropy_in_bits),
+    ],
+    laws.expected_k1_and_k3_are_the_divergence: [
+        ("kl_estimate", twins.kl_swapped),
+        ("kl_estimate", twins.kl_k3_of_the_inverse_ratio),
+    ],
+    laws.k3_is_never_negative: [
+        ("kl_estimate", twins.kl_k3_cancels),
+        ("kl_estimate", twins.kl_k1_for_all),
+    ],
+    laws.the_controller_pulls_towards_its_target: [
+        ("adaptive_kl", twins.controller_flipped),
+        ("adaptive_kl", twins.controller_unclipped),
+    ],
+    laws.shifting_all_scores_changes_no_preference: [
+        ("bradley_terry_loss", twins.preference_of_single_scores),
+    ],
+    laws.equal_scores_cost_ln_2: [
+        ("bradley_terry_loss", twins.preference_fixed_margin),
+        ("bradley_terry_loss", twins.preference_of_single_scores),
+        ("bradley_terry_loss", twins.preference_floored_sigmoid),
+    ],
+    laws.the_preference_gradient_is_the_probability_of_error: [
+        ("bradley_terry_loss", twins.preference_flipped_sign),
+        ("bradley_terry_loss", twins.preference_of_single_scores),
+        ("bradley_terry_loss", twins.preference_floored_sigmoid),
+    ],
+    laws.swapping_the_pair_swaps_the_preference: [
+        ("bradley_terry_loss", twins.preference_ignored),
+        ("bradley_terry_loss", twins.preference_one_sided_margin),
+    ],
+    laws.moments_add_up_over_parts: [
+        ("masked_moments", twins.moments_are_means),
+    ],
+    laws.two_ranks_whiten_like_one: [
+        ("masked_whiten", twins.whiten_on_each_rank),
+        ("masked_whiten", twins.whiten_averages_the_ranks),
+    ],
+    laws.two_ranks_explain_like_one: [
+        ("explained_variance", twins.explained_variance_on_each_rank),
+    ],
+    laws.four_microbatches_have_the_gradient_of_one_batch: [
+        ("token_mean", twins.token_mean_of_each_microbatch),
+        ("token_mean", twins.token_mean_is_mean_of_means),
+        ("token_mean", twins.token_mean_divides_by_all),
+    ],
+}
+
+SOUND = {"gae": twins.gae_correct, "shaped_rewards": twins.rewards_correct}
+
+
+def is_law(thing) -> bool:
+    return inspect.isfunction(thing) and list(inspect.signature(thing).parameters) == ["f", "seed"]
+
+
+@pytest.mark.parametrize("law", CASES, ids=lambda law: law.__name__)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_package_obeys(law, seed):
+    law(F, seed)
+
+
+@pytest.mark.parametrize(
+    ("law", "name", "twin"),
+    [
+        pytest.param(law, *pair, id=f"{law.__name__}-{pair[1].__name__}")
+        for law, pairs in CASES.items()
+        for pair in pairs
+    ],
+)
+def test_the_law_rejects_its_broken_twin(law, name, twin):
+    torch.manual_seed(0)
+    with pytest.raises(AssertionError):
+        law(twins.broken(name, twin), 0)
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_the_parts_that_twins_are_made_of_are_sound(name):
+    for law, pairs in CASES.items():
+        if any(name == replaced for replaced, _ in pairs):
+            law(twins.broken(name, SOUND[name]), 0)
+
+
+def test_every_law_has_a_twin_and_every_twin_a_law():
+    written = [thing for thing in vars(laws).values() if is_law(thing)]
+    assert set(written) == set(CASES)
+    assert all(CASES.values())
+    used = {twin.__name__ for pairs in CASES.values() for _, twin in pairs} | {t.__name__ for t in SOUND.values()}
+    defined = {
+        name
+        for name, thing in vars(twins).items()
+        if inspect.isfunction(thing) and thing.__module__ == twins.__name__ and not name.startswith("_")
+    }
+    assert used == defined - {"broken"}

@@ -1,0 +1,166 @@
+"""The equations of `rlhf.functional`, transcribed as slow loops over Python floats (float64).
+
+Nothing here is clever: one loop for each sum of an equation, and no code shared with the package.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+GARBAGE = 1e3
+"""Size of the numbers that stand on padding in the inputs of tests."""
+
+
+def ragged_mask(seed: int, rows: int, columns: int) -> Tensor:
+    """[rows, columns] bool, a non-empty prefix in each row; row 0 is full and row 1 (if any) has one token."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, columns + 1, (rows,), generator=generator)
+    lengths[0] = columns
+    if rows > 1:
+        lengths[1] = 1
+    return torch.arange(columns) < lengths[:, None]
+
+
+def ragged(seed: int, mask: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """Normal numbers of the given scale where the mask is True, large finite garbage elsewhere."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    x = torch.randn(mask.shape, generator=generator, dtype=torch.float64)
+    return torch.where(mask, scale * x, GARBAGE * (x + 1)).to(dtype)
+
+
+def _kept(x: Tensor, mask: Tensor) -> list[float]:
+    pairs = zip(x.double().flatten().tolist(), mask.flatten().tolist(), strict=True)
+    return [value for value, counts in pairs if counts]
+
+
+def _elementwise(function: Callable[..., float], *tensors: Tensor) -> Tensor:
+    columns = [t.detach().double().flatten().tolist() for t in tensors]
+    flat = [function(*row) for row in zip(*columns, strict=True)]
+    return torch.tensor(flat, dtype=torch.float64).reshape(tensors[0].shape)
+
+
+def masked_sum(x: Tensor, mask: Tensor) -> float:
+    total = 0.0
+    for value in _kept(x, mask):
+        total += value
+    return total
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> float:
+    return masked_sum(x, mask) / len(_kept(x, mask))
+
+
+def masked_moments(x: Tensor, mask: Tensor) -> list[float]:
+    values = _kept(x, mask)
+    return [float(len(values)), sum(values), sum(value * value for value in values)]
+
+
+def _variance(values: list[float]) -> float:
+    mean = sum(values) / len(values)
+    return sum((value - mean) ** 2 for value in values) / len(values)
+
+
+def masked_whiten(x: Tensor, mask: Tensor, center: bool = True) -> Tensor:
+    values = _kept(x, mask)
+    mean = sum(values) / len(values)
+    scale = max(math.sqrt(_variance(values)), 1e-3, 1e-6 * abs(mean))
+    shift = 0.0 if center else mean
+
+    def one(value: float, counts: float) -> float:
+        return (value - mean) / scale + shift if counts else 0.0
+
+    return _elementwise(one, x, mask)
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    v, g = _kept(values, mask), _kept(returns, mask)
+    errors = [g_i - v_i for v_i, g_i in zip(v, g, strict=True)]
+    return 1.0 - _variance(errors) / _variance(g)
+
+
+def token_logprobs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
+    rows = logits.double().reshape(-1, logits.shape[-1]).tolist()
+    result = []
+    for row, token in zip(rows, ids.flatten().tolist(), strict=True):
+        largest = max(row)
+        total = sum(math.exp((z - largest) / temperature) for z in row)
+        result.append((row[token] - largest) / temperature - math.log(total))
+    return torch.tensor(result, dtype=torch.float64).reshape(ids.shape)
+
+
+def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    vocabulary = logits.shape[-1]
+    total = torch.zeros(logits.shape[:-1], dtype=torch.float64)
+    for token in range(vocabulary):
+        logp = token_logprobs(logits, torch.full(logits.shape[:-1], token), temperature)
+        total = total - _elementwise(lambda lp: math.exp(lp) * lp if lp > -math.inf else 0.0, logp)
+    return total
+
+
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
+    def one(logp: float, ref: float) -> float:
+        ratio = math.exp(ref - logp)
+        if kind == "k1":
+            return -math.log(ratio)
+        if kind == "k2":
+            return 0.5 * math.log(ratio) ** 2
+        return ratio - 1.0 - math.log(ratio)
+
+    return _elementwise(one, logprobs, ref_logprobs)
+
+
+def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor, preference: Tensor) -> Tensor:
+    def nats(gap: float) -> float:  # - log sigma(gap), without overflow
+        return math.log1p(math.exp(-gap)) if gap > 0 else math.log1p(math.exp(gap)) - gap
+
+    def one(c: float, r: float, m: float, p: float) -> float:
+        return p * nats(c - r - m) + (1 - p) * nats(r - c - m)
+
+    return _elementwise(one, chosen, rejected, margin, preference)
+
+
+def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
+    rewards = torch.zeros(kl.shape, dtype=torch.float64)
+    for b in range(kl.shape[0]):
+        tokens = sum(mask[b].tolist())
+        for t in range(tokens):
+            rewards[b, t] = -kl_coef * float(kl[b, t])
+            if t == tokens - 1:
+                rewards[b, t] += float(scores[b])
+    return rewards
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
+    """The sum over later temporal differences, written out: A_t = sum_l (gamma lam)^l delta_{t+l}."""
+    advantages = torch.zeros(rewards.shape, dtype=torch.float64)
+    for b in range(rewards.shape[0]):
+        tokens = sum(mask[b].tolist())
+        r, v = rewards[b, :tokens].tolist(), [*values[b, :tokens].tolist(), 0.0]
+        for t in range(tokens):
+            for later in range(t, tokens):
+                delta = r[later] + gamma * v[later + 1] - v[later]
+                advantages[b, t] += (gamma * lam) ** (later - t) * delta
+    return advantages
+
+
+def policy_loss(
+    logprobs: Tensor, old: Tensor, advantages: Tensor, low: float, high: float, dual_clip: float | None = None
+) -> Tensor:
+    def one(logp: float, logp_old: float, a: float) -> float:
+        ratio = math.exp(min(max(logp - logp_old, -20.0), 20.0))
+        loss = max(-a * ratio, -a * min(max(ratio, 1 - low), 1 + high))
+        return min(loss, -dual_clip * a) if dual_clip is not None and a < 0 else loss
+
+    return _elementwise(one, logprobs, old, advantages)
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float | None) -> Tensor:
+    def one(v: float, v_old: float, g: float) -> float:
+        clipped = v if clip_range is None else v_old + min(max(v - v_old, -clip_range), clip_range)
+        return 0.5 * max((v - g) ** 2, (clipped - g) ** 2)
+
+    return _elementwise(one, values, old_values, returns)
