@@ -53,6 +53,9 @@ class SFTConfig(Stage):
     """Supervised fine-tuning on demonstrations."""
 
     model: ModelSource
+    chat_template: str | None = Field(
+        None, description="Jinja file that replaces the tokenizer's chat template, or 'chatml'; later stages inherit it"
+    )
     data: Data
     optim: Optim = Optim(learning_rate=2e-5, epochs=2)
     lora: Lora = Lora()

@@ -112,8 +112,8 @@ class RunDir:
         attempts = int(self.info.get("attempts", 0)) + 1
         self.info = {
             "id": uuid.uuid4().hex, "stage": stage, "status": "running", "rlhf": __version__, "versions": versions,
-            "commit": _commit(), "python": platform.python_version(), "seed": seed, "processes": processes, "attempts": attempts,
-            "started": _now(), "inputs": dict(inputs), "data": {}, "timings_s": {},
+            "commit": _commit(), "python": platform.python_version(), "seed": seed, "processes": processes,
+            "attempts": attempts, "started": _now(), "inputs": dict(inputs), "data": {}, "timings_s": {},
         }  # fmt: skip
         self.save()
 

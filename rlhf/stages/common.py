@@ -12,7 +12,7 @@ import torch
 
 from rlhf.config.schema import Stage
 from rlhf.config.sections import Data, ModelSource
-from rlhf.data.render import Renderer, prepare_tokenizer
+from rlhf.data.render import CHATML, Renderer, prepare_tokenizer
 from rlhf.data.sources import RecordSet, load_records, split
 from rlhf.errors import ConfigError, DataError
 from rlhf.models.distributed import check_world, is_main, library_versions, quiet_libraries
@@ -91,15 +91,37 @@ def start(run: RunDir, stage: str, config: Stage) -> None:
     )
 
 
-def open_tokenizer(source: ModelSource, console: Console) -> tuple[Any, Renderer]:
-    """Tokenizer and renderer of a model, with what had to be added said aloud."""
+def read_template(name: str | None) -> str | None:
+    """The chat template that a configuration asks for, or None for the tokenizer's own.
+
+    Raises: ConfigError if the file cannot be read.
+    """
+    if name is None:
+        return None
+    if name == "chatml":
+        return CHATML
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            "the chat template cannot be read", found=str(error), where="chat_template", do="give a file, or 'chatml'"
+        ) from None
+
+
+def open_tokenizer(source: ModelSource, console: Console, *, template: str | None = None) -> tuple[Any, Renderer]:
+    """Tokenizer and renderer of a model, with what had to be added said aloud.
+
+    Args:
+        template: replaces the tokenizer's chat template; the model's hand-over record is then no longer binding.
+    """
     tokenizer = load_tokenizer(source)
-    for note in prepare_tokenizer(tokenizer):
+    for note in prepare_tokenizer(tokenizer, template):
         console.note(f"tokenizer: {note}")
     renderer = Renderer(tokenizer)
     for note in renderer.notes:
         console.note(f"template: {note}")
-    handover.verify(renderer.identity(), handover.read(resolve(source)), where=source.path, role="this model")
+    if template is None:
+        handover.verify(renderer.identity(), handover.read(resolve(source)), where=source.path, role="this model")
     return tokenizer, renderer
 
 

@@ -15,6 +15,7 @@ from rlhf.stages.common import (
     check_context,
     open_tokenizer,
     read_data,
+    read_template,
     say_model,
     start,
 )
@@ -26,7 +27,7 @@ def run(config: SFTConfig, console: Console) -> RunResult:
     directory, state = begin("sft", config, console)
     if state == "finished":
         return RunResult(directory.path, directory.info.get("summary", {}), skipped=True)
-    tokenizer, renderer = open_tokenizer(config.model, console)
+    tokenizer, renderer = open_tokenizer(config.model, console, template=read_template(config.chat_template))
     train, validation, prints = read_data("demonstration", config.data, config.seed, console)
     train_rows = rendering.conversations(train, renderer, config.data, "training", console)
     valid_rows = rendering.conversations(validation, renderer, config.data, "validation", console)

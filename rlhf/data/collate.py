@@ -1,0 +1,168 @@
+"""Rendered records to tensors: cut to length, pad to a rectangle. Masks come from lengths, never from token ids, so a
+pad token may equal any other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rlhf.data.render import Rendered
+from rlhf.errors import DataError, ShapeError
+
+IGNORE = -100  # label without loss, as in torch.nn.functional.cross_entropy
+TooLong = Literal["error", "drop", "truncate"]
+
+
+@dataclass
+class LengthReport:
+    """Counts of records (a pair is one) that `fit` and `fit_pair` saw."""
+
+    total: int = 0
+    too_long: int = 0
+    truncated: int = 0
+    dropped: int = 0
+    longest: int = 0  # tokens
+
+    def text(self, max_length: int) -> str:
+        """One line: "12 of 400 records (3.0 %) are longer than 256 tokens (longest 812): 10 truncated, 2 dropped"."""
+        share = 100.0 * self.too_long / max(1, self.total)
+        return (
+            f"{self.too_long} of {self.total} records ({share:.1f} %) are longer than {max_length} tokens "
+            f"(longest {self.longest}): {self.truncated} truncated, {self.dropped} dropped"
+        )
+
+
+def fit(
+    rendered: Rendered, max_length: int, too_long: TooLong, report: LengthReport | None = None, *, where: str = ""
+) -> Rendered | None:
+    """`rendered` if it has at most `max_length` tokens; else as `too_long` says. Truncation keeps the left part.
+
+    Returns: None if the record is dropped, also when truncation left no token that carries loss.
+    Raises: DataError with too_long="error".
+    """
+    fitted = _fit((rendered,), max_length, too_long, report or LengthReport(), where)
+    return fitted[0] if fitted else None
+
+
+def fit_pair(
+    chosen: Rendered, rejected: Rendered, max_length: int, too_long: TooLong, report: LengthReport | None = None,
+    *, where: str = "",
+) -> tuple[Rendered, Rendered] | None:  # fmt: skip
+    """As `fit` for the two sides of a comparison: both or neither; a pair that truncation makes equal is dropped."""
+    fitted = _fit((chosen, rejected), max_length, too_long, report or LengthReport(), where)
+    return (fitted[0], fitted[1]) if fitted else None
+
+
+def _fit(
+    sides: tuple[Rendered, ...], max_length: int, too_long: TooLong, report: LengthReport, where: str
+) -> tuple[Rendered, ...] | None:
+    longest = max(len(side.ids) for side in sides)
+    report.total += 1
+    report.longest = max(report.longest, longest)
+    if longest <= max_length:
+        return sides
+    report.too_long += 1
+    if too_long == "error":
+        raise DataError(
+            f"longer than max_length {max_length}", found=f"{longest} tokens", where=where,
+            do="raise data.max_length, or set data.too_long=drop or truncate",
+        )  # fmt: skip
+    cut = tuple(Rendered(side.ids[:max_length], side.mask[:max_length]) for side in sides)
+    alike = len(cut) > 1 and cut[0].ids == cut[1].ids
+    if too_long == "drop" or alike or not all(any(side.mask) for side in cut):
+        report.dropped += 1
+        return None
+    report.truncated += 1
+    return cut
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Prompts, which must end where generation starts.
+
+    Example: pad_left([[5], [6, 7]], 0) -> [[0, 5], [6, 7]], [[F, T], [T, T]]
+    Args:
+        rows: B rows of token ids, none empty.
+        pad_id: fills the rest.
+    Returns: ids [B, P] int64 and mask [B, P] bool, P the longest row.
+    Raises: ShapeError if there are no rows or one is empty.
+    """
+    return _pad(rows, pad_id, left=True)
+
+
+def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Responses and whole sequences. As `pad_left`, filled on the right: ids [B, T] int64 and mask [B, T] bool."""
+    return _pad(rows, pad_id, left=False)
+
+
+def _pad(rows: Sequence[Sequence[int]], pad_id: int, *, left: bool) -> tuple[Tensor, Tensor]:
+    empty = [i for i, row in enumerate(rows) if len(row) == 0]
+    if not rows or empty:
+        raise ShapeError(
+            "every row of a batch needs a token", found=f"{len(rows)} rows, empty: {empty[:8]}", where="pad"
+        )
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
+    mask = torch.zeros((len(rows), width), dtype=torch.bool)
+    for i, row in enumerate(rows):
+        span = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[i, span] = torch.as_tensor(row, dtype=torch.int64)
+        mask[i, span] = True
+    return ids, mask
+
+
+@dataclass(frozen=True)
+class PairCollator:
+    """Comparisons for a `transformers` Trainer."""
+
+    pad_id: int
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Collate B pairs.
+
+        Args:
+            features: "chosen_ids", "rejected_ids", "preference" (P(chosen is better)) and, in all or none, "margin".
+        Returns: "input_ids" [2B, T] int64, the B chosen rows first, then the B rejected; "attention_mask" [2B, T]
+            int64; "preference" [B] float32; "margin" [B] float32 if given.
+        Raises: ShapeError for an empty row, or if only some pairs have a margin.
+        """
+        rows = [f["chosen_ids"] for f in features] + [f["rejected_ids"] for f in features]
+        ids, mask = pad_right(rows, self.pad_id)
+        batch = {
+            "input_ids": ids,
+            "attention_mask": mask.long(),
+            "preference": torch.tensor([float(f["preference"]) for f in features], dtype=torch.float32),
+        }
+        margins = [f["margin"] for f in features if f.get("margin") is not None]
+        if margins and len(margins) < len(features):
+            found = f"{len(margins)} of {len(features)} pairs"
+            raise ShapeError("a margin must be stated for every pair or for none", found=found, where="PairCollator")
+        if margins:
+            batch["margin"] = torch.tensor([float(m) for m in margins], dtype=torch.float32)
+        return batch
+
+
+@dataclass(frozen=True)
+class DemonstrationCollator:
+    """Demonstrations and documents for a `transformers` Trainer."""
+
+    pad_id: int
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Collate B sequences.
+
+        Args:
+            features: "input_ids", and "labels" of the same length: the id where it carries loss, -100 elsewhere.
+        Returns: "input_ids", "attention_mask", "labels", each [B, T] int64, right-padded; labels are -100 on padding.
+        Raises: ShapeError for an empty row, or labels of another length.
+        """
+        for i, f in enumerate(features):
+            if len(f["labels"]) != len(f["input_ids"]):
+                found = f"{len(f['labels'])} labels for {len(f['input_ids'])} ids in row {i}"
+                raise ShapeError("labels and input_ids differ in length", found=found, where="DemonstrationCollator")
+        ids, mask = pad_right([f["input_ids"] for f in features], self.pad_id)
+        labels, _ = pad_right([f["labels"] for f in features], IGNORE)
+        return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}

@@ -1,0 +1,334 @@
+"""File formats: recognise one from the column names, and convert a row of it to a record. Nothing is guessed silently:
+when no format fits, or more than one does, the user is asked for `columns:` or `format:`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+from rlhf.data.records import (
+    DROP,
+    BadRow,
+    Comparison,
+    Demonstration,
+    Messages,
+    Prompt,
+    Record,
+    Text,
+    check_comparison,
+    check_demonstration,
+    check_prompt,
+    check_string,
+    check_text,
+)
+from rlhf.errors import DataError
+
+Kind = Literal["text", "demonstration", "comparison", "prompt", "document"]
+Row = Mapping[str, Any]
+
+# Columns that a format needs, by what is to be read from it. "document" is text or demonstration.
+_TALK: dict[str, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "prompt-completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+    "sharegpt": ("conversations",),
+    "transcript": ("transcript",),
+}
+_PAIR: dict[str, tuple[str, ...]] = {
+    "preference": ("prompt", "chosen", "rejected"),
+    "alpaca": ("instruction", "chosen", "rejected"),
+    "implicit-preference": ("chosen", "rejected"),
+}
+FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
+    "text": {"text": ("text",)},
+    "demonstration": _TALK,
+    "document": {"text": ("text",)} | _TALK,
+    "comparison": _PAIR,
+    "prompt": {
+        "prompt": ("prompt",),
+        "messages": ("messages",),
+        "alpaca": ("instruction",),
+        "sharegpt": ("conversations",),
+        "transcript": ("transcript",),
+        "implicit-preference": ("chosen", "rejected"),
+    },
+}
+# Accepted when `format` names them; recognition has no need of them or could not tell them apart.
+_BY_NAME: dict[str, dict[str, tuple[str, ...]]] = {
+    "comparison": {"transcript": ("chosen", "rejected")},
+    "prompt": {"preference": ("prompt",), "prompt-completion": ("prompt",)},
+}
+# chosen/rejected hold the prompt only if nothing else does.
+_PROMPT_COLUMNS = {"prompt", "instruction"}
+_NOT_EXTRA = {"prompt", "chosen", "rejected", "instruction", "input", "preference", "margin"}
+
+_SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+_TAG = re.compile(r"(?<!\w)(?:Human|Assistant):")
+
+
+def recognise(columns: Iterable[str], kind: str, where: str = "") -> str:
+    """Name of the one format whose columns are all there. One that needs a strict subset of another's gives way to it.
+
+    Raises: DataError listing the columns found and the formats known, if none or several fit.
+    """
+    names = set(columns)
+    fits = {name: set(need) for name, need in FORMATS[kind].items() if set(need) <= names}
+    if names & _PROMPT_COLUMNS:
+        fits.pop("implicit-preference", None)
+    best = [name for name, need in fits.items() if not any(need < other for other in fits.values())]
+    if len(best) == 1:
+        return best[0]
+    if best:
+        raise DataError(
+            f"several formats fit: {', '.join(best)}", found=f"columns {_listed(names)}", where=where,
+            do=f"set format: to one of them (kind: {kind})",
+        )  # fmt: skip
+    raise _no_fit(names, kind, where)
+
+
+def check_format(name: str, columns: Iterable[str], kind: str, where: str = "") -> str:
+    """Return `name` if that format serves `kind` and its columns are there. Raises: DataError otherwise."""
+    known = FORMATS[kind] | _BY_NAME.get(kind, {})
+    names = set(columns)
+    if name not in known:
+        raise DataError(
+            f"format '{name}' cannot give a {kind}", where=where, do=f"formats that can: {', '.join(sorted(known))}"
+        )
+    missing = [column for column in known[name] if column not in names]
+    if missing:
+        raise DataError(
+            f"format '{name}' needs the column(s) {', '.join(missing)}", found=f"columns {_listed(names)}", where=where,
+            do=f"name the file's columns, e.g. columns: {{{missing[0]}: THEIR_NAME}}",
+        )  # fmt: skip
+    return name
+
+
+def describe(name: str, columns: Iterable[str], kind: str, *, recognised: bool) -> str:
+    """For the notes: the format, what it was recognised from, and what becomes of the other columns."""
+    need = (FORMATS[kind] | _BY_NAME.get(kind, {}))[name]
+    text = f"format {name}"
+    if recognised:
+        text += f" (recognised from column{'s' if len(need) > 1 else ''} {', '.join(repr(column) for column in need)})"
+    used = set(need) | (_NOT_EXTRA if kind == "comparison" else {"input"} if name == "alpaca" else set())
+    others = sorted(set(columns) - used)
+    if others and kind != "prompt":
+        text += f", {'kept beside' if kind == 'comparison' else 'not used'}: {', '.join(others)}"
+    return text
+
+
+def _no_fit(names: set[str], kind: str, where: str) -> DataError:
+    known = "; ".join(f"{name} ({', '.join(need)})" for name, need in FORMATS[kind].items())
+    ours = next(iter(FORMATS[kind].values()))[0]
+    return DataError(
+        f"no format for a {kind} fits", found=f"columns {_listed(names)}", where=where,
+        do=f"known: {known}. Name the file's columns, e.g. columns: {{{ours}: THEIR_NAME}}",
+    )  # fmt: skip
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "none"
+
+
+def rename(row: Any, columns: Mapping[str, str]) -> Any:
+    """Our names for the mapped columns; a column that already has such a name is shadowed."""
+    if not columns or not isinstance(row, Mapping):
+        return row
+    taken = set(columns) | set(columns.values())
+    kept = {name: value for name, value in row.items() if name not in taken}
+    return kept | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
+
+
+def convert(row: Row, format: str, kind: str, where: str) -> Record:
+    """One row, its columns already renamed to ours, to a checked record.
+
+    Args:
+        row: column -> value.
+        format: a name that `recognise` or `check_format` returned for this kind.
+        kind: what is wanted.
+        where: e.g. "data/x.jsonl row 118".
+    Raises: BadRow (a DataError) with the reason, if the row breaks the contract.
+    """
+    if format == "text":
+        return check_text(Text(_get(row, "text", where), where))
+    if kind == "comparison":
+        return _comparison(row, format, where)
+    if kind == "prompt":
+        return check_prompt(Prompt(_prompt_only(row, format, where), where, dict(row)))
+    return check_demonstration(Demonstration(_TALKERS[format](row, where), where))
+
+
+def _comparison(row: Row, format: str, where: str) -> Comparison:
+    if format == "implicit-preference" or (format == "transcript" and row.get("prompt") is None):
+        prompt, chosen, rejected = _shared_prompt(row, format, where)
+    else:
+        prompt = (
+            _instruction(row, where) if format == "alpaca" else _prompt(row, where, transcript=format == "transcript")
+        )
+        chosen, rejected = (_reply(row, side, prompt, where) for side in ("chosen", "rejected"))
+    preference = _number(row.get("preference"))
+    return check_comparison(
+        Comparison(
+            prompt, chosen, rejected, where,
+            preference=1.0 if preference is None else preference, margin=_number(row.get("margin")),
+            extra={name: value for name, value in row.items() if name not in _NOT_EXTRA},
+        )
+    )  # fmt: skip
+
+
+def _shared_prompt(row: Row, format: str, where: str) -> tuple[Messages, str, str]:
+    """Both sides hold the whole conversation: the common part is the prompt, the last turn the response."""
+    sides: list[Messages] = []
+    for name in ("chosen", "rejected"):
+        value = _get(row, name, where)
+        if isinstance(value, str) and not value.strip():
+            raise BadRow(f"empty {name}", f"{name} is empty", where=where)
+        if isinstance(value, str) and not _is_transcript(value):
+            raise BadRow(
+                "no prompt", f"'{name}' is plain text and there is no prompt", where=where,
+                do=f"name the prompt column, e.g. columns: {{prompt: THEIR_NAME}}; otherwise {DROP}",
+            )  # fmt: skip
+        turns = _transcript(value, where) if isinstance(value, str) else _turns(value, name, where)
+        if len(turns) < 2 or turns[-1]["role"] != "assistant":
+            raise BadRow("role order", f"'{name}' must be a prompt and then an assistant turn", where=where)
+        sides.append(turns)
+    if sides[0][:-1] != sides[1][:-1]:
+        raise BadRow("prompts differ", "'chosen' and 'rejected' do not share one prompt", where=where)
+    return sides[0][:-1], sides[0][-1]["content"], sides[1][-1]["content"]
+
+
+def _prompt_only(row: Row, format: str, where: str) -> Messages:
+    """The messages up to the last user turn."""
+    if format == "implicit-preference":
+        return _shared_prompt(row, format, where)[0]
+    if format == "alpaca":
+        return _instruction(row, where)
+    if format in ("prompt", "preference", "prompt-completion"):
+        return _prompt(row, where)
+    messages = _TALKERS[format](row, where)
+    return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
+
+
+def _prompt_completion(row: Row, where: str) -> Messages:
+    prompt, completion = _prompt(row, where), _get(row, "completion", where)
+    if isinstance(completion, list | tuple):
+        return prompt + _turns(completion, "completion", where)
+    return [*prompt, {"role": "assistant", "content": completion}]
+
+
+_TALKERS: dict[str, Callable[[Row, str], Messages]] = {
+    "messages": lambda row, where: _turns(_get(row, "messages", where), "messages", where),
+    "sharegpt": lambda row, where: _turns(_get(row, "conversations", where), "conversations", where),
+    "transcript": lambda row, where: _transcript(_get(row, "transcript", where), where),
+    "prompt-completion": _prompt_completion,
+    "alpaca": lambda row, where: [
+        *_instruction(row, where), {"role": "assistant", "content": _get(row, "output", where)}
+    ],
+}  # fmt: skip
+
+
+def _prompt(row: Row, where: str, *, transcript: bool = False) -> Messages:
+    value = _get(row, "prompt", where)
+    if isinstance(value, list | tuple):
+        return _turns(value, "prompt", where)
+    text = check_string(value, "prompt", where, empty="empty prompt")
+    if transcript:
+        messages = _transcript(text, where)
+        open_turn = messages[-1]["role"] == "assistant" and not messages[-1]["content"]
+        return messages[:-1] if open_turn else messages
+    if _is_transcript(text):
+        raise BadRow(
+            "transcript in prompt", "the prompt is a Human/Assistant transcript", where=where,
+            do=f"set format: transcript (or map it: columns: {{transcript: prompt}}); otherwise {DROP}",
+        )  # fmt: skip
+    return [{"role": "user", "content": text}]
+
+
+def _instruction(row: Row, where: str) -> Messages:
+    """Alpaca: the instruction, then after a blank line the input, if there is one."""
+    text = check_string(_get(row, "instruction", where), "instruction", where, empty="empty prompt")
+    given = row.get("input")
+    if given is None or given == "":
+        return [{"role": "user", "content": text}]
+    if not isinstance(given, str):
+        check_string(given, "input", where, empty="empty prompt")
+    return [{"role": "user", "content": f"{text}\n\n{given}" if given.strip() else text}]
+
+
+def _reply(row: Row, name: str, prompt: Messages, where: str) -> Any:
+    """Text of one response, given as text, as one assistant turn, or as the prompt followed by one assistant turn."""
+    value = _get(row, name, where)
+    if isinstance(value, str) and value.startswith("\n\nHuman:"):
+        value = _transcript(value, where)
+    if not isinstance(value, list | tuple):
+        return value
+    turns = _turns(value, name, where)
+    rest = turns[len(prompt) :] if turns[: len(prompt)] == prompt else turns
+    if len(rest) != 1 or rest[0]["role"] != "assistant":
+        if rest and rest is turns and rest[0]["role"] != "assistant":
+            raise BadRow("prompts differ", f"'{name}' does not begin with the row's prompt", where=where)
+        raise BadRow("role order", f"'{name}' must be one assistant turn after the prompt", where=where)
+    return rest[0]["content"]
+
+
+def _turns(value: Any, name: str, where: str) -> Messages:
+    """A list of {role, content} or {from, value}; JSON text of such a list, which CSV needs, is read too."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except ValueError as exc:
+            what = f"'{name}' is not valid JSON: {exc}"
+            raise BadRow(f"{name} is not a message list", what, found=value[:40], where=where) from None
+    if not isinstance(value, list | tuple):
+        what = f"'{name}' must be a list of messages"
+        raise BadRow(f"{name} is not a message list", what, found=f"{type(value).__name__} {value!r:.40}", where=where)
+    messages: Messages = []
+    for i, turn in enumerate(value):
+        if isinstance(turn, Mapping) and "role" in turn and "content" in turn:
+            messages.append({"role": turn["role"], "content": turn["content"]})
+        elif isinstance(turn, Mapping) and "from" in turn and "value" in turn:
+            speaker = turn["from"]
+            role = _SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
+            messages.append({"role": role, "content": turn["value"]})
+        else:
+            what = f"turn {i + 1} of '{name}' has neither role/content nor from/value"
+            raise BadRow("malformed turn", what, found=f"{turn!r:.60}", where=where)
+    return messages
+
+
+def _is_transcript(text: str) -> bool:
+    return text.lstrip("\n").startswith(("Human:", "Assistant:")) and "\n\nAssistant:" in text
+
+
+def _transcript(text: Any, where: str) -> Messages:
+    """'\\n\\nHuman: a\\n\\nAssistant: b' to messages; blanks around a turn are notation and are removed."""
+    check_string(text, "transcript", where, empty="empty prompt")
+    before, *parts = _TURN.split("\n\n" + text.lstrip("\n"))
+    if before.strip() or not parts:
+        raise BadRow("not a transcript", "text before the first speaker tag", found=f"{text!r:.60}", where=where)
+    messages: Messages = []
+    for speaker, said in zip(parts[::2], parts[1::2], strict=True):
+        tag = _TAG.search(said)
+        if tag:
+            found = said[max(0, tag.start() - 20) : tag.end() + 20]
+            raise BadRow("speaker tag inside a turn", "a speaker tag stands inside a turn", found=found, where=where)
+        messages.append({"role": "user" if speaker == "Human" else "assistant", "content": said.strip()})
+    return messages
+
+
+def _get(row: Row, name: str, where: str) -> Any:
+    if name not in row:
+        raise BadRow(f"missing '{name}'", f"the row has no '{name}'", found=_listed(map(str, row)), where=where)
+    return row[name]
+
+
+def _number(value: Any) -> Any:
+    """Cells of a table are text; an empty one means not stated. Anything that is no number is left for the check."""
+    if isinstance(value, str):
+        try:
+            return float(value) if value.strip() else None
+        except ValueError:
+            return value
+    return value
