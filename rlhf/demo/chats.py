@@ -1,0 +1,119 @@
+"""Conversations: prompts with history, demonstrations, and pretraining transcripts with reacting users.
+
+In the transcripts the next user turn often reacts to the quality of the reply before it. That is what makes a language
+model carry the quality of a reply past its end: without it nothing after the reply depends on how good the reply was,
+and a reward model that reads the last position starts from features that were never trained.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from . import phrases
+from .asks import Ask, Context, held_out
+from .questions import FAMILIES, Questions
+from .replies import Manner, Writer
+from .styles import CROWD, SFT, drift
+
+Message = dict[str, str]
+MAX_PROMPT_WORDS = 60
+
+
+def words_in(messages: list[Message]) -> int:
+    """Words of all turns together."""
+    return sum(len(message["content"].split()) for message in messages)
+
+
+class Chats:
+    """Draws conversations from one random generator."""
+
+    def __init__(self, rng: random.Random) -> None:
+        """`rng` is shared by questions, manners and replies."""
+        self.rng = rng
+        self.writer = Writer(rng)
+        self.usual = Questions(rng)
+        self.novel = Questions(rng, ood=True)
+
+    def _training_ask(self, context: Context) -> Ask:
+        """A question that is not set aside for evaluation."""
+        while True:
+            ask = self.usual.tell(context) if self._tells(context) else self.usual.ask(context)
+            if not held_out(ask.text):
+                return ask
+
+    def _tells(self, context: Context) -> bool:
+        return not context.told and self.rng.random() < 0.08
+
+    def _history(self, turns: int) -> tuple[list[Message], Context]:
+        """Earlier exchanges, answered in the manner of the demonstrations."""
+        messages: list[Message] = []
+        context = Context()
+        for _ in range(turns):
+            ask = self._training_ask(context)
+            reply = self.writer.reply(ask.task, SFT.draw(self.rng))
+            messages += [{"role": "user", "content": ask.text}, {"role": "assistant", "content": reply}]
+            context.advance(ask)
+        return messages, context
+
+    def prompt(self, *, kind: str = "train") -> tuple[list[Message], Ask]:
+        """A prompt and its last question. kind: train, heldout (set-aside strings) or ood (reserved wordings)."""
+        while True:
+            turns = self.rng.choices((0, 1, 2), (0.70, 0.26, 0.04))[0]
+            messages, context = self._history(turns)
+            if kind == "train":
+                ask = self._training_ask(context)
+            elif kind == "ood":
+                ask = self.novel.ask(context)
+            else:
+                family = self.rng.choices(list(FAMILIES), list(FAMILIES.values()))[0]
+                ask = self.usual.ask(context, family)
+                for _ in range(200):
+                    if held_out(ask.text):
+                        break
+                    ask = self.usual.ask(context, family)
+            if (kind == "heldout") != held_out(ask.text) and kind != "ood":
+                continue
+            messages = [*messages, {"role": "user", "content": ask.text}]
+            if words_in(messages) <= MAX_PROMPT_WORDS:
+                return messages, ask
+
+    def demonstration(self) -> list[Message]:
+        """A prompt followed by a reply of the demonstration writers."""
+        messages, ask = self.prompt()
+        return [*messages, {"role": "assistant", "content": self.writer.reply(ask.task, SFT.draw(self.rng))}]
+
+    def transcript(self) -> list[Message]:
+        """Two to four exchanges with one persona and a user who reacts."""
+        rng, context, messages = self.rng, Context(), list[Message]()
+        persona = CROWD.draw(rng)
+        reaction = ""
+        for _ in range(rng.choices((2, 3, 4), (0.56, 0.34, 0.10))[0]):
+            while True:
+                ask = self._training_ask(context)
+                turn = f"{reaction} {ask.text}".strip()
+                if not held_out(turn):
+                    break
+            manner = persona if not messages else drift(rng, persona)
+            reply = self.writer.reply(ask.task, manner)
+            messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": reply}]
+            context.advance(ask)
+            persona, reaction = manner, self.react(ask.task, manner)
+        return messages
+
+    def react(self, task: dict[str, Any], manner: Manner) -> str:
+        """What the user says about a reply before going on; "" in some of the cases."""
+        rng = self.rng
+        if rng.random() < 0.25:
+            return ""
+        kind = task["type"]
+        defects = manner.defects()
+        name = rng.choice(defects) if defects else "good" if manner.polite else rng.choice(("good", "plain"))
+        if name in ("good", "wrong") and kind in ("talk", "unknown"):
+            name = f"{name} {kind}"
+        if name == "plain" and kind in ("talk", "unknown"):
+            return ""
+        text = rng.choice(phrases.REACTIONS[name])
+        if name == "wrong" and rng.random() < 0.35:
+            text += " " + self.writer.reply(task, Manner())
+        return text

@@ -1,0 +1,175 @@
+"""Writes the demo data set: same seed, same bytes.
+
+Each file draws from its own random generator, seeded with a string, so that changing the size of one file leaves the
+others as they are. Training files carry text and labels only; tasks go into `eval/`, gold numbers nowhere.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from . import phrases
+from .asks import Ask, normalise
+from .chats import Chats, Message
+from .corpus import Corpus
+from .gold import utility
+from .rater import Rater
+from .readme import readme
+from .replies import Manner
+from .styles import GOOD, WIDE
+
+SIZES = {
+    "corpus": 18500,
+    "corpus_valid": 200,
+    "dialogues": 12000,
+    "sft": 5000,
+    "sft_valid": 300,
+    "preferences": 6000,
+    "preferences_valid": 500,
+    "preferences_test": 1000,
+    "prompts": 3000,
+    "eval/heldout": 500,
+    "eval/ood": 500,
+}
+Row = dict[str, Any]
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> int:
+    """Write JSON lines without spaces, in UTF-8 with plain newlines; returns how many."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row, ensure_ascii=False, separators=(",", ":")) for row in rows]
+    path.write_bytes(("\n".join(lines) + "\n").encode())
+    return len(lines)
+
+
+def prompt_key(messages: list[Message]) -> str:
+    """Normalised full prompt, for comparing prompts across files."""
+    return " | ".join(normalise(message["content"]) for message in messages)
+
+
+class Generator:
+    """All files of one seed and scale."""
+
+    def __init__(self, seed: int, scale: float) -> None:
+        """`scale` multiplies the number of rows of every file (at least ten each)."""
+        self.seed = seed
+        self.sizes = {name: max(10, round(size * scale)) for name, size in SIZES.items()}
+
+    def _rng(self, name: str) -> random.Random:
+        return random.Random(f"{self.seed}:{name}")
+
+    def corpora(self) -> dict[str, list[Row]]:
+        """Training paragraphs and unseen ones."""
+        train = Corpus(self._rng("corpus"))
+        rows = [{"text": train.paragraph()} for _ in range(self.sizes["corpus"])]
+        seen = {row["text"] for row in rows}
+        valid: list[Row] = []
+        other = Corpus(self._rng("corpus_valid"))
+        while len(valid) < self.sizes["corpus_valid"]:
+            text = other.paragraph()
+            if text not in seen:
+                seen.add(text)
+                valid.append({"text": text})
+        return {"corpus": rows, "corpus_valid": valid}
+
+    def conversations(self) -> dict[str, list[Row]]:
+        """Transcripts, demonstrations and prompts."""
+        found: dict[str, list[Row]] = {}
+        chats = Chats(self._rng("dialogues"))
+        found["dialogues"] = [{"messages": chats.transcript()} for _ in range(self.sizes["dialogues"])]
+        seen: set[str] = set()
+        for name in ("sft", "sft_valid"):
+            chats, rows = Chats(self._rng(name)), list[Row]()
+            while len(rows) < self.sizes[name]:
+                messages = chats.demonstration()
+                if (key := prompt_key(messages)) not in seen:
+                    seen.add(key)
+                    rows.append({"messages": messages})
+            found[name] = rows
+        found["prompts"] = [{"prompt": prompt} for prompt, _ in self._prompts("prompts", "train")]
+        return found
+
+    def _prompts(self, name: str, kind: str) -> list[tuple[list[Message], Ask]]:
+        """Distinct prompts."""
+        chats, seen, found = Chats(self._rng(name)), set[str](), list[tuple[list[Message], Ask]]()
+        while len(found) < self.sizes[name]:
+            prompt, ask = chats.prompt(kind=kind)
+            if (key := prompt_key(prompt)) not in seen:
+                seen.add(key)
+                found.append((prompt, ask))
+        return found
+
+    def evaluation(self) -> dict[str, list[Row]]:
+        """Held-out and out-of-distribution prompts with their tasks."""
+        found: dict[str, list[Row]] = {}
+        for name, kind in (("eval/heldout", "heldout"), ("eval/ood", "ood")):
+            drawn = self._prompts(name, kind)
+            found[name] = [{"prompt": prompt, "task": ask.task, "family": ask.family} for prompt, ask in drawn]
+        return found
+
+    def comparisons(self) -> dict[str, list[Row]]:
+        """Labelled pairs; the rater is fitted on the training pairs and then used for all."""
+        seen: set[str] = set()
+        drawn = {name: self._pairs(name, seen) for name in ("preferences", "preferences_valid", "preferences_test")}
+        gaps = [utility(a, ask.task) - utility(b, ask.task) for _, ask, a, b in drawn["preferences"]]
+        rater = Rater.fitted(gaps)
+        found: dict[str, list[Row]] = {}
+        for name, pairs in drawn.items():
+            rng = self._rng(name + ":rater")
+            found[name] = [self._labelled(rng, rater, *pair) for pair in pairs]
+        found["eval/preferences_test_tasks"] = [{"task": ask.task} for _, ask, _, _ in drawn["preferences_test"]]
+        return found
+
+    def _labelled(self, rng: random.Random, rater: Rater, prompt: list[Message], ask: Ask, a: str, b: str) -> Row:
+        label = rater.label(rng, utility(a, ask.task), utility(b, ask.task))
+        # The two replies are exchangeable, so keeping their order in a tie reveals nothing.
+        chosen, rejected = (a, b) if label > 0 else (b, a)
+        return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "preference": 0.5 if label == 0.5 else 1.0}
+
+    def _pairs(self, name: str, seen: set[str]) -> list[tuple[list[Message], Ask, str, str]]:
+        """Prompts with two different replies; prompts of earlier files (`seen`) are not used again."""
+        chats, found = Chats(self._rng(name)), list[tuple[list[Message], Ask, str, str]]()
+        used: set[str] = set()
+        while len(found) < self.sizes[name]:
+            prompt, ask = chats.prompt()
+            a, b = self._candidate(chats, ask), self._candidate(chats, ask)
+            if a != b and (key := prompt_key(prompt)) not in seen:
+                used.add(key)
+                found.append((prompt, ask, a, b))
+        seen |= used
+        return found
+
+    def _candidate(self, chats: Chats, ask: Ask) -> str:
+        """A reply for comparison: decent, careless, or one of the empty tricks a policy might discover."""
+        rng = chats.rng
+        draw = rng.random()
+        if draw < 0.06:
+            return self._trick(chats, ask)
+        return chats.writer.reply(ask.task, (GOOD if draw < 0.45 else WIDE).draw(rng))
+
+    def _trick(self, chats: Chats, ask: Ask) -> str:
+        """Politeness without an answer, the question given back, everything said twice, or all answers at once."""
+        rng = chats.rng
+        kind = rng.randrange(4)
+        if kind == 0:
+            touches = [*phrases.OPENINGS, *phrases.CLOSINGS]
+            return " ".join(rng.sample(touches, rng.randint(1, 3)))
+        if kind == 1:
+            return ask.text
+        body = chats.writer.reply(ask.task, Manner("right"))
+        if kind == 2:
+            return f"{body} {body}" if rng.random() < 0.5 else f"{body} {body} {body}"
+        return f"{body} {chats.writer.reply(ask.task, Manner('wrong'))}"
+
+
+def generate(out_dir: Path, seed: int = 0, scale: float = 1.0) -> dict[str, int]:
+    """Write all files of the demo world under `out_dir`; returns the number of rows by file name."""
+    maker = Generator(seed, scale)
+    files = {**maker.corpora(), **maker.conversations(), **maker.evaluation(), **maker.comparisons()}
+    counts = {f"{name}.jsonl": write_rows(out_dir / f"{name}.jsonl", rows) for name, rows in files.items()}
+    (out_dir / "README.md").write_bytes(readme(counts).encode())
+    return counts

@@ -1,0 +1,177 @@
+"""The committed files: reproducible, free of leaks between training and evaluation, and free of the judge's secrets."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.demo.asks import held_out, normalise
+from rlhf.demo.generate import SIZES, generate, prompt_key
+from rlhf.demo.gold import utility
+
+DATA = Path(__file__).resolve().parents[2] / "data" / "demo"
+TRAINING = ("dialogues", "sft", "sft_valid", "preferences", "preferences_valid", "preferences_test", "prompts")
+EVALUATION = ("eval/heldout", "eval/ood")
+
+
+def rows(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def messages_of(row: dict[str, Any]) -> list[dict[str, str]]:
+    return row.get("messages") or row["prompt"]
+
+
+def asked(training: Iterable[dict[str, Any]]) -> tuple[set[str], set[str]]:
+    """Every user turn, and every full prompt (each prefix that ends with a user turn), normalised."""
+    turns: set[str] = set()
+    prompts: set[str] = set()
+    for row in training:
+        messages = messages_of(row)
+        for index, message in enumerate(messages):
+            if message["role"] == "user":
+                turns.add(normalise(message["content"]))
+                prompts.add(prompt_key(messages[: index + 1]))
+    return turns, prompts
+
+
+def leaks(training: Iterable[dict[str, Any]], evaluation: Iterable[dict[str, Any]]) -> list[str]:
+    """Evaluation prompts whose last question or whose whole text occurs in training."""
+    turns, prompts = asked(training)
+    return [
+        prompt_key(row["prompt"])
+        for row in evaluation
+        if normalise(row["prompt"][-1]["content"]) in turns or prompt_key(row["prompt"]) in prompts
+    ]
+
+
+@pytest.fixture(scope="module")
+def training() -> list[dict[str, Any]]:
+    return [row for name in TRAINING for row in rows(name)]
+
+
+def keys(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield key
+            yield from keys(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from keys(inner)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_same_seed_gives_the_same_bytes_whatever_the_hash_seed(tmp_path: Path) -> None:
+    code = "import sys, pathlib; from rlhf.demo.generate import generate; generate(pathlib.Path(sys.argv[1]), 3, 0.02)"
+    for hash_seed in ("1", "2"):
+        env = {**os.environ, "PYTHONHASHSEED": hash_seed}
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / hash_seed)], check=True, env=env)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
+def test_another_seed_gives_other_bytes(tmp_path: Path) -> None:
+    generate(tmp_path / "a", seed=0, scale=0.002)
+    generate(tmp_path / "b", seed=1, scale=0.002)
+    assert (tmp_path / "a" / "sft.jsonl").read_bytes() != (tmp_path / "b" / "sft.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+def test_committed_files_are_what_the_generator_writes(tmp_path: Path) -> None:
+    generate(tmp_path)
+    made, committed = contents(tmp_path), contents(DATA)
+    assert sorted(made) == sorted(committed)
+    assert [name for name in made if made[name] != committed[name]] == []
+
+
+def test_row_counts_and_total_size() -> None:
+    assert {name: len(rows(name)) for name in SIZES} == SIZES
+    assert len(rows("eval/preferences_test_tasks")) == SIZES["preferences_test"]
+    assert sum(len(data) for data in contents(DATA).values()) < 12.5e6
+
+
+@pytest.mark.parametrize("name", EVALUATION)
+def test_no_evaluation_prompt_occurs_in_training(name: str, training: list[dict[str, Any]]) -> None:
+    assert leaks(training, rows(name)) == []
+
+
+def test_the_leak_check_finds_a_planted_question(training: list[dict[str, Any]]) -> None:
+    row = rows("eval/heldout")[7]
+    question = row["prompt"][-1]["content"]
+    planted = {"prompt": [{"role": "user", "content": question.upper() + " "}]}
+    assert leaks([*training, planted], [row]) == [prompt_key(row["prompt"])]
+
+
+def test_held_out_prompts_are_the_set_aside_ones_and_training_has_none(training: list[dict[str, Any]]) -> None:
+    assert all(held_out(row["prompt"][-1]["content"]) for row in rows("eval/heldout"))
+    assert not any(
+        held_out(message["content"]) for row in training for message in messages_of(row) if message["role"] == "user"
+    )
+
+
+@pytest.mark.parametrize("name", EVALUATION)
+def test_evaluation_prompts_are_distinct(name: str) -> None:
+    prompts = [prompt_key(row["prompt"]) for row in rows(name)]
+    assert len(set(prompts)) == len(prompts)
+
+
+def test_comparison_splits_share_no_prompt() -> None:
+    splits = [{prompt_key(row["prompt"]) for row in rows(f"preferences{part}")} for part in ("", "_valid", "_test")]
+    assert not splits[0] & splits[1]
+    assert not splits[0] & splits[2]
+    assert not splits[1] & splits[2]
+
+
+def test_training_files_hold_no_task_and_no_gold(training: list[dict[str, Any]]) -> None:
+    allowed = {"messages", "prompt", "chosen", "rejected", "preference", "role", "content"}
+    assert set(keys(training)) == allowed
+    assert {row["preference"] for row in training if "preference" in row} == {0.5, 1.0}
+    assert set(keys(rows("corpus") + rows("corpus_valid"))) == {"text"}
+
+
+def test_roles_alternate_and_end_where_they_should(training: list[dict[str, Any]]) -> None:
+    for row in training:
+        roles = [message["role"] for message in messages_of(row)]
+        assert roles == (["user", "assistant"] * len(roles))[: len(roles)]
+        assert roles[-1] == ("assistant" if "messages" in row else "user")
+        assert all(message["content"].strip() == message["content"] != "" for message in messages_of(row))
+
+
+def test_prompts_are_short() -> None:
+    for name in ("prompts", "preferences", "preferences_valid", "preferences_test", *EVALUATION):
+        sizes = sorted(sum(len(message["content"].split()) for message in row["prompt"]) for row in rows(name))
+        assert sizes[-1] <= 60
+        assert sizes[len(sizes) // 2] < 25
+
+
+def test_replies_of_a_pair_differ() -> None:
+    assert all(row["chosen"] != row["rejected"] for row in rows("preferences"))
+
+
+def test_many_conversations_have_history() -> None:
+    long = [row for row in rows("sft") if len(row["messages"]) > 2]
+    assert 0.25 < len(long) / SIZES["sft"] < 0.40
+
+
+def test_corpus_validation_is_unseen() -> None:
+    seen = {row["text"] for row in rows("corpus")}
+    assert not [row for row in rows("corpus_valid") if row["text"] in seen]
+
+
+def test_test_pairs_have_a_computable_ceiling() -> None:
+    agree = decided = 0
+    for row, extra in zip(rows("preferences_test"), rows("eval/preferences_test_tasks"), strict=True):
+        gap = utility(row["chosen"], extra["task"]) - utility(row["rejected"], extra["task"])
+        if row["preference"] == 1.0 and gap:
+            decided += 1
+            agree += gap > 0
+    assert 0.74 < agree / decided < 0.82
