@@ -30,11 +30,12 @@ SIZES = {
     "sft_valid": 300,
     "preferences": 6000,
     "preferences_valid": 500,
-    "preferences_test": 1000,
     "prompts": 3000,
     "eval/heldout": 500,
     "eval/ood": 500,
+    "eval/preferences_test": 1000,
 }
+TEST_PAIRS = "eval/preferences_test"
 Row = dict[str, Any]
 
 
@@ -114,14 +115,17 @@ class Generator:
     def comparisons(self) -> dict[str, list[Row]]:
         """Labelled pairs; the rater is fitted on the training pairs and then used for all."""
         seen: set[str] = set()
-        drawn = {name: self._pairs(name, seen) for name in ("preferences", "preferences_valid", "preferences_test")}
+        files = ("preferences", "preferences_valid", TEST_PAIRS)
+        drawn = {name: self._pairs(name, seen) for name in files}
         gaps = [utility(a, ask.task) - utility(b, ask.task) for _, ask, a, b in drawn["preferences"]]
         rater = Rater.fitted(gaps)
         found: dict[str, list[Row]] = {}
         for name, pairs in drawn.items():
             rng = self._rng(name + ":rater")
             found[name] = [self._labelled(rng, rater, *pair) for pair in pairs]
-        found["eval/preferences_test_tasks"] = [{"task": ask.task} for _, ask, _, _ in drawn["preferences_test"]]
+        # The judge needs the task to say what the best possible accuracy on these noisy labels is.
+        tasks = [ask.task for _, ask, _, _ in drawn[TEST_PAIRS]]
+        found[TEST_PAIRS] = [row | {"task": task} for row, task in zip(found[TEST_PAIRS], tasks, strict=True)]
         return found
 
     def _labelled(self, rng: random.Random, rater: Rater, prompt: list[Message], ask: Ask, a: str, b: str) -> Row:

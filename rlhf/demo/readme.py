@@ -14,11 +14,14 @@ _FILES = (
     ("sft_valid.jsonl", '`{"messages"}`', "more of them, prompts not in `sft.jsonl`"),
     ("preferences.jsonl", '`{"prompt", "chosen", "rejected", "preference"}`', "comparisons for the reward model"),
     ("preferences_valid.jsonl", "same", "prompts not in `preferences.jsonl`"),
-    ("preferences_test.jsonl", "same", "prompts in neither of the two"),
     ("prompts.jsonl", '`{"prompt"}`', "prompts for PPO"),
     ("eval/heldout.jsonl", '`{"prompt", "task", "family"}`', "known wordings and facts, unseen prompts"),
     ("eval/ood.jsonl", "same", "wordings never used in training, about facts never asked there where a fact is asked"),
-    ("eval/preferences_test_tasks.jsonl", '`{"task"}`', "row by row the task of `preferences_test.jsonl`"),
+    (
+        "eval/preferences_test.jsonl",
+        '`{"prompt", "chosen", "rejected", "preference", "task"}`',
+        "comparisons whose prompts are in neither of the other two",
+    ),
 )
 
 _HEAD = """# Demo data: a small English world
@@ -45,7 +48,7 @@ for what follows it, and a language model learns to carry it past the end of the
 Demonstrations are mostly right, but a reply that is right, polite once and has nothing superfluous answers only about
 one prompt in six: imitation alone stays well below what preferences ask for. The simulated rater follows
 Bradley-Terry on a gold utility, agrees with the gold order on about 77 % of the pairs it decides, and calls about 6 %
-ties, so accuracy on `preferences_test.jsonl` has a ceiling, which evaluation computes from the tasks.
+ties, so accuracy on `eval/preferences_test.jsonl` has a ceiling, which evaluation computes from its tasks.
 
 **What is kept apart.** About 5 % of all question strings (by content hash) are never a user turn in training; the
 held-out prompts end in those. About a quarter of the wordings and 12 % of the (entity, attribute) pairs are never

@@ -17,7 +17,7 @@ from rlhf.demo.generate import SIZES, generate, prompt_key
 from rlhf.demo.gold import utility
 
 DATA = Path(__file__).resolve().parents[2] / "data" / "demo"
-TRAINING = ("dialogues", "sft", "sft_valid", "preferences", "preferences_valid", "preferences_test", "prompts")
+TRAINING = ("dialogues", "sft", "sft_valid", "preferences", "preferences_valid", "prompts")
 EVALUATION = ("eval/heldout", "eval/ood")
 
 
@@ -68,7 +68,9 @@ def keys(value: Any) -> Iterator[str]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """The generated files; the source model that is shipped beside them is made by `rlhf pretrain`."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.parent.name != "model"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def test_same_seed_gives_the_same_bytes_whatever_the_hash_seed(tmp_path: Path) -> None:
@@ -95,7 +97,6 @@ def test_committed_files_are_what_the_generator_writes(tmp_path: Path) -> None:
 
 def test_row_counts_and_total_size() -> None:
     assert {name: len(rows(name)) for name in SIZES} == SIZES
-    assert len(rows("eval/preferences_test_tasks")) == SIZES["preferences_test"]
     assert sum(len(data) for data in contents(DATA).values()) < 12.5e6
 
 
@@ -125,7 +126,8 @@ def test_evaluation_prompts_are_distinct(name: str) -> None:
 
 
 def test_comparison_splits_share_no_prompt() -> None:
-    splits = [{prompt_key(row["prompt"]) for row in rows(f"preferences{part}")} for part in ("", "_valid", "_test")]
+    files = ("preferences", "preferences_valid", "eval/preferences_test")
+    splits = [{prompt_key(row["prompt"]) for row in rows(name)} for name in files]
     assert not splits[0] & splits[1]
     assert not splits[0] & splits[2]
     assert not splits[1] & splits[2]
@@ -147,7 +149,7 @@ def test_roles_alternate_and_end_where_they_should(training: list[dict[str, Any]
 
 
 def test_prompts_are_short() -> None:
-    for name in ("prompts", "preferences", "preferences_valid", "preferences_test", *EVALUATION):
+    for name in ("prompts", "preferences", "preferences_valid", "eval/preferences_test", *EVALUATION):
         sizes = sorted(sum(len(message["content"].split()) for message in row["prompt"]) for row in rows(name))
         assert sizes[-1] <= 60
         assert sizes[len(sizes) // 2] < 25
@@ -169,8 +171,8 @@ def test_corpus_validation_is_unseen() -> None:
 
 def test_test_pairs_have_a_computable_ceiling() -> None:
     agree = decided = 0
-    for row, extra in zip(rows("preferences_test"), rows("eval/preferences_test_tasks"), strict=True):
-        gap = utility(row["chosen"], extra["task"]) - utility(row["rejected"], extra["task"])
+    for row in rows("eval/preferences_test"):
+        gap = utility(row["chosen"], row["task"]) - utility(row["rejected"], row["task"])
         if row["preference"] == 1.0 and gap:
             decided += 1
             agree += gap > 0
