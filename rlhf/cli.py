@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
-import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -25,7 +25,7 @@ app = typer.Typer(
     "and key=value overrides:\n\n"
     "  rlhf run configs/demo/pipeline.yaml\n\n"
     "  rlhf ppo configs/demo/ppo.yaml kl.target=2.5 seed=2\n\n"
-    "  accelerate launch --config_file configs/accelerate/ddp.yaml -m rlhf sft configs/demo/sft.yaml",
+    "\b\n  accelerate launch --config_file configs/accelerate/ddp.yaml -m rlhf sft configs/demo/sft.yaml",
 )  # fmt: skip
 
 ConfigArg = Annotated[Path, typer.Argument(help="YAML file of the stage", show_default=False)]
@@ -37,6 +37,9 @@ LauncherOpt = Annotated[
 ]
 QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="print results only")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="print one JSON object a line")]
+TemperatureOpt = Annotated[float, typer.Option(min=0.0, help="0 = always the likeliest token")]
+NewTokensOpt = Annotated[int, typer.Option(min=1, help="longest reply, in tokens")]
+INTERRUPTED = 130  # exit code after Ctrl-C, which typer uses too
 
 
 def _console(quiet: bool, as_json: bool) -> Console:
@@ -55,6 +58,8 @@ def _stage(
 
     loaded = load(STAGES[name], config, overrides or [])
     if launcher is not None:
+        from rlhf.stages.launch import launch
+
         flags = [*(["--quiet"] if quiet else []), *(["--json"] if as_json else [])]
         raise typer.Exit(launch(launcher, [name, str(config), *(overrides or []), *flags]))
     import_module(f"rlhf.stages.{name}").run(loaded.config, _console(quiet, as_json))
@@ -139,8 +144,8 @@ def show(
 @app.command()
 def chat(
     model: Annotated[str, typer.Argument(help="run directory, model folder or hub id")],
-    temperature: Annotated[float, typer.Option(help="0 = always the likeliest token")] = 0.7,
-    max_new_tokens: Annotated[int, typer.Option(help="longest reply, in tokens")] = 128,
+    temperature: TemperatureOpt = 0.7,
+    max_new_tokens: NewTokensOpt = 128,
     seed: Annotated[int, typer.Option(help="seed of the replies")] = 1,
 ) -> None:
     """Talk to a model in the terminal. Empty line or Ctrl-D ends; /new starts over."""
@@ -154,8 +159,8 @@ def generate(
     model: Annotated[str, typer.Argument(help="run directory, model folder or hub id")],
     prompts: Annotated[str, typer.Argument(help="file of prompts (any format that PPO reads)")],
     output: Annotated[Path, typer.Argument(help="JSONL file to write; must not exist")],
-    temperature: Annotated[float, typer.Option(help="0 = always the likeliest token")] = 0.7,
-    max_new_tokens: Annotated[int, typer.Option(help="longest reply, in tokens")] = 128,
+    temperature: TemperatureOpt = 0.7,
+    max_new_tokens: NewTokensOpt = 128,
     seed: Annotated[int, typer.Option(help="seed of the replies")] = 1,
     quiet: QuietOpt = False,
 ) -> None:
@@ -185,61 +190,31 @@ def data(
         typer.echo(f"{output / name}: {count} records")
 
 
-def accelerate_config(name: str) -> Path:
-    """The accelerate file that a launcher name means.
-
-    Raises: ConfigError listing the known ones.
-    """
-    here = Path("configs/accelerate")
-    package = Path(__file__).resolve().parent.parent / "configs" / "accelerate"
-    for candidate in (Path(name), here / f"{name}.yaml", package / f"{name}.yaml"):
-        if candidate.is_file():
-            return candidate
-    known = sorted({p.stem for folder in (here, package) for p in folder.glob("*.yaml")})
-    raise ConfigError("no such launcher", found=name, where="--launcher", do=f"one of {', '.join(known)}, or a path")
-
-
-def launch(launcher: str, arguments: list[str]) -> int:
-    """Run ourselves under `accelerate launch`; returns its exit code."""
-    import yaml
-
-    path = accelerate_config(launcher)
-    settings: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    processes = int(settings.get("num_processes", 1))
-    environment = dict(os.environ, RLHF_EXPECTED_PROCESSES=str(processes))
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    port = ["--main_process_port", "0"] if int(settings.get("num_machines", 1)) == 1 else []
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path), *port, "-m", "rlhf", *arguments,
-    ]  # fmt: skip
-    return subprocess.run(command, env=environment, check=False).returncode
-
-
 def main() -> None:
     """Entry point: errors a user can cause become one message and a non-zero exit code."""
-    import click
-
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     try:
-        code = app(standalone_mode=False)
-        sys.exit(code or 0)
+        app(prog_name="rlhf")  # says and exits by itself on a wrong command or option
     except RLHFError as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         sys.exit(2)
-    except click.exceptions.Abort:
-        _interrupted()
     except KeyboardInterrupt:
         _interrupted()
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            _interrupted()
+        raise
     except BrokenPipeError:
         sys.exit(1)
 
 
 def _interrupted() -> None:
-    typer.echo("\ninterrupted; the same command continues: rlhf " + " ".join(sys.argv[1:]), err=True)
-    sys.exit(130)
+    from rlhf.config.schema import STAGES
+
+    continues = len(sys.argv) > 1 and sys.argv[1] in (*STAGES, "run")
+    more = f"; the same command continues: rlhf {shlex.join(sys.argv[1:])}" if continues else ""
+    typer.echo(f"\ninterrupted{more}", err=True)
+    sys.exit(INTERRUPTED)
 
 
 __all__ = ["__version__", "app", "main"]

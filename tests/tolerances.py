@@ -29,3 +29,16 @@ def assert_quoted(actual: torch.Tensor | float, expected: list | float, *, coars
     tolerance = QUOTED_COARSELY if coarsely else QUOTED
     actual = torch.as_tensor(actual).detach().double()
     torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=torch.float64), **tolerance)
+
+
+GRADIENT = 2e-5
+"""Relative distance of two float32 gradients that differ in the order of summation only."""
+
+QUANTUM = 1e-3
+"""Relative; a number that went through bfloat16 is off by up to 4e-3, one that did not by far less."""
+
+
+def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """|actual - expected| / |expected|, in float64. For vectors whose entries differ in size, such as gradients."""
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return float((actual - expected).norm() / expected.norm())

@@ -6,6 +6,7 @@ Precedence: schema default < YAML < command line. All problems are reported at o
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from rlhf.errors import ConfigError, collect
 T = TypeVar("T", bound=BaseModel)
 Origins = dict[str, str]
 COMMAND_LINE = "command line"
+MERGE = "tag:yaml.org,2002:merge"  # the key '<<'
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
         nested = {k[len(prefix) :]: v for k, v in origins.items() if k.startswith(prefix)}
         for key, value in _leaves(inline.get(name, {})):
             _put(stage_values, key, value)
+            _forget_below(key, stage_origins)
+            stage_origins |= {k: v for k, v in nested.items() if k.startswith(key + ".")}
             stage_origins[key] = nested.get(key, str(path))
         loaded = validate(schema, stage_values, stage_origins, str(path.parent / entry.config))
         stages.append(Stanza(name, entry.launcher, loaded))
@@ -196,7 +200,7 @@ def _explain(schema: type[BaseModel], error: dict[str, Any], origins: Origins, w
     if error["type"] == "missing":
         return f"{where}: missing required key '{key}'"
     message = error["msg"].removeprefix("Value error, ")
-    message = message.replace("Input should be", "expected")
+    message = re.sub(r"^\w+ should (be|have)", "expected", message).replace(" after validation", "")
     label = f"'{key}': " if key else ""
     got = "" if error["type"] == "value_error" else f", got {error['input']!r}"
     return f"{origin}: {label}{message}{got}"
@@ -238,9 +242,22 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 def _apply(values: dict[str, Any], origins: Origins, overrides: Mapping[str, Any]) -> None:
     for key, value in overrides.items():
         _put(values, key, value)
-        for stale in [k for k in origins if k.startswith(key + ".")]:
-            del origins[stale]
-        origins[key] = COMMAND_LINE
+        _forget_below(key, origins)
+        _stamp(key, value, COMMAND_LINE, origins)
+
+
+def _forget_below(key: str, origins: Origins) -> None:
+    """A value that is replaced whole takes the origins of its parts along."""
+    for stale in [k for k in origins if k.startswith(key + ".")]:
+        del origins[stale]
+
+
+def _stamp(key: str, value: Any, origin: str, origins: Origins) -> None:
+    """Give a value and all its parts one origin."""
+    origins[key] = origin
+    if isinstance(value, dict | list):
+        for part, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            _stamp(f"{key}.{part}", inner, origin, origins)
 
 
 def _merge(values: dict[str, Any], origins: Origins, extra: Mapping[str, Any], origin: str) -> None:
@@ -282,11 +299,24 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:
         current[last] = value
 
 
+def _is_list(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.SequenceNode)
+
+
 def _lines(node: yaml.Node, prefix: str, path: str, out: Origins) -> None:
     if isinstance(node, yaml.MappingNode):
+        merges = [value for key, value in node.value if key.tag == MERGE]
+        for inner in (part for value in merges for part in (value.value if _is_list(value) else [value])):
+            _lines(inner, prefix, path, out)  # '<<: *other': first, because own keys win
+        own = set()
         for key_node, value_node in node.value:
-            key = f"{prefix}{key_node.value}"
-            out[key] = f"{path}:{key_node.start_mark.line + 1}"
+            if key_node.tag == MERGE:
+                continue
+            key, origin = f"{prefix}{key_node.value}", f"{path}:{key_node.start_mark.line + 1}"
+            if key in own:
+                raise ConfigError(f"'{key}' is given twice", where=origin, do="keep one of them")
+            own.add(key)
+            out[key] = origin
             _lines(value_node, key + ".", path, out)
     elif isinstance(node, yaml.SequenceNode):
         for i, item in enumerate(node.value):

@@ -5,9 +5,9 @@ Only what a user decides is a field; sizes that follow from others are methods. 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from rlhf.errors import ConfigError
 
@@ -18,9 +18,26 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Section(BaseModel):
-    """Frozen, unknown keys refused."""
+    """Frozen, unknown keys refused, numbers finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_defaults(cls, values: Any) -> Any:
+        """A section that is given in part keeps what its owner set as default for the rest."""
+        if not isinstance(values, dict):
+            return values
+        defaults = {n: f.default for n, f in cls.model_fields.items() if isinstance(f.default, BaseModel)}
+        part = {n: d.model_dump(exclude_unset=True) for n, d in defaults.items() if isinstance(values.get(n), dict)}
+        return values | {n: d | values[n] for n, d in part.items()}
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError(f"expected no truth value, got {value} (YAML reads yes, no, on, off as one; quote them)")
+        return value
 
 
 class ModelSource(Section):
@@ -29,7 +46,7 @@ class ModelSource(Section):
     path: str = Field(description="model folder (ours or any save_pretrained), a finished run, or a hub id")
     revision: str | None = Field(None, description="commit, tag or branch of a hub id; pin it for repeatable runs")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="weights in memory; auto = bfloat16 on a GPU that has it, float32 elsewhere"
+        "auto", description="weights in memory; auto = float32; bfloat16 halves the memory of frozen or LoRA bases"
     )
     trust_remote_code: bool = Field(False, description="run Python code that comes with a hub model")
 
@@ -90,6 +107,9 @@ class Optim(Section):
     max_grad_norm: Positive = Field(1.0, description="global gradient norm is clipped to this")
     epochs: Positive = Field(1.0, description="passes over the training records")
     max_updates: Count | None = Field(None, description="stop after this many optimizer updates")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of forward and backward (weights keep theirs); auto = bfloat16 on a GPU that has it"
+    )
     batch_size: Count = Field(64, description="sequences (or pairs) per optimizer update, over all processes")
     microbatch_size: Count = Field(16, description="sequences (or pairs) per backward on one process")
 

@@ -28,12 +28,4 @@ def _walk(section: BaseModel, prefix: str, origins: dict[str, str]) -> Iterator[
                 yield from _walk(item, f"{key}.{inner}.", origins)
         else:
             meaning = f"; {field.description}" if field.description else ""
-            yield f"{key} = {value!r}   # {_origin(key, origins)}{meaning}"
-
-
-def _origin(key: str, origins: dict[str, str]) -> str:
-    parts = key.split(".")
-    for n in range(len(parts), 0, -1):
-        if (known := ".".join(parts[:n])) in origins:
-            return origins[known]
-    return "default"
+            yield f"{key} = {value!r}   # {origins.get(key, 'default')}{meaning}"

@@ -88,7 +88,7 @@ class Chats:
         rng, context, messages = self.rng, Context(), list[Message]()
         persona = CROWD.draw(rng)
         reaction = ""
-        for _ in range(rng.choices((2, 3, 4), (0.56, 0.34, 0.10))[0]):
+        for _ in range(rng.choices((2, 3, 4), (0.35, 0.40, 0.25))[0]):
             while True:
                 ask = self._training_ask(context)
                 turn = f"{reaction} {ask.text}".strip()
@@ -104,7 +104,7 @@ class Chats:
     def react(self, task: dict[str, Any], manner: Manner) -> str:
         """What the user says about a reply before going on; "" in some of the cases."""
         rng = self.rng
-        if rng.random() < 0.25:
+        if rng.random() < 0.12:
             return ""
         kind = task["type"]
         defects = manner.defects()

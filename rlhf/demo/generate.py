@@ -6,6 +6,7 @@ others as they are. Training files carry text and labels only; tasks go into `ev
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 from collections.abc import Iterable
@@ -23,9 +24,9 @@ from .replies import Manner
 from .styles import GOOD, WIDE
 
 SIZES = {
-    "corpus": 18500,
+    "corpus": 30000,
     "corpus_valid": 200,
-    "dialogues": 12000,
+    "dialogues": 30000,
     "sft": 5000,
     "sft_valid": 300,
     "preferences": 6000,
@@ -35,6 +36,7 @@ SIZES = {
     "eval/ood": 500,
     "eval/preferences_test": 1000,
 }
+PACKED = ("corpus", "dialogues")  # large and only for pretraining
 TEST_PAIRS = "eval/preferences_test"
 Row = dict[str, Any]
 
@@ -43,7 +45,8 @@ def write_rows(path: Path, rows: Iterable[Row]) -> int:
     """Write JSON lines without spaces, in UTF-8 with plain newlines; returns how many."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row, ensure_ascii=False, separators=(",", ":")) for row in rows]
-    path.write_bytes(("\n".join(lines) + "\n").encode())
+    content = ("\n".join(lines) + "\n").encode()
+    path.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
     return len(lines)
 
 
@@ -174,6 +177,7 @@ def generate(out_dir: Path, seed: int = 0, scale: float = 1.0) -> dict[str, int]
     """Write all files of the demo world under `out_dir`; returns the number of rows by file name."""
     maker = Generator(seed, scale)
     files = {**maker.corpora(), **maker.conversations(), **maker.evaluation(), **maker.comparisons()}
-    counts = {f"{name}.jsonl": write_rows(out_dir / f"{name}.jsonl", rows) for name, rows in files.items()}
+    named = {f"{name}.jsonl.gz" if name in PACKED else f"{name}.jsonl": rows for name, rows in files.items()}
+    counts = {name: write_rows(out_dir / name, rows) for name, rows in named.items()}
     (out_dir / "README.md").write_bytes(readme(counts).encode())
     return counts

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 _FILES = (
-    ("corpus.jsonl", '`{"text"}`', "plain paragraphs about the world: pretraining"),
+    ("corpus.jsonl.gz", '`{"text"}`', "plain paragraphs about the world: pretraining"),
     ("corpus_valid.jsonl", '`{"text"}`', "unseen paragraphs: perplexity"),
     (
-        "dialogues.jsonl",
+        "dialogues.jsonl.gz",
         '`{"messages"}`',
         "chats of 2-4 exchanges, good and bad personas, users who react: pretraining",
     ),
@@ -42,7 +42,7 @@ turn and has at most 60 words. `preference` is 1.0 if `chosen` was preferred and
 the order of the two means nothing). A `task` says what a right answer must state; only `eval/` has tasks, so that
 scoring need not parse prompts, and no file holds a gold score.
 
-**How the pieces fit.** Transcripts in `dialogues.jsonl` have one assistant persona each (truthful or not, polite or
+**How the pieces fit.** Transcripts in `dialogues.jsonl.gz` have one assistant persona each (truthful or not, polite or
 rude, brief or rambling, ...), and the next user turn often reacts to the last reply. So the quality of a reply matters
 for what follows it, and a language model learns to carry it past the end of the reply, where a reward model reads.
 Demonstrations are mostly right, but a reply that is right, polite once and has nothing superfluous answers only about
@@ -52,7 +52,7 @@ ties, so accuracy on `eval/preferences_test.jsonl` has a ceiling, which evaluati
 
 **What is kept apart.** About 5 % of all question strings (by content hash) are never a user turn in training; the
 held-out prompts end in those. About a quarter of the wordings and 12 % of the (entity, attribute) pairs are never
-used in questions outside `eval/ood.jsonl`; the facts themselves are stated in `corpus.jsonl`.
+used in questions outside `eval/ood.jsonl`; the facts themselves are stated in `corpus.jsonl.gz`.
 
 **What this world can and cannot show.** It can show that the pipeline works from end to end, with a model that trains
 on a CPU in minutes and replies that anybody can judge by reading: supervised imitation, a reward model learnt from

@@ -83,13 +83,13 @@ WIDE = Style(
     bare=0.14,
 )
 CROWD = Style(
-    right=0.56,
-    wrong=0.22,
-    evasive=0.15,
+    right=0.64,
+    wrong=0.21,
+    evasive=0.10,
     polite=(0.32, 0.10, 0.03),
-    rude=0.20,
-    ramble=(0.22, 0.10, 0.04),
-    repeat=0.14,
+    rude=0.17,
+    ramble=(0.20, 0.07, 0.03),
+    repeat=0.13,
     cut=0.05,
     bare=0.16,
 )

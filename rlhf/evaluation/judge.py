@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, DataError
 
 Messages = list[dict[str, str]]
 Judge = Callable[[Messages, str, Mapping[str, Any], bool], float]
@@ -34,4 +34,9 @@ def demo_gold(prompt: Messages, response: str, record: Mapping[str, Any], finish
     """Gold utility of the demo world. Known to evaluation only; no training stage may import it."""
     from rlhf.demo.gold import utility
 
+    if "task" not in record:
+        raise DataError(
+            "the demo's judge needs the column 'task'", found=f"columns {', '.join(record)}", where="judge",
+            do="judge prompts of data/demo/eval with it, and others with a function of your own",
+        )  # fmt: skip
     return utility(response, record["task"], finished)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from rlhf.config.sections import Lora, ModelSource
 from rlhf.errors import CheckpointError, ConfigError
-from rlhf.models.load import is_adapter, load_pretrained, resolve
+from rlhf.models.load import disable_dropout, grow_embeddings, is_adapter, load_causal, load_pretrained, resolve
 
 REFERENCE = "reference"
 
@@ -33,7 +33,21 @@ def load_adapter(source: ModelSource, folder: str, auto_class: Any, *, trainable
 
     base = base_source(source, folder)
     model = load_pretrained(auto_class, base, resolve(base), **options)
+    fit_vocabulary(model, folder)
+    disable_dropout(model)  # the base's; the adapter keeps its own
     return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+
+
+def fit_vocabulary(model: Any, folder: str) -> None:
+    """Grow a base model's embeddings to those saved with an adapter whose stage had added tokens."""
+    from safetensors import safe_open
+
+    embeddings = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embeddings)
+    with safe_open(Path(folder) / "adapter_model.safetensors", framework="pt") as tensors:
+        key = f"base_model.model.{name}.weight"
+        if key in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+            grow_embeddings(model, tensors.get_slice(key).get_shape()[0])
 
 
 def lora_config(lora: Lora, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> Any:
@@ -78,7 +92,7 @@ def policy_with_adapter(source: ModelSource, lora: Lora) -> Any:
 
     folder = resolve(source)
     if not is_adapter(folder):
-        return add_lora(load_pretrained(AutoModelForCausalLM, source, folder), lora, "CAUSAL_LM")
+        return add_lora(load_causal(source), lora, "CAUSAL_LM")
     check_same_shape(lora, folder)
     model = load_adapter(source, folder, AutoModelForCausalLM, trainable=True)
     model.load_adapter(folder, REFERENCE, is_trainable=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,9 +21,12 @@ EXPECTED_PROCESSES = "RLHF_EXPECTED_PROCESSES"
 
 
 def quiet_libraries(*, telemetry: bool) -> None:
-    """Settings that must precede the first import of TRL and the hub client: no usage ping, no wall of warnings."""
+    """Settings that should precede the first import of TRL and the hub client: no usage ping, no wall of warnings."""
     if not telemetry:
         os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+        hub = sys.modules.get("huggingface_hub.constants")
+        if hub is not None:  # imported already: it has read the environment once and for all
+            hub.HF_HUB_DISABLE_TELEMETRY = True  # type: ignore[attr-defined]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if use_cpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed prints how it looked for one
@@ -99,12 +103,17 @@ def set_microbatch(accelerator: Any, microbatch_size: int) -> None:
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = microbatch_size
 
 
-def trainer_arguments() -> dict[str, Any]:
-    """Arguments that make a transformers Trainer see the right world on this machine."""
+def trainer_arguments(precision: str) -> dict[str, Any]:
+    """Arguments that make a transformers Trainer see the right world on this machine.
+
+    Args:
+        precision: 'auto', 'float32' or 'bfloat16', of forward and backward.
+    """
     arguments: dict[str, Any] = {"use_cpu": use_cpu(), "report_to": "none", "disable_tqdm": True}
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and use_cpu():
         arguments["ddp_backend"] = "gloo"
-    arguments["bf16"] = not use_cpu() and torch.cuda.is_bf16_supported()
+    able = not use_cpu() and torch.cuda.is_bf16_supported()
+    arguments["bf16"] = precision == "bfloat16" or (precision == "auto" and able)
     return arguments
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rlhf.config.sections import Lora, ModelSource
 from rlhf.errors import CheckpointError
-from rlhf.models.adapters import add_lora, base_source, check_same_shape, lora_config
+from rlhf.models.adapters import add_lora, base_source, check_same_shape, fit_vocabulary, lora_config
 from rlhf.models.load import (
     backbone,
     disable_dropout,
@@ -53,23 +53,25 @@ def new_reward_model(source: ModelSource, lora: Lora, *, pad_id: int, vocab_size
     from transformers import AutoModelForSequenceClassification
 
     folder = resolve(source)
-    options = {"num_labels": 1, "pad_token_id": pad_id}
     if is_adapter(folder) and lora.enabled:
         check_same_shape(lora, folder)
         base = base_source(source, folder)
-        model = load_pretrained(AutoModelForSequenceClassification, base, resolve(base), **options)
+        model = load_pretrained(AutoModelForSequenceClassification, base, resolve(base), num_labels=1)
+        fit_vocabulary(model, folder)
+        model.config.pad_token_id = pad_id
         _float32_head(model)
         _init_head(model.score, seed)
         return _continue_adapter(model, lora, folder)
     if is_adapter(folder):
         merged = load_causal(source)
         config = merged.config
-        config.num_labels, config.pad_token_id = 1, pad_id
+        config.num_labels = 1
         model = AutoModelForSequenceClassification.from_config(config, dtype=merged.dtype)
         backbone(model).load_state_dict(backbone(merged).state_dict())
     else:
-        model = load_pretrained(AutoModelForSequenceClassification, source, folder, **options)
+        model = load_pretrained(AutoModelForSequenceClassification, source, folder, num_labels=1)
     grow_embeddings(model, vocab_size)
+    model.config.pad_token_id = pad_id  # only now: the id of a new token would not fit the embeddings before
     disable_dropout(model)
     _float32_head(model)
     _init_head(model.score, seed)
@@ -90,8 +92,11 @@ def _continue_adapter(model: Any, lora: Lora, folder: str) -> Any:
     from peft.utils import load_peft_weights
 
     disable_dropout(model)
+    # The SFT adapter has no score head: the new one stands in for it.
+    head = {f"base_model.model.score.{name}": p.detach().clone() for name, p in model.score.named_parameters()}
     wrapped = get_peft_model(model, lora_config(lora, "SEQ_CLS"))
-    weights = load_peft_weights(folder, device="cpu")
+    saved = load_peft_weights(folder, device="cpu")  # with the embeddings and the LM head, if tokens were added
+    weights = head | {name: tensor for name, tensor in saved.items() if "lm_head" not in name}
     result = set_peft_model_state_dict(wrapped, weights)
     if result.unexpected_keys:
         raise CheckpointError(
@@ -116,6 +121,7 @@ def load_scorer(source: ModelSource, *, trainable: bool = False, lora: Lora | No
     if is_adapter(folder):
         base = base_source(source, folder)
         model = load_pretrained(AutoModelForSequenceClassification, base, resolve(base), num_labels=1)
+        fit_vocabulary(model, folder)
         _float32_head(model)
         model = PeftModel.from_pretrained(model, folder, is_trainable=keep)
         _restore_head(model, folder)

@@ -61,9 +61,9 @@ def _status(run_json: Path) -> str:
 
 
 def dtype_of(source: ModelSource) -> torch.dtype:
-    """Weights' dtype in memory; 'auto' is bfloat16 on a GPU that has it, float32 elsewhere."""
+    """Weights' dtype in memory. 'auto' is float32: small AdamW updates are lost in bfloat16 weights."""
     if source.dtype == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+        return torch.float32
     dtype: torch.dtype = getattr(torch, source.dtype)
     return dtype
 
@@ -138,8 +138,9 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        elif hasattr(module, "attention_dropout"):
-            setattr(module, "attention_dropout", 0.0)  # noqa: B010 - not declared on Module
+        for name, value in list(vars(module).items()):  # probabilities that a model keeps as plain attributes
+            if isinstance(value, float) and ("dropout" in name or "layerdrop" in name):
+                setattr(module, name, 0.0)
 
 
 def backbone(model: Any) -> nn.Module:

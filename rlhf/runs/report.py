@@ -34,7 +34,7 @@ def write_report(path: Path, results: Mapping[str, Any], runs: Mapping[str, Path
         runs: name -> run directory, for the curves.
     """
     parts = ["<h1>From a pretrained model to an aligned one</h1>", "<h2>Models on the same prompts</h2>"]
-    parts.append(_models(results["models"]))
+    parts.append(_models(results["models"], results["reference"]))
     parts.append(
         "<p class='note'>Win rate: share of prompts on which the judge prefers the model's response to the "
         "reference's, ties half, with a 95 % bootstrap interval over prompts. KL: mean log-ratio to the reference, "
@@ -59,7 +59,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "")
     return f"<table class='{kind}'><tr>{head}</tr>{body}</table>"
 
 
-def _models(rows: Sequence[Mapping[str, Any]]) -> str:
+def _models(rows: Sequence[Mapping[str, Any]], reference: str) -> str:
     cells = []
     for r in rows:
         win = f"{100 * r['win']:.1f} % [{100 * r['low']:.1f}, {100 * r['high']:.1f}]" if "win" in r else "–"
@@ -67,7 +67,8 @@ def _models(rows: Sequence[Mapping[str, Any]]) -> str:
             [html.escape(r["split"]), html.escape(r["model"]), win, _number(r.get("utility")), _number(r["kl"]),
              _number(r["length"], 1), f"{100 * r['ended']:.0f} %", _number(r.get("perplexity"))]
         )  # fmt: skip
-    header = ["split", "model", "win rate [95 %]", "utility", "KL (nats)", "tokens", "ended", "perplexity"]
+    win = f"win rate vs {reference} [95 %]"
+    header = ["split", "model", win, "utility", "KL (nats)", "tokens", "ended", "perplexity"]
     return _table(header, cells)
 
 

@@ -76,6 +76,10 @@ class RunDir:
             inputs: path -> fingerprint of everything the stage reads.
         Raises: ConfigError if the folder holds another run, a run on other inputs, or foreign files.
         """
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(
+                "the output folder is a file", where=f"output_dir {self.path}", do="choose another output_dir"
+            )
         if not self.path.exists() or not any(self.path.iterdir()):
             return "new"
         if not (self.path / RUN_FILE).is_file():

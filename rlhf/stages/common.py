@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from rlhf.config.schema import Stage
-from rlhf.config.sections import Data, ModelSource
+from rlhf.config.sections import Data, ModelSource, Optim
 from rlhf.data.render import CHATML, Renderer, prepare_tokenizer
 from rlhf.data.sources import RecordSet, load_records, split
 from rlhf.errors import ConfigError, DataError
@@ -43,7 +43,10 @@ def begin(stage: str, config: Stage, console: Console) -> tuple[RunDir, str]:
         console.note("already finished with this configuration: skipped")
         return run, state
     quiet_libraries(telemetry=config.telemetry)
-    check_world(int(os.environ.get("WORLD_SIZE", "1")))
+    check_world(processes())
+    optim = getattr(config, "optim", None)
+    if isinstance(optim, Optim):
+        optim.accumulation(processes())  # refuse a batch that cannot be shared, before anything is read or written
     seed_everything(config.seed, deterministic=config.deterministic)
     return run, state
 

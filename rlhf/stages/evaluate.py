@@ -55,7 +55,7 @@ def run(config: EvaluateConfig, console: Console) -> RunResult:
     start(directory, "evaluate", config)
     with directory.guard():
         answers = _answers(config, bench, console)
-        results: dict[str, Any] = {"models": _table(config, bench, answers)}
+        results: dict[str, Any] = {"reference": config.reference, "models": _table(config, bench, answers)}
         if config.preferences and bench.reward_model is not None:
             results["reward_model"] = _reward_table(config, bench)
         results["side_by_side"] = _side_by_side(config, bench, answers)
@@ -221,7 +221,8 @@ def _run_folders(config: EvaluateConfig) -> dict[str, Path]:
 
 def show(results: dict[str, Any], console: Console) -> None:
     """Print the tables and the side-by-side answers."""
-    header = ["split", "model", "win rate vs sft [95 %]", "utility", "KL nats", "tokens", "ended", "perplexity"]
+    win = f"win rate vs {results['reference']} [95 %]"
+    header = ["split", "model", win, "utility", "KL nats", "tokens", "ended", "perplexity"]
     rows = []
     for r in results["models"]:
         win = f"{100 * r['win']:.1f} % [{100 * r['low']:.1f}, {100 * r['high']:.1f}]" if "win" in r else "-"

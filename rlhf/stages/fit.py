@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rlhf.config.sections import Optim
@@ -12,20 +12,20 @@ from rlhf.runs.console import Console
 from rlhf.runs.metrics import MetricsWriter
 from rlhf.runs.run_dir import RunDir
 from rlhf.stages.common import processes, say_batch, seal, stop_at
-from rlhf.trainers.hf import Report, arguments, last_checkpoint, silence, updates_of
+from rlhf.trainers.hf import Report, arguments, last_checkpoint, silence, tokens_until, updates_of
 
 
 def fit(
     stage: str, model: Any, tokenizer: Any, renderer: Renderer, train: Sequence[Rendered],
     validation: Sequence[Rendered], optim: Optim, directory: RunDir, seed: int, console: Console, *,
-    packing: int | None = None, resume: bool = False,
+    build: Callable[..., Any], resume: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train with trl.SFTTrainer and write `model/`.
+    """Train and write `model/`.
 
+    Args:
+        build: makes the trainer; see rlhf.trainers.sft.
     Returns: the run's summary (updates, last losses).
     """
-    from rlhf.trainers.sft import build
-
     world = processes()
     updates = updates_of(optim, len(train))
     accumulation = optim.accumulation(world)
@@ -33,13 +33,14 @@ def fit(
     checkpoint = last_checkpoint(directory) if resume else None
     if checkpoint:
         console.note(f"continuing from {checkpoint}")
+    before = tokens_until(directory.path / "metrics.jsonl", checkpoint.step) if checkpoint else 0.0
     writer = MetricsWriter(
         directory.path / "metrics.jsonl", main=is_main(), keep_until=checkpoint.step if checkpoint else None
     )
     args = arguments(optim, directory, seed=seed, processes=world, updates=updates, evaluate=bool(validation))
     with directory.guard(), console.progress(stage, updates, "update") as bar:
-        report = Report(writer, bar, ("loss", "eval_loss", "token_accuracy"))
-        trainer = build(model, tokenizer, train, validation, args, report, packing=packing)
+        report = Report(writer, bar, ("loss", "eval_loss", "token_accuracy"), tokens=before)
+        trainer = build(model, tokenizer, train, validation, args, report)
         silence(trainer)
         check_world(trainer.accelerator.num_processes)
         trainer.train(resume_from_checkpoint=checkpoint.path if checkpoint else None)

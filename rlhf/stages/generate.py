@@ -35,10 +35,13 @@ def generate(
 ) -> None:
     """Write one JSON line for each prompt: prompt, response, finished.
 
-    Raises: ConfigError if the output exists; DataError on bad prompts or one that does not fit the model's context.
+    Raises: ConfigError if the output exists or its folder does not; DataError on bad prompts, or one too long for
+        the model's context.
     """
     if output.exists():
         raise ConfigError("the output file exists", where=str(output), do="choose another name")
+    if not output.parent.is_dir():
+        raise ConfigError("no such folder to write into", where=str(output.parent), do="make it first")
     records = load_records("prompt", [Source(path=prompts)], seed=seed, on_bad_row="error", deduplicate=False).records
     loaded, renderer = _open(model, console)
     context = context_length(loaded)
@@ -97,5 +100,9 @@ def chat(model: str, *, temperature: float, max_new_tokens: int, seed: int) -> N
             continue
         reply = answer(loaded, [ids], renderer, settings, seed=seed, draw=turn)[0]
         turn += 1
-        messages.append({"role": "assistant", "content": reply.text})
         console.text(f"model > {reply.text}" + ("" if reply.finished else " ..."))
+        if reply.text.strip():
+            messages.append({"role": "assistant", "content": reply.text})
+        else:
+            messages.pop()  # an empty turn could not be rendered, now or later
+            console.note("(an empty reply; this exchange is forgotten)")

@@ -9,17 +9,20 @@ from pathlib import Path
 
 import yaml
 
-from rlhf.cli import launch
 from rlhf.config.load import Pipeline, Stanza
 from rlhf.errors import TrainingError
 from rlhf.runs.console import Console
 from rlhf.runs.run_dir import plain, read_json
+from rlhf.stages.launch import accelerate_config, launch
 
 
 def run(pipeline: Pipeline, console: Console) -> None:
     """Run every enabled stage; the evaluation's report.html is copied to the top of the pipeline's folder."""
     begun = time.monotonic()
     top = Path(pipeline.config.output_dir)
+    for stanza in pipeline.stages:
+        if stanza.launcher is not None:
+            accelerate_config(stanza.launcher)  # refuse a wrong one before anything has run
     for stanza in pipeline.stages:
         if stanza.launcher is None:
             import_module(f"rlhf.stages.{stanza.name}").run(stanza.loaded.config, console)

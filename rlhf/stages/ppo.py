@@ -15,11 +15,11 @@ from rlhf.errors import CheckpointError
 from rlhf.models.adapters import policy_with_adapter
 from rlhf.models.distributed import is_main, make_accelerator, set_microbatch
 from rlhf.models.heads import load_scorer
-from rlhf.models.load import context_length, load_causal, resolve
+from rlhf.models.load import context_length, disable_dropout, load_causal, resolve
 from rlhf.rollout.types import Experience
 from rlhf.runs import handover
 from rlhf.runs.console import Bar, Console
-from rlhf.runs.metrics import MetricsWriter
+from rlhf.runs.metrics import MetricsWriter, read_lines
 from rlhf.runs.run_dir import RunDir
 from rlhf.stages import rendering
 from rlhf.stages.common import RunResult, begin, check_context, open_tokenizer, say_model, seal, start, stop_at
@@ -92,7 +92,9 @@ def _trained_models(config: PPOConfig, vocab_size: int) -> tuple[PolicyAndValue,
     """Policy and value model (started from the reward model), and the reference unless the policy is an adapter."""
     value_model = load_scorer(config.reward_model, trainable=True, lora=config.lora)
     if config.lora.enabled:
-        return PolicyAndValue(policy_with_adapter(config.policy, config.lora), value_model), None
+        policy = policy_with_adapter(config.policy, config.lora)
+        disable_dropout(policy)  # an SFT adapter may have some, and the first ratio must be 1
+        return PolicyAndValue(policy, value_model), None
     policy = load_causal(config.policy, vocab_size=vocab_size)
     reference = load_causal(config.policy, vocab_size=vocab_size).requires_grad_(False)
     return PolicyAndValue(policy, value_model), reference
@@ -130,6 +132,10 @@ class _Reporter:
         """Start the files, keeping what was written up to `step`."""
         path = self.directory.path / "metrics.jsonl"
         self.writer = MetricsWriter(path, main=is_main(), keep_until=step if step else None)
+        samples = self.directory.path / "samples.jsonl"
+        if is_main() and samples.is_file():
+            kept = [line for line in read_lines(samples) if line["step"] <= step]
+            samples.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
 
     def report(self, step: int, experience: Experience, stats: Stats) -> None:
         """One step's numbers, and now and then a few samples."""

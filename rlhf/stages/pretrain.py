@@ -30,9 +30,12 @@ def run(config: PretrainConfig, console: Console) -> RunResult:
     say_model(model, console)
     start(directory, "pretrain", config)
     directory.note(data=prints)
+    from rlhf.trainers.sft import build_lm
+
     summary = fit(
         "pretrain", model, tokenizer, renderer, blocks(train, renderer, length), blocks(validation, renderer, length),
-        config.optim, directory, config.seed, console, resume=state == "interrupted",
+        config.optim, directory, config.seed, console, build=build_lm,
+        resume=state == "interrupted",
     )  # fmt: skip
     return RunResult(directory.path, summary)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from rlhf.config.schema import SFTConfig
@@ -36,9 +37,11 @@ def run(config: SFTConfig, console: Console) -> RunResult:
     say_model(model, console)
     start(directory, "sft", config)
     directory.note(data=prints)
+    from rlhf.trainers.sft import build
+
     summary = fit(
         "sft", model, tokenizer, renderer, train_rows, valid_rows, config.optim, directory, config.seed, console,
-        packing=config.data.max_length if config.packing else None, resume=state == "interrupted",
+        build=partial(build, packing=config.data.max_length if config.packing else None), resume=state == "interrupted",
     )  # fmt: skip
     return RunResult(directory.path, summary)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
@@ -12,7 +13,7 @@ from transformers import TrainerCallback
 from rlhf.config.sections import Optim
 from rlhf.models.distributed import trainer_arguments
 from rlhf.runs.console import Bar
-from rlhf.runs.metrics import METRICS, MetricsWriter
+from rlhf.runs.metrics import METRICS, MetricsWriter, read_lines
 from rlhf.runs.run_dir import RunDir
 
 RENAMED = {"num_tokens": "tokens", "mean_token_accuracy": "token_accuracy"}
@@ -52,6 +53,7 @@ def arguments(
         "per_device_eval_batch_size": optim.batch_size // processes // accumulation,
         "gradient_accumulation_steps": accumulation,
         "gradient_checkpointing": False,
+        "train_sampling_strategy": "group_by_length",  # shuffled, but a batch holds rows of like length: less padding
         "logging_steps": max(1, updates // 100),
         "logging_first_step": True,
         "eval_strategy": "steps" if evaluate else "no",
@@ -59,28 +61,43 @@ def arguments(
         "save_strategy": "steps",
         "save_steps": every,
         "save_total_limit": 2,
-        **trainer_arguments(),
+        **trainer_arguments(optim.precision),
     }
 
 
 class Report(TrainerCallback):
     """Carries a Trainer's log lines to metrics.jsonl and the progress bar."""
 
-    def __init__(self, writer: MetricsWriter, bar: Bar, shown: tuple[str, ...]) -> None:
-        self.writer, self.bar, self.shown = writer, bar, shown
+    def __init__(self, writer: MetricsWriter, bar: Bar, shown: tuple[str, ...], *, tokens: float = 0.0) -> None:
+        """Report to `writer` and `bar`.
+
+        Args:
+            shown: names shown on the bar.
+            tokens: trained on before the checkpoint that this run continues from; the library counts from there.
+        """
+        self.writer, self.bar, self.shown, self.tokens = writer, bar, shown, tokens
         self._numbers: dict[str, float] = {}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
         """Write the declared numbers of a log line."""
         renamed = {RENAMED.get(k, k): v for k, v in (logs or {}).items()}
         values = {k: float(v) for k, v in renamed.items() if k in METRICS and isinstance(v, int | float)}
+        if "tokens" in values:
+            values["tokens"] += self.tokens
         if values:
             self.writer.write(state.global_step, values)
             self._numbers.update({k: v for k, v in values.items() if k in self.shown})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Advance the bar."""
+        """Advance the bar; a checkpoint's update is always logged, so that its numbers can be continued from."""
+        control.should_log = control.should_log or control.should_save
         self.bar.update(state.global_step, self._numbers)
+
+
+def tokens_until(path: Path, step: int) -> float:
+    """Tokens trained on up to an update, from metrics.jsonl."""
+    lines = read_lines(path) if path.is_file() else iter(())
+    return max((line.get("tokens", 0.0) for line in lines if line.get("step", 0) <= step), default=0.0)
 
 
 def silence(trainer: Any) -> None:

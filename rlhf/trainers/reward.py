@@ -26,7 +26,7 @@ class PairTrainer(RewardTrainer):
         self._sums: dict[str, torch.Tensor] = {}
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["chosen_ids", "rejected_ids", "preference", "margin"]
+        self._signature_columns = ["chosen_ids", "rejected_ids", "preference", "margin", "length"]
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -69,7 +69,6 @@ def build(
 
     Raises: TrainingError if the score head would not be trained (a frozen random head gives random rewards).
     """
-    from datasets import Dataset
     from trl import RewardConfig
 
     if not any(p.requires_grad for name, p in model.named_parameters() if "score" in name.split(".")):
@@ -79,9 +78,17 @@ def build(
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_accuracy", "greater_is_better": True}
     args = RewardConfig(**arguments, **(best if validation else {}), max_length=None)
     trainer = PairTrainer(
-        model=model, args=args, processing_class=tokenizer, train_dataset=Dataset.from_list(list(train)),
-        eval_dataset=Dataset.from_list(list(validation)) if validation else None,
+        model=model, args=args, processing_class=tokenizer, train_dataset=_dataset(train),
+        eval_dataset=_dataset(validation) if validation else None,
         data_collator=PairCollator(tokenizer.pad_token_id), callbacks=[report, StopOnBadLoss()],
     )  # fmt: skip
     trainer.center = center
     return trainer
+
+
+def _dataset(pairs: Sequence[Pair]) -> Any:
+    """Pairs as columns, with the length that batches are grouped by."""
+    from datasets import Dataset
+
+    sized = [pair | {"length": max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))} for pair in pairs]
+    return Dataset.from_list(sized)

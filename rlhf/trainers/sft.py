@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rlhf.data.collate import DemonstrationCollator
 from rlhf.data.render import Rendered
 from rlhf.trainers.hf import Report, StopOnBadLoss
 
@@ -15,6 +16,21 @@ def to_dataset(rows: Sequence[Rendered]) -> Any:
 
     labels = [[i if m else -100 for i, m in zip(r.ids, r.mask, strict=True)] for r in rows]
     return Dataset.from_dict({"input_ids": [r.ids for r in rows], "labels": labels})
+
+
+def build_lm(
+    model: Any, tokenizer: Any, train: Sequence[Rendered], validation: Sequence[Rendered], arguments: dict[str, Any],
+    report: Report,
+) -> Any:  # fmt: skip
+    """A plain transformers.Trainer for next-token training: every token counts, so TRL has nothing to add."""
+    from transformers import Trainer, TrainingArguments
+
+    args = TrainingArguments(**arguments)
+    return Trainer(
+        model=model, args=args, processing_class=tokenizer, train_dataset=to_dataset(train),
+        eval_dataset=to_dataset(validation) if validation else None, callbacks=[report, StopOnBadLoss()],
+        data_collator=DemonstrationCollator(tokenizer.pad_token_id),
+    )  # fmt: skip
 
 
 def build(

@@ -1,0 +1,264 @@
+"""Every mistake a user can make ends with one message that says where and what to do, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Run
+
+Prepare = Callable[[Path], object]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command, what is broken before it, and words its message must hold: the place and the way out."""
+
+    name: str
+    command: str
+    says: tuple[str, ...]
+    prepare: Prepare | None = None
+
+
+def put(name: str, content: str | bytes) -> Prepare:
+    """Write a file."""
+
+    def write(place: Path) -> None:
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return write
+
+
+def rows(name: str, *values: object) -> Prepare:
+    """Write a JSONL file."""
+    return put(name, "".join(json.dumps(v) + "\n" for v in values))
+
+
+def change(name: str, **values: object) -> Prepare:
+    """Change a JSON file."""
+
+    def edit(place: Path) -> None:
+        path = place / name
+        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | values), encoding="utf-8")
+
+    return edit
+
+
+def remove(*names: str) -> Prepare:
+    """Delete files."""
+    return lambda place: [(place / name).unlink() for name in names]
+
+
+def other_run(place: Path) -> None:
+    """A finished run of another seed in the output folder."""
+    from rlhf.config.load import load
+    from rlhf.config.schema import SFTConfig
+    from rlhf.runs.run_dir import RunDir
+
+    config = load(SFTConfig, place / "sft.yaml", ["seed=99"]).config
+    run = RunDir(place / "out")
+    run.start("sft", config, seed=99, processes=1, versions={}, inputs={})
+    run.finish()
+
+
+TALK = {"role": "user", "content": "hi"}
+PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
+LONG = "a very long question " * 40
+
+DATA = [
+    Case("missing", "sft sft.yaml data.train.0.path=demo.jsonl",
+         ("demo.jsonl: no such file", "did you mean 'demos.jsonl")),
+    Case("empty", "sft sft.yaml", ("demos.jsonl: the file is empty", "name another file"), put("demos.jsonl", "")),
+    Case("corrupt", "sft sft.yaml", ("demos.jsonl row 2: corrupt JSON at column 15", "repair or remove the line"),
+         put("demos.jsonl", '{"messages": []}\n{"messages": [}\n')),
+    Case("columns", "sft sft.yaml", ("pairs.jsonl", "chosen"), put("sft.yaml", "output_dir: out\nmodel: {path: tiny}\n"
+         "data: {train: [{path: pairs.jsonl, format: messages}]}\n")),
+    Case("no format", "sft sft.yaml", ("demos.jsonl", "column"), rows("demos.jsonl", {"question": "a", "reply": "b"})),
+    Case("not UTF-8", "sft sft.yaml", ("demos.jsonl row 2: invalid UTF-8 at byte", "save the file as UTF-8"),
+         put("demos.jsonl", b'{"messages": []}\n{"messages": "caf\xe9"}\n')),
+    Case("empty response", "sft sft.yaml", ("demos.jsonl row 1: turn 2 (assistant) is empty", "on_bad_row=drop"),
+         rows("demos.jsonl", {"messages": [TALK, {"role": "assistant", "content": " "}]})),
+    Case("empty chosen", "reward reward.yaml", ("pairs.jsonl row 2: chosen is empty", "fix or remove the row"),
+         rows("pairs.jsonl", PAIR, PAIR | {"chosen": ""})),
+    Case("identical sides", "reward reward.yaml",
+         ("pairs.jsonl row 1: 'chosen' and 'rejected' are identical", "preference 0.5"),
+         rows("pairs.jsonl", PAIR | {"rejected": "b"})),
+    Case("two bad rows", "reward reward.yaml", ("3 problems", "row 1: ", "row 2: ", "fix or remove them"),
+         rows("pairs.jsonl", PAIR | {"rejected": "b"}, PAIR | {"preference": 2})),
+    Case("all too long", "sft sft.yaml data.max_length=8", ("no training record is left", "raise data.max_length")),
+    Case("prompt too long (ppo)", "ppo ppo.yaml",
+         ("prompts.jsonl row 1: the prompt is longer than 64 tokens", "shorten it"),
+         rows("prompts.jsonl", {"prompt": LONG})),
+    Case("prompt too long (generate)", "generate sft prompts.jsonl out.jsonl --max-new-tokens 8",
+         ("prompts.jsonl row 1: the prompt is longer than 120 tokens", "shorten it"),
+         rows("prompts.jsonl", {"prompt": LONG})),
+    Case("no prompts", "generate sft nope.jsonl out.jsonl", ("nope.jsonl: no such file", "did you mean '")),
+]  # fmt: skip
+CONFIG = [
+    Case("unknown key", "sft sft.yaml optim.epoch=1",
+         ("command line: unknown key 'optim.epoch'; did you mean 'optim.epochs",)),
+    Case("unknown key in YAML", "sft sft.yaml", ("sft.yaml:1: unknown key 'ouput_dir'; did you mean 'output_dir'",
+         "sft.yaml: missing required key 'output_dir'"), put("sft.yaml", "ouput_dir: out\nmodel: {path: tiny}\n"
+         "data: {train: [{path: demos.jsonl}]}\n")),
+    Case("wrong type", "ppo ppo.yaml ppo.gamma=one",
+         ("command line: 'ppo.gamma': expected a valid number", "got 'one'")),
+    Case("negative", "ppo ppo.yaml kl.coef=-1",
+         ("command line: 'kl.coef': expected greater than or equal to 0", "got -1")),
+    Case("override syntax", "sft sft.yaml epochs", ("command line: expected section.key=value, got 'epochs'",)),
+    Case("no such configuration", "sft stf.yaml",
+         ("stf.yaml: no such configuration file", "files there: ", "sft.yaml")),
+    Case("batch", "sft sft.yaml optim.batch_size=6",
+         ("optim.microbatch_size: 6 sequences", "choose one of 1, 2, 3, 6")),
+    Case("rollout", "ppo ppo.yaml ppo.rollout_size=5 ppo.minibatches=2",
+         ("ppo.rollout_size: a rollout of 5", "choose a multiple of 2")),
+    Case("truncated sampling", "ppo ppo.yaml sampling.top_k=5",
+         ("sampling: PPO needs temperature > 0, top_p 1 and top_k 0",)),
+    Case("context (sft)", "sft sft.yaml data.max_length=129", ("data.max_length: sequences of 129", "at most 128")),
+    Case("context (ppo)", "ppo ppo.yaml sampling.max_new_tokens=65",
+         ("data.max_prompt_tokens + sampling.max_new_tokens: sequences of 129", "at most 128")),
+    Case("context (generate)", "generate sft prompts.jsonl out.jsonl --max-new-tokens 128",
+         ("--max-new-tokens: sequences of 129 tokens", "at most 128")),
+    Case("launcher", "sft sft.yaml --launcher zero9",
+         ("--launcher: no such launcher (found: zero9)", "one of ", "zero3")),
+    Case("launcher of a later stage", "run pipeline.yaml reward.launcher=zero9", ("found: zero9", "one of ", "zero3")),
+    Case("launcher that is no YAML", "sft sft.yaml --launcher bad.yaml",
+         ("bad.yaml:1: not valid YAML",), put("bad.yaml", "a: [")),
+    Case("launcher that is no mapping", "sft sft.yaml --launcher bad.yaml", ("bad.yaml: expected 'key: value'",),
+         put("bad.yaml", "a\n")),
+    Case("pipeline stage", "run pipeline.yaml sftt.seed=1", ("unknown key 'sftt'; did you mean 'sft'?",)),
+    Case("later pipeline stage", "run pipeline.yaml reward.optim.epochs=x",
+         ("command line: 'optim.epochs': expected",)),
+    Case("judge", "evaluate evaluate.yaml judge=no.module:f",
+         ("judge: the judge does not import", "give module:function")),
+    Case("reference", "evaluate evaluate.yaml reference=ppo", ("reference 'ppo' is not one of models: sft",)),
+    Case("demo data", "data dmeo", ("no embedded data called 'dmeo'", "the only one is 'demo'")),
+]  # fmt: skip
+MODELS = [
+    Case("absent", "sft sft.yaml model.path=tny", ("tny: no such model", "train the stage that makes it first")),
+    Case("absent, with a finished run near", "sft sft.yaml model.path=runs/b/model output_dir=new",
+         ("runs/b/model: no such model", "finished runs here: runs/a"),
+         put("runs/a/run.json", '{"status": "finished"}')),
+    Case("hub id without a revision", "sft sft.yaml model.path=some/model",
+         ("some/model", "set 'revision' to a commit hash")),
+    Case("without weights", "sft sft.yaml", ("tiny: no weights (.safetensors) here", "config.json"),
+         remove("tiny/model.safetensors")),
+    Case("no model at all", "sft sft.yaml", ("tiny: no config.json", "found: "), remove("tiny/config.json")),
+    Case("a file", "sft sft.yaml model.path=demos.jsonl", ("demos.jsonl: no config.json", "a file, not a folder")),
+    Case("corrupt weights", "sft sft.yaml", ("tiny: the model does not load", "found: "),
+         put("tiny/model.safetensors", b"\x00" * 100)),
+    Case("cut weights", "ppo ppo.yaml", ("sft: the model does not load", "found: "),
+         lambda p: (p / "sft/model.safetensors").write_bytes((p / "sft/model.safetensors").read_bytes()[:-1000])),
+    Case("no tokenizer", "sft sft.yaml",
+         ("tiny: no readable tokenizer",), remove("tiny/tokenizer.json", "tiny/tokenizer_config.json")),
+    Case("damaged hand-over", "reward reward.yaml",
+         ("sft/handover.json: damaged JSON",), put("sft/handover.json", "{")),
+    Case("other tokenizer", "ppo ppo.yaml reward_model.path=foreign-sealed",
+         ("foreign-sealed: the reward model was trained with other text-to-token settings",
+          "the tokenizer (tokenizer_sha256", "retrain it from this SFT model")),
+    Case("other end token", "ppo ppo.yaml", ("reward: the reward model was trained", "the end token (end_id 7 there"),
+         change("reward/handover.json", end_id=7)),
+    Case("other vocabulary without a record", "ppo ppo.yaml reward_model.path=foreign ppo.normalize_scores=false",
+         ("foreign: policy and reward model have different vocabularies", "found: 320 and ",
+          "train the reward model from this")),
+    Case("no mean and deviation", "ppo ppo.yaml", ("reward: the reward model carries no mean and deviation",
+         "set ppo.normalize_scores=false"), remove("reward/handover.json")),
+    Case("SFT model as reward model", "ppo ppo.yaml reward_model.path=sft", ("sft: ", "train it with 'rlhf reward'")),
+    Case("SFT model as reward model, raw scores", "ppo ppo.yaml reward_model.path=sft ppo.normalize_scores=false",
+         ("sft: a reward model has one output", "train it with 'rlhf reward'")),
+    Case("causal model with one label", "ppo ppo.yaml reward_model.path=sft ppo.normalize_scores=false",
+         ("sft: not a reward model: its score head would be random", "made by 'rlhf reward'"),
+         change("sft/config.json", num_labels=1)),
+    Case("absent (generate)", "generate nope prompts.jsonl out.jsonl", ("nope: no such model",)),
+]  # fmt: skip
+OUTPUT = [
+    Case("foreign files", "sft sft.yaml",
+         ("output_dir out: the output folder holds files that are no run (found: mine.txt)",
+         "choose another output_dir"), put("out/mine.txt", "x")),
+    Case("another run", "sft sft.yaml",
+         ("output_dir out: the output folder already holds another run (found: sft, finished)",
+         "choose another output_dir, or delete"), other_run),
+    Case("another stage", "ppo ppo.yaml", ("output_dir out: the output folder already holds another run",), other_run),
+    Case("a file", "sft sft.yaml", ("output_dir out: the output folder is a file", "choose another"), put("out", "x")),
+    Case("an existing answer file", "generate sft prompts.jsonl out.jsonl",
+         ("out.jsonl: the output file exists", "choose"),
+         put("out.jsonl", "x")),
+    Case("an answer file in no folder", "generate sft prompts.jsonl no/out.jsonl",
+         ("no: no such folder", "make it first")),
+]  # fmt: skip
+KINDS = {"DataError": DATA, "ConfigError": [*CONFIG, *OUTPUT], "CheckpointError": MODELS}
+
+
+def cases() -> Iterable[object]:
+    """All of them, with the kind of error that each must be."""
+    for kind, some in KINDS.items():
+        for case in some:
+            yield pytest.param(case, kind, id=f"{kind[:-5]}: {case.name}")
+
+
+@pytest.mark.parametrize(("case", "kind"), cases())
+def test_one_message_and_nothing_left_behind(
+    case: Case, kind: str, place: Path, contents: Callable[[Path], dict[str, bytes]], call_cli: Run
+) -> None:
+    if case.prepare:
+        case.prepare(place)
+    before = contents(place)
+    code, out, err = call_cli(case.command.split(), cwd=place)
+    assert code == 2, out + err
+    assert re.findall(r"^(\w+): ", err, re.MULTILINE)[0] == kind
+    assert len(re.findall(r"^\w*(?:Error|Warning): ", err, re.MULTILINE)) == 1, err
+    for words in case.says:
+        assert words in err
+    assert "Traceback" not in out + err
+    assert contents(place) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("sfft sft.yaml", "No such command 'sfft'"),
+        ("sft sft.yaml --quite", "No such option: --quite"),
+        ("sft", "Missing argument"),
+        ("generate sft prompts.jsonl out.jsonl --max-new-tokens -1", "--max-new-tokens"),
+        ("generate sft prompts.jsonl out.jsonl --temperature -0.5", "--temperature"),
+        ("chat sft --max-new-tokens many", "--max-new-tokens"),
+    ],
+)
+def test_wrong_usage_shows_the_usage(
+    command: str, says: str, place: Path, contents: Callable[[Path], dict[str, bytes]], call_cli: Run
+) -> None:
+    before = contents(place)
+    code, out, err = call_cli(command.split(), cwd=place)
+    assert (code, out) == (2, "")
+    assert err.startswith("Usage: ")
+    assert f"Error: {says}" in err or f"Error: Invalid value for '{says}'" in err
+    assert "-h' for help" in err
+    assert contents(place) == before
+
+
+def test_the_place_itself_is_good(place: Path, call_cli: Run) -> None:
+    """Without a planted fault the same commands work, so that each case fails for its own reason."""
+    stages = [f"{name} {name}.yaml output_dir=out-{name}" for name in ("sft", "reward", "ppo", "evaluate")]
+    for command in (*stages, "generate sft prompts.jsonl out.jsonl --max-new-tokens 8"):
+        code, _, err = call_cli([*command.split(), "--quiet"], cwd=place)
+        assert (code, err) == (0, ""), command
+    assert (place / "out-ppo" / "model" / "config.json").is_file()
+    assert len((place / "out.jsonl").read_text(encoding="utf-8").splitlines()) == 10
+
+
+@pytest.mark.slow
+def test_the_same_in_a_process_of_its_own(
+    place: Path, contents: Callable[[Path], dict[str, bytes]], run_cli: Run
+) -> None:
+    """What the libraries print or leave behind does not show inside this process."""
+    before = contents(place)
+    code, _, err = run_cli(["ppo", "ppo.yaml", "reward_model.path=foreign", "ppo.normalize_scores=false"], cwd=place)
+    assert code == 2
+    assert err.startswith("CheckpointError: foreign: policy and reward model have different vocabularies")
+    assert len(err.splitlines()) == 1
+    assert contents(place) == before

@@ -1,0 +1,62 @@
+"""Rules between values: batch arithmetic, one sampling distribution in PPO, a reference that is a model."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from rlhf.config.schema import EvaluateConfig, PPOConfig, SFTConfig
+from rlhf.config.sections import split_batch
+from rlhf.errors import ConfigError
+
+PPO = {"output_dir": "x", "policy": {"path": "p"}, "reward_model": {"path": "r"}, "data": {"prompts": [{"path": "d"}]}}
+
+
+@pytest.mark.parametrize(
+    ("batch", "microbatch", "processes", "accumulation"),
+    [(64, 16, 1, 4), (64, 16, 2, 2), (64, 16, 4, 1), (8, 16, 1, 1), (6, 16, 3, 1), (5, 1, 1, 5)],
+)
+def test_a_batch_is_processes_times_microbatch_times_accumulation(
+    batch: int, microbatch: int, processes: int, accumulation: int
+) -> None:
+    assert split_batch(batch, microbatch, processes, "optim") == accumulation
+    assert processes * min(microbatch, batch // processes) * accumulation == batch
+
+
+def test_a_batch_that_processes_cannot_share_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"^optim\.batch_size: batch_size 10 .* by 4 processes; nearest: 8, 12$"):
+        split_batch(10, 2, 4, "optim")
+
+
+def test_a_batch_smaller_than_the_processes_names_only_what_is_possible() -> None:
+    with pytest.raises(ConfigError, match=r"nearest: 4$"):
+        split_batch(3, 2, 4, "optim")
+
+
+def test_a_share_that_is_no_whole_number_of_microbatches_names_the_divisors() -> None:
+    with pytest.raises(ConfigError, match=r"^optim\.microbatch_size: 12 sequences .* choose one of 1, 2, 3, 4, 6, 12$"):
+        split_batch(24, 5, 2, "optim")
+
+
+@pytest.mark.parametrize("sampling", [{"top_p": 0.9}, {"top_k": 50}, {"temperature": 0}])
+def test_ppo_refuses_to_sample_from_another_distribution_than_it_updates(sampling: dict[str, float]) -> None:
+    with pytest.raises(ValidationError, match="another distribution than the one sampled from"):
+        PPOConfig.model_validate(PPO | {"sampling": sampling})
+
+
+@pytest.mark.parametrize("sampling", [{}, {"top_p": 1.0, "top_k": 0, "temperature": 0.7}])
+def test_ppo_samples_at_any_positive_temperature(sampling: dict[str, float]) -> None:
+    assert PPOConfig.model_validate(PPO | {"sampling": sampling}).sampling.top_p == 1.0
+
+
+def test_the_reference_of_an_evaluation_is_one_of_its_models() -> None:
+    values = {"output_dir": "x", "models": {"a": {"path": "p"}}, "prompts": {"s": {"path": "d"}}}
+    with pytest.raises(ValidationError, match="reference 'b' is not one of models: a"):
+        EvaluateConfig.model_validate(values | {"reference": "b"})
+    assert EvaluateConfig.model_validate(values | {"reference": "a"}).reference == "a"
+
+
+def test_a_configuration_is_frozen() -> None:
+    config = SFTConfig.model_validate({"output_dir": "x", "model": {"path": "m"}, "data": {"train": [{"path": "d"}]}})
+    with pytest.raises(ValidationError, match="frozen"):
+        config.seed = 2

@@ -1,0 +1,62 @@
+"""What is measured on answers: perplexity by hand, scores in order, KL of a model to itself."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf.config.sections import ModelSource, Sampling
+from rlhf.data.render import Renderer
+from rlhf.evaluation.answers import answer, perplexity
+from rlhf.models.load import load_causal
+from tests.tolerances import assert_close
+
+
+class Uniform(torch.nn.Module):
+    """Gives every token the same probability."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(vocabulary))
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
+        return SimpleNamespace(logits=self.weight.expand(*input_ids.shape, -1))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_dir: Path) -> Any:
+    """The tiny model."""
+    return load_causal(ModelSource(path=str(tiny_model_dir), dtype="float32")).eval()
+
+
+def test_a_uniform_model_is_as_perplexed_as_it_has_tokens() -> None:
+    assert_close(torch.tensor(perplexity(Uniform(7), [[1, 2, 3], [4, 5]], pad_id=0)), 7.0)
+
+
+def test_perplexity_counts_real_tokens_only_and_each_once(model: Any) -> None:
+    rows = [[5, 6, 7, 8, 9, 10], [11, 12]]
+    nats = 0.0
+    for row in rows:
+        logits = model(input_ids=torch.tensor([row])).logits[0, :-1].detach().double().log_softmax(-1)
+        nats -= float(sum(logits[i, token] for i, token in enumerate(row[1:])))
+    assert_close(torch.tensor(perplexity(model, rows, pad_id=1)), math.exp(nats / 6))
+
+
+def test_answers_repeat_with_the_seed_and_differ_with_the_draw(model: Any, tiny_tokenizer: Any) -> None:
+    renderer = Renderer(tiny_tokenizer)
+    prompts = [renderer.prompt([{"role": "user", "content": text}]) for text in ("hello", "what does a cow say?")]
+    settings = Sampling(max_new_tokens=8)
+    first, again, other = (
+        answer(model, prompts, renderer, settings, seed=1, draw=d, reference=model) for d in (0, 0, 1)
+    )
+    assert first == again
+    assert [a.text for a in first] != [a.text for a in other]
+    for a in first + other:
+        assert 1 <= a.length <= 8
+        assert a.kl == 0.0  # against itself
+        assert a.score is None
