@@ -15,13 +15,15 @@ test: lint types pytest
 
 setup: $(VENV)/.installed
 
-# Torch first and by itself: pip then takes the CPU build where it is offered and no CUDA build is pulled in later.
+# Torch first and by itself, so that no other build of it is pulled in later. pip takes what its index offers; where that
+# is the CUDA build and there is no GPU, name an index of CPU builds: make setup TORCH_INDEX=https://...
 # DeepSpeed after torch, without building its operators: none is needed for ZeRO.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("rlhf needs Python 3.11 or newer") if sys.version_info < (3, 11) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch setuptools wheel
+	$(BIN)/python -m pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[dev,deepspeed]'
 	touch $@
 

@@ -16,6 +16,7 @@ from rlhf.config.sections import ModelSource
 from rlhf.data.records import Comparison, Prompt
 from rlhf.data.render import Renderer
 from rlhf.data.sources import load_records
+from rlhf.errors import DataError
 from rlhf.evaluation.answers import Answer, answer, perplexity, score_rows
 from rlhf.evaluation.baselines import longer_wins, tfidf_accuracy
 from rlhf.evaluation.judge import Judge, load_judge
@@ -160,6 +161,10 @@ def _reward_table(config: EvaluateConfig, bench: Bench) -> Row:
     options: dict[str, Any] = {"seed": config.seed, "on_bad_row": "error", "deduplicate": False}
     pairs: Sequence[Comparison] = load_records("comparison", config.preferences, **options).records
     decided = [p for p in pairs if p.preference != 0.5]
+    if not decided:
+        raise DataError(
+            "every pair is a tie: there is no accuracy to measure", found=f"{len(pairs)} pairs", where="preferences"
+        )
     prompts = [bench.renderer.prompt(p.prompt) for p in decided]
     scores = [
         score_rows(

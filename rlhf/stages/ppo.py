@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from rlhf.config.schema import PPOConfig
-from rlhf.data.render import Renderer
+from rlhf.data.render import Renderer, tokenizer_fingerprint
 from rlhf.data.sources import load_records
 from rlhf.errors import CheckpointError
 from rlhf.models.adapters import policy_with_adapter
 from rlhf.models.distributed import is_main, make_accelerator, set_microbatch
 from rlhf.models.heads import load_scorer
-from rlhf.models.load import context_length, disable_dropout, load_causal, resolve
+from rlhf.models.load import context_length, disable_dropout, load_causal, load_tokenizer, resolve
 from rlhf.rollout.types import Experience
 from rlhf.runs import handover
 from rlhf.runs.console import Bar, Console
@@ -77,6 +77,13 @@ def _reward_scale(config: PPOConfig, renderer: Renderer, console: Console) -> tu
     """Mean and deviation to take off the scores; also verifies that reward model and policy fit."""
     record = handover.read(resolve(config.reward_model))
     handover.verify(renderer.identity(), record, where=config.reward_model.path, role="the reward model")
+    if record is None:  # a foreign reward model: the tokenizer in its folder is all there is to compare
+        theirs = load_tokenizer(config.reward_model)
+        if tokenizer_fingerprint(theirs) != tokenizer_fingerprint(renderer.tokenizer):
+            raise CheckpointError(
+                "the reward model has another tokenizer than the policy", where=config.reward_model.path,
+                do="use a reward model trained from this SFT model",
+            )  # fmt: skip
     if not config.ppo.normalize_scores:
         return 0.0, 1.0
     if record is None or record.score_mean is None or record.score_std is None:

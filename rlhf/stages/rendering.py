@@ -55,7 +55,6 @@ def pairs(
         if fitted is None:
             return None
         pair = {"chosen_ids": fitted[0].ids, "rejected_ids": fitted[1].ids, "preference": record.preference}
-        pair["length"] = max(len(side.ids) for side in fitted)
         return pair | ({"margin": record.margin} if margins else {})
 
     rows = list(_each(records, one, data.on_bad_row, what, console))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.utils.data import Sampler
 from transformers import TrainerCallback
 
 from rlhf.config.sections import Optim
@@ -17,6 +19,43 @@ from rlhf.runs.metrics import METRICS, MetricsWriter, read_lines
 from rlhf.runs.run_dir import RunDir
 
 RENAMED = {"num_tokens": "tokens", "mean_token_accuracy": "token_accuracy"}
+
+
+class LikeLengths(Sampler[int]):
+    """Shuffled rows, but an update's batch holds rows of like length: less padding.
+
+    The order follows from seed and epoch alone: it is the same for any number of processes and after a resume, which
+    the library's own grouping is not.
+    """
+
+    POOL = 50  # batches that are sorted together
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = torch.tensor(lengths), batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Another order; called by the data loader."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        batches: list[torch.Tensor] = []
+        for pool in torch.randperm(len(self.lengths), generator=generator).split(self.POOL * self.batch_size):
+            batches += pool[self.lengths[pool].argsort(descending=True, stable=True)].split(self.batch_size)
+        whole = len(self.lengths) // self.batch_size
+        for i in [*torch.randperm(whole, generator=generator).tolist(), *range(whole, len(batches))]:
+            yield from batches[i].tolist()
+
+
+def group_by_length(trainer: Any, lengths: Sequence[int]) -> None:
+    """Make a Trainer draw its training rows, whose lengths are given, in the order of `LikeLengths`."""
+    args = trainer.args
+    size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    sampler = LikeLengths(lengths, size, args.seed)
+    trainer._get_train_sampler = lambda *_: sampler
 
 
 def updates_of(optim: Optim, records: int) -> int:
@@ -53,7 +92,6 @@ def arguments(
         "per_device_eval_batch_size": optim.batch_size // processes // accumulation,
         "gradient_accumulation_steps": accumulation,
         "gradient_checkpointing": False,
-        "train_sampling_strategy": "group_by_length",  # shuffled, but a batch holds rows of like length: less padding
         "logging_steps": max(1, updates // 100),
         "logging_first_step": True,
         "eval_strategy": "steps" if evaluate else "no",

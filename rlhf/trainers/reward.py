@@ -11,7 +11,7 @@ from trl import RewardTrainer
 from rlhf.data.collate import PairCollator
 from rlhf.errors import TrainingError
 from rlhf.functional import bradley_terry_loss
-from rlhf.trainers.hf import Report, StopOnBadLoss
+from rlhf.trainers.hf import Report, StopOnBadLoss, group_by_length
 
 Pair = dict[str, Any]  # chosen_ids, rejected_ids, preference, and margin if the data has one
 
@@ -26,7 +26,7 @@ class PairTrainer(RewardTrainer):
         self._sums: dict[str, torch.Tensor] = {}
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["chosen_ids", "rejected_ids", "preference", "margin", "length"]
+        self._signature_columns = ["chosen_ids", "rejected_ids", "preference", "margin"]
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -69,6 +69,7 @@ def build(
 
     Raises: TrainingError if the score head would not be trained (a frozen random head gives random rewards).
     """
+    from datasets import Dataset
     from trl import RewardConfig
 
     if not any(p.requires_grad for name, p in model.named_parameters() if "score" in name.split(".")):
@@ -78,17 +79,14 @@ def build(
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_accuracy", "greater_is_better": True}
     args = RewardConfig(**arguments, **(best if validation else {}), max_length=None)
     trainer = PairTrainer(
-        model=model, args=args, processing_class=tokenizer, train_dataset=_dataset(train),
-        eval_dataset=_dataset(validation) if validation else None,
+        model=model, args=args, processing_class=tokenizer, train_dataset=Dataset.from_list(list(train)),
+        eval_dataset=Dataset.from_list(sorted(validation, key=_length)) if validation else None,
         data_collator=PairCollator(tokenizer.pad_token_id), callbacks=[report, StopOnBadLoss()],
     )  # fmt: skip
     trainer.center = center
+    group_by_length(trainer, [_length(pair) for pair in train])
     return trainer
 
 
-def _dataset(pairs: Sequence[Pair]) -> Any:
-    """Pairs as columns, with the length that batches are grouped by."""
-    from datasets import Dataset
-
-    sized = [pair | {"length": max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))} for pair in pairs]
-    return Dataset.from_list(sized)
+def _length(pair: Pair) -> int:
+    return max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))

@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhf.data.collate import DemonstrationCollator
 from rlhf.data.render import Rendered
-from rlhf.trainers.hf import Report, StopOnBadLoss
+from rlhf.trainers.hf import Report, StopOnBadLoss, group_by_length
 
 
 def to_dataset(rows: Sequence[Rendered]) -> Any:
@@ -28,7 +28,7 @@ def build_lm(
     args = TrainingArguments(**arguments)
     return Trainer(
         model=model, args=args, processing_class=tokenizer, train_dataset=to_dataset(train),
-        eval_dataset=to_dataset(validation) if validation else None, callbacks=[report, StopOnBadLoss()],
+        eval_dataset=to_dataset(sorted(validation, key=lambda row: len(row.ids))) if validation else None, callbacks=[report, StopOnBadLoss()],
         data_collator=DemonstrationCollator(tokenizer.pad_token_id),
     )  # fmt: skip
 
@@ -45,7 +45,10 @@ def build(
     from trl import SFTConfig, SFTTrainer
 
     args = SFTConfig(**arguments, packing=packing is not None, max_length=packing, eval_packing=False)
-    return SFTTrainer(
+    trainer = SFTTrainer(
         model=model, args=args, processing_class=tokenizer, train_dataset=to_dataset(train),
-        eval_dataset=to_dataset(validation) if validation else None, callbacks=[report, StopOnBadLoss()],
+        eval_dataset=to_dataset(sorted(validation, key=lambda row: len(row.ids))) if validation else None, callbacks=[report, StopOnBadLoss()],
     )  # fmt: skip
+    if packing is None:
+        group_by_length(trainer, [len(row.ids) for row in train])
+    return trainer
