@@ -42,3 +42,9 @@ def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """|actual - expected| / |expected|, in float64. For vectors whose entries differ in size, such as gradients."""
     actual, expected = actual.detach().double(), expected.detach().double()
     return float((actual - expected).norm() / expected.norm())
+
+PROCESSES = 1e-5
+"""Losses of two processes against one: the same rows, summed in another order."""
+
+PROCESSES_PPO = 1e-4
+"""The same for PPO, where each step builds on the one before."""

@@ -27,7 +27,7 @@ class Stage(Section):
     output_dir: str = Field(description="run directory; must be new, or the same interrupted run")
     seed: int = Field(1, description="one seed for data order, initialisation and sampling")
     telemetry: bool = Field(False, description="allow TRL and the hub client to send usage pings")
-    deterministic: bool = Field(True, description="refuse nondeterministic kernels, so that a seed repeats its numbers")
+    deterministic: bool = Field(True, description="use deterministic kernels, so that a seed repeats its numbers")
 
 
 class Architecture(Section):

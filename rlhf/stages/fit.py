@@ -18,16 +18,17 @@ from rlhf.trainers.hf import Report, arguments, last_checkpoint, silence, tokens
 def fit(
     stage: str, model: Any, tokenizer: Any, renderer: Renderer, train: Sequence[Rendered],
     validation: Sequence[Rendered], optim: Optim, directory: RunDir, seed: int, console: Console, *,
-    build: Callable[..., Any], resume: bool = False,
+    build: Callable[..., Any], rows: int | None = None, resume: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Train and write `model/`.
 
     Args:
         build: makes the trainer; see rlhf.trainers.sft.
+        rows: sequences that packing leaves of `train`; None = not packed.
     Returns: the run's summary (updates, last losses).
     """
     world = processes()
-    updates = updates_of(optim, len(train))
+    updates = updates_of(optim, rows or len(train))
     accumulation = optim.accumulation(world)
     say_batch(world, optim.batch_size // world // accumulation, accumulation, updates, "sequences", console)
     checkpoint = last_checkpoint(directory) if resume else None

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from rlhf.config.schema import SFTConfig
-from rlhf.models.adapters import add_lora, policy_with_adapter
+from rlhf.models.adapters import add_lora, check_same_shape, load_adapter
 from rlhf.models.load import context_length, grow_embeddings, is_adapter, load_causal, resolve
 from rlhf.runs.console import Console
 from rlhf.stages import rendering
@@ -32,25 +32,34 @@ def run(config: SFTConfig, console: Console) -> RunResult:
     train, validation, prints = read_data("demonstration", config.data, config.seed, console)
     train_rows = rendering.conversations(train, renderer, config.data, "training", console)
     valid_rows = rendering.conversations(validation, renderer, config.data, "validation", console)
-    model = _model(config, len(tokenizer))
+    model = _model(config, len(tokenizer), console)
     check_context(config.data.max_length, context_length(model), "data.max_length")
     say_model(model, console)
     start(directory, "sft", config)
     directory.note(data=prints)
-    from rlhf.trainers.sft import build
+    from rlhf.trainers.sft import build, packed_rows
 
+    length = config.data.max_length if config.packing else None
+    rows = None if length is None else packed_rows(train_rows, length)
     summary = fit(
         "sft", model, tokenizer, renderer, train_rows, valid_rows, config.optim, directory, config.seed, console,
-        build=partial(build, packing=config.data.max_length if config.packing else None), resume=state == "interrupted",
+        build=partial(build, packing=length), rows=rows, resume=state == "interrupted",
     )  # fmt: skip
     return RunResult(directory.path, summary)
 
 
-def _model(config: SFTConfig, vocab_size: int) -> Any:
+def _model(config: SFTConfig, vocab_size: int, console: Console) -> Any:
     if not config.lora.enabled:
         return load_causal(config.model, vocab_size=vocab_size)
-    if is_adapter(resolve(config.model)):
-        return policy_with_adapter(config.model, config.lora)
+    folder = resolve(config.model)
+    if is_adapter(folder):
+        from transformers import AutoModelForCausalLM
+
+        check_same_shape(config.lora, folder)
+        return load_adapter(config.model, folder, AutoModelForCausalLM, trainable=True)
     model = load_causal(config.model)
-    grow_embeddings(model, vocab_size)
+    added = vocab_size - model.get_input_embeddings().weight.shape[0]
+    if added > 0:
+        console.note(f"LoRA does not train embeddings: {added} added tokens keep the mean of the others")
+        grow_embeddings(model, vocab_size)
     return add_lora(model, config.lora, "CAUSAL_LM")

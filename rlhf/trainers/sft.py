@@ -18,6 +18,17 @@ def to_dataset(rows: Sequence[Rendered]) -> Any:
     return Dataset.from_dict({"input_ids": [r.ids for r in rows], "labels": labels})
 
 
+def _by_length(rows: Sequence[Rendered]) -> Any:
+    return to_dataset(sorted(rows, key=lambda row: len(row.ids))) if rows else None
+
+
+def packed_rows(rows: Sequence[Rendered], length: int) -> int:
+    """How many sequences packing makes of some rows."""
+    from trl import pack_dataset
+
+    return len(pack_dataset(to_dataset(rows), seq_length=length, strategy="bfd"))
+
+
 def build_lm(
     model: Any, tokenizer: Any, train: Sequence[Rendered], validation: Sequence[Rendered], arguments: dict[str, Any],
     report: Report,
@@ -26,11 +37,13 @@ def build_lm(
     from transformers import Trainer, TrainingArguments
 
     args = TrainingArguments(**arguments)
-    return Trainer(
+    trainer = Trainer(
         model=model, args=args, processing_class=tokenizer, train_dataset=to_dataset(train),
-        eval_dataset=to_dataset(sorted(validation, key=lambda row: len(row.ids))) if validation else None, callbacks=[report, StopOnBadLoss()],
+        eval_dataset=_by_length(validation), callbacks=[report, StopOnBadLoss()],
         data_collator=DemonstrationCollator(tokenizer.pad_token_id),
     )  # fmt: skip
+    group_by_length(trainer, [len(row.ids) for row in train])
+    return trainer
 
 
 def build(
@@ -47,7 +60,7 @@ def build(
     args = SFTConfig(**arguments, packing=packing is not None, max_length=packing, eval_packing=False)
     trainer = SFTTrainer(
         model=model, args=args, processing_class=tokenizer, train_dataset=to_dataset(train),
-        eval_dataset=to_dataset(sorted(validation, key=lambda row: len(row.ids))) if validation else None, callbacks=[report, StopOnBadLoss()],
+        eval_dataset=_by_length(validation), callbacks=[report, StopOnBadLoss()],
     )  # fmt: skip
     if packing is None:
         group_by_length(trainer, [len(row.ids) for row in train])

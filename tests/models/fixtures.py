@@ -1,0 +1,47 @@
+"""Saved models that several folders of tests start from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rlhf.config.sections import Lora
+from rlhf.models.adapters import add_lora
+from rlhf.models.heads import new_reward_model
+from rlhf.models.load import load_causal
+from tests.models import tiny
+
+
+def shake(model: Any, seed: int = 5, size: float = 0.1) -> Any:
+    """Move every trainable parameter a little, as training would."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape, generator=generator) * size)
+    return model
+
+
+@pytest.fixture(scope="session")
+def sft_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Full weights of an SFT model."""
+    return tiny.save(tiny.new(1), tmp_path_factory.mktemp("sft"))
+
+
+@pytest.fixture(scope="session")
+def adapter_folder(sft_folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An SFT model that is a trained adapter over `sft_folder`."""
+    model = shake(add_lora(load_causal(tiny.source(sft_folder)), tiny.LORA, "CAUSAL_LM"))
+    return tiny.save(model, tmp_path_factory.mktemp("adapter"))
+
+
+@pytest.fixture(scope="session")
+def reward_folder(sft_folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Full weights of a reward model."""
+    model = new_reward_model(
+        tiny.source(sft_folder), Lora(), pad_id=tiny.renderer().pad_id, vocab_size=len(tiny.tokenizer()), seed=3
+    )
+    return tiny.save(shake(model), tmp_path_factory.mktemp("reward"))

@@ -1,0 +1,1 @@
+from tests.models.fixtures import adapter_folder, reward_folder, sft_folder  # noqa: F401 - fixtures

@@ -1,0 +1,109 @@
+"""A few dozen records and the configuration of every stage, small enough to run in seconds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+THINGS = ["cat", "dog", "cow", "fox", "hen", "owl", "pig", "bat"]
+ASKS = ["what is a {}?", "tell me about the {}", "do you like the {}?"]
+GOOD = "a {} is an animal, thank you"
+BAD = "no {}"
+Files = dict[str, str]
+
+
+def user(text: str) -> dict[str, str]:
+    """A user turn."""
+    return {"role": "user", "content": text}
+
+
+def judge(prompt: Any, response: str, record: Mapping[str, Any], finished: bool) -> float:
+    """Longer is better."""
+    return float(len(response)) + finished
+
+
+def write_data(folder: Path) -> Files:
+    """Demonstrations, pairs (every sixth a tie), prompts and text. Returns name -> path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cases = [(ask.format(thing), thing) for ask in ASKS for thing in THINGS]
+    tables = {
+        "sft": [
+            {"messages": [user(ask), {"role": "assistant", "content": GOOD.format(thing)}]} for ask, thing in cases
+        ],
+        "preferences": [
+            {"prompt": [user(ask)], "chosen": GOOD.format(thing), "rejected": BAD.format(thing),
+             "preference": 0.5 if i % 6 == 5 else 1.0}
+            for i, (ask, thing) in enumerate(cases)
+        ],
+        "prompts": [{"prompt": [user(ask)]} for ask, _ in cases],
+        "text": [{"text": f"the {thing} sat on the mat and the dog ran"} for thing in THINGS],
+    }  # fmt: skip
+    files = {}
+    for name, rows in tables.items():
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        files[name] = str(path)
+    return files
+
+
+def lora(enabled: bool) -> dict[str, Any]:
+    """The adapter of these tests."""
+    return {"enabled": enabled, "r": 4, "alpha": 8.0}
+
+
+def optim(**changes: Any) -> dict[str, Any]:
+    """Two passes of three updates each, of 8 records."""
+    return {"batch_size": 8, "microbatch_size": 4, "epochs": 2, "learning_rate": 5e-3} | changes
+
+
+def configs(top: Path, model: str, files: Files, *, adapters: bool = False) -> dict[str, dict[str, Any]]:
+    """Stage -> configuration, each fed with what the one before made."""
+    data = {"max_length": 96, "validation_fraction": 0.25}
+    return {
+        "sft": {
+            "output_dir": str(top / "sft"), "model": {"path": model}, "lora": lora(adapters), "optim": optim(),
+            "data": {"train": [{"path": files["sft"]}], **data},
+        },
+        "reward": {
+            "output_dir": str(top / "reward"), "model": {"path": str(top / "sft")}, "lora": lora(adapters),
+            "optim": optim(), "data": {"train": [{"path": files["preferences"]}], **data},
+        },
+        "ppo": {
+            "output_dir": str(top / "ppo"), "policy": {"path": str(top / "sft")}, "lora": lora(adapters),
+            "reward_model": {"path": str(top / "reward")}, "checkpoint_every": 2, "sample_every": 2,
+            "data": {"prompts": [{"path": files["prompts"]}], "max_prompt_tokens": 64},
+            "sampling": {"max_new_tokens": 8}, "ppo": {"steps": 3, "rollout_size": 8, "epochs": 2, "minibatches": 2},
+            "optim": {"learning_rate": 5e-3, "value_learning_rate": 1e-2, "microbatch_size": 2},
+        },
+        "evaluate": {
+            "output_dir": str(top / "evaluate"), "models": {"sft": {"path": str(top / "sft")},
+                                                            "ppo": {"path": str(top / "ppo")}},
+            "prompts": {"heldout": {"path": files["prompts"], "limit": 6}},
+            "reward_model": {"path": str(top / "reward")}, "preferences": [{"path": files["preferences"]}],
+            "judge": "tests.stages.setup:judge", "best_of": 2, "sampling": {"max_new_tokens": 8}, "bootstrap": 50,
+            "text": [{"path": files["text"]}],
+        },
+    }  # fmt: skip
+
+
+def write(folder: Path, name: str, config: dict[str, Any]) -> str:
+    """A configuration as a YAML file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return str(path)
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    """metrics.jsonl without the numbers that say how long something took."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("time_")} for line in lines]
+
+
+def info(run: Path) -> dict[str, Any]:
+    """run.json."""
+    return json.loads((run / "run.json").read_text())

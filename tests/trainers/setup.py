@@ -1,0 +1,66 @@
+"""A PPO trainer on tiny models, in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.config.schema import PPOConfig
+from rlhf.models.distributed import make_accelerator
+from rlhf.models.heads import load_scorer
+from rlhf.rollout.types import Experience
+from rlhf.trainers.ppo import PolicyAndValue, PPOTrainer
+from tests.models import tiny
+
+LENGTHS = [4, 9, 2, 6, 13]
+OPTIM = {"learning_rate": 1e-2, "value_learning_rate": 2e-2, "microbatch_size": 3}
+PPO = {"steps": 2, "rollout_size": 12, "epochs": 2, "minibatches": 2}
+
+
+def config(**sections: Any) -> PPOConfig:
+    """A configuration; each section's values replace those of the tests."""
+    base: dict[str, Any] = {
+        "output_dir": "unused", "policy": {"path": "unused"}, "reward_model": {"path": "unused"},
+        "data": {"prompts": [{"path": "unused"}]}, "sampling": {"max_new_tokens": 8, "temperature": 0.9},
+        "ppo": PPO, "kl": {"coef": 0.1}, "optim": OPTIM,
+    }  # fmt: skip
+    for name, values in sections.items():
+        base[name] = {**base.get(name, {}), **values} if isinstance(values, dict) else values
+    return PPOConfig.model_validate(base)
+
+
+def make(
+    reward_folder: str, *, policy: Any = None, reference: Any = None, reward_model: Any = None, prompts: Any = None,
+    report: Any = None, **sections: Any,
+) -> PPOTrainer:  # fmt: skip
+    """A trainer whose policy ends some responses early."""
+    if policy is None:
+        policy = sometimes_ending(tiny.new(1))
+    return PPOTrainer(
+        config(**sections), make_accelerator(), PolicyAndValue(policy, load_scorer(tiny.source(reward_folder))),
+        reference=reference if reference is not None else tiny.new(2).requires_grad_(False),
+        reward_model=reward_model or load_scorer(tiny.source(reward_folder)).requires_grad_(False),
+        prompts=prompts or tiny.rows(3, LENGTHS), end_id=tiny.renderer().end_id, pad_id=tiny.renderer().pad_id,
+        score_scale=(0.0, 1.0), report=report or (lambda *_: None), checkpoint=lambda _: None,
+    )  # fmt: skip
+
+
+def sometimes_ending(model: Any) -> Any:
+    """Make the end token likely in some states, so that responses differ in length."""
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tiny.renderer().end_id] *= 5.0
+    return model
+
+
+def experienced(trainer: PPOTrainer) -> Experience:
+    """One step's experience, of uneven lengths."""
+    experience = trainer.score(trainer.sample())
+    assert len(set(experience.response_length.tolist())) >= 3
+    return experience
+
+
+def gradient(module: torch.nn.Module) -> Tensor:
+    """All gradients as one vector; zero where there is none."""
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in module.parameters()])

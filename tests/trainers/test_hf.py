@@ -1,0 +1,159 @@
+"""Arithmetic of the stages on a transformers Trainer, and what they write."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rlhf.config.sections import Optim
+from rlhf.errors import ConfigError, TrainingError
+from rlhf.runs.metrics import MetricsWriter
+from rlhf.runs.run_dir import RunDir
+from rlhf.trainers.hf import (
+    LikeLengths,
+    Report,
+    StopOnBadLoss,
+    arguments,
+    last_checkpoint,
+    tokens_until,
+    updates_of,
+)
+
+
+@pytest.mark.parametrize(
+    ("records", "batch", "epochs", "most", "updates"),
+    [(64, 8, 1, None, 8), (65, 8, 1, None, 9), (7, 8, 1, None, 1), (64, 8, 2.5, None, 20), (10, 8, 3, None, 6),
+     (64, 8, 0.01, None, 1), (64, 8, 4, 5, 5), (64, 8, 1, 100, 8)],
+)  # fmt: skip
+def test_updates(records: int, batch: int, epochs: float, most: int | None, updates: int) -> None:
+    optim = Optim(batch_size=batch, microbatch_size=batch, epochs=epochs, max_updates=most)
+    assert updates_of(optim, records) == updates
+
+
+def made(tmp_path: Path, processes: int = 1, updates: int = 40, **changes: Any) -> dict[str, Any]:
+    optim = Optim(**{"batch_size": 32, "microbatch_size": 4} | changes)
+    return arguments(optim, RunDir(tmp_path), seed=5, processes=processes, updates=updates, evaluate=True)
+
+
+@pytest.mark.parametrize(("processes", "accumulation"), [(1, 8), (2, 4), (8, 1)])
+def test_the_batch_is_counted_over_all_processes(processes: int, accumulation: int, tmp_path: Path) -> None:
+    args = made(tmp_path, processes)
+    size = args["per_device_train_batch_size"] * args["gradient_accumulation_steps"] * processes
+    assert size == 32
+    assert args["gradient_accumulation_steps"] == accumulation
+    with pytest.raises(ConfigError, match="batch_size 32 cannot be shared"):
+        made(tmp_path, 3)
+
+
+def test_the_microbatch_shrinks_to_the_share_of_a_process(tmp_path: Path) -> None:
+    args = made(tmp_path, 2, microbatch_size=64)
+    assert (args["per_device_train_batch_size"], args["gradient_accumulation_steps"]) == (16, 1)
+
+
+def test_settings_arrive_under_the_librarys_names(tmp_path: Path) -> None:
+    args = made(
+        tmp_path, learning_rate=0.25, schedule="constant", warmup_fraction=0.26, adam_beta2=0.9, max_grad_norm=0.5
+    )
+    wanted = {
+        "learning_rate": 0.25, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 11, "adam_beta2": 0.9,
+        "max_grad_norm": 0.5, "max_steps": 40, "eval_steps": 8, "save_steps": 8, "seed": 5, "report_to": "none",
+    }  # fmt: skip
+    assert {k: args[k] for k in wanted} == wanted
+
+
+def test_a_long_run_writes_about_a_hundred_lines_and_a_short_one_each_update(tmp_path: Path) -> None:
+    assert made(tmp_path, updates=40)["logging_steps"] == 1
+    assert made(tmp_path, updates=1000)["logging_steps"] == 10
+
+
+def checkpoint(run: RunDir, step: int, *, complete: bool = True) -> None:
+    folder = run.checkpoints / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    if complete:
+        (folder / "trainer_state.json").write_text("{}")
+
+
+def test_the_newest_complete_checkpoint_is_taken(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    assert last_checkpoint(run) is None
+    for step, complete in ((5, True), (10, True), (9, True), (20, False)):
+        checkpoint(run, step, complete=complete)
+    (run.checkpoints / "checkpoint-best").mkdir()
+    found = last_checkpoint(run)
+    assert found is not None
+    assert found.step == 10
+
+
+def test_declared_numbers_are_written_under_our_names(tmp_path: Path) -> None:
+    shown: list[Any] = []
+    writer = MetricsWriter(tmp_path / "metrics.jsonl")
+    report = Report(writer, SimpleNamespace(update=lambda *line: shown.append(line)), ("loss",))
+    state = SimpleNamespace(global_step=3)
+    logs = {"loss": 1.5, "num_tokens": 12.0, "mean_token_accuracy": 0.5, "train_runtime": 9.0, "epoch": "x"}
+    report.on_log(None, state, None, logs)
+    report.on_step_end(None, state, SimpleNamespace(should_log=False, should_save=False))
+    writer.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
+        "step": 3, "loss": 1.5, "tokens": 12.0, "token_accuracy": 0.5
+    }  # fmt: skip
+    assert shown == [(3, {"loss": 1.5})]
+
+
+def test_tokens_go_on_counting_after_a_checkpoint_whose_update_is_always_logged(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"step": 1, "tokens": 10.0}, {"step": 2, "loss": 1.0}, {"step": 3, "tokens": 30.0}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [tokens_until(path, step) for step in (0, 2, 3)] == [0.0, 10.0, 30.0]
+    writer = MetricsWriter(path, keep_until=2)
+    report = Report(writer, SimpleNamespace(update=lambda *_: None), (), tokens=10.0)
+    report.on_log(None, SimpleNamespace(global_step=3), None, {"num_tokens": 20.0})
+    writer.close()
+    assert path.read_text().splitlines() == [json.dumps(line) for line in lines]
+    for saving in (True, False):
+        control = SimpleNamespace(should_log=False, should_save=saving)
+        report.on_step_end(None, SimpleNamespace(global_step=3), control)
+        assert control.should_log is saving
+
+
+@pytest.mark.parametrize("logs", [{"loss": float("nan")}, {"loss": 1.0, "grad_norm": float("inf")}])
+def test_a_loss_that_is_not_finite_ends_the_run(logs: dict[str, float]) -> None:
+    StopOnBadLoss().on_log(None, SimpleNamespace(global_step=7), None, {"loss": 1.0, "grad_norm": 2.0})
+    with pytest.raises(TrainingError, match="update 7"):
+        StopOnBadLoss().on_log(None, SimpleNamespace(global_step=7), None, logs)
+
+
+# Batches of like lengths
+
+
+def drawn(lengths: list[int], batch: int, *, seed: int = 1, epoch: int = 0) -> list[int]:
+    sampler = LikeLengths(lengths, batch, seed)
+    sampler.set_epoch(epoch)
+    assert len(sampler) == len(lengths)
+    return list(sampler)
+
+
+LENGTHS = [(i * 37) % 101 + 1 for i in range(1003)]
+
+
+def test_every_row_is_drawn_once_an_epoch_in_an_order_of_its_own() -> None:
+    orders = [drawn(LENGTHS, 8, seed=s, epoch=e) for s, e in ((1, 0), (1, 1), (2, 0))]
+    assert all(sorted(order) == list(range(1003)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 3
+    assert drawn(LENGTHS, 8, epoch=1) == orders[1]
+
+
+def test_a_batch_holds_rows_of_like_length_and_batches_come_in_any_order() -> None:
+    order = drawn(LENGTHS, 8)
+    batches = [[LENGTHS[i] for i in order[k : k + 8]] for k in range(0, 1000, 8)]
+    assert max(max(b) - min(b) for b in batches) < 10
+    longest = [max(b) for b in batches]
+    assert longest != sorted(longest)
+    assert longest != sorted(longest, reverse=True)
+
+
+def test_few_rows_make_one_short_batch() -> None:
+    assert drawn([5, 9, 7], 8) == [1, 2, 0]
