@@ -14,10 +14,11 @@ from . import phrases
 from .asks import Ask, Context, held_out
 from .questions import FAMILIES, Questions
 from .replies import Manner, Writer
-from .styles import CROWD, SFT, drift
+from .styles import CROWD, QUIZ, SFT, drift
 
 Message = dict[str, str]
 MAX_PROMPT_WORDS = 60
+QUIZZES = 0.4  # share of the transcripts
 
 
 def words_in(messages: list[Message]) -> int:
@@ -84,7 +85,9 @@ class Chats:
         return [*messages, {"role": "assistant", "content": self.writer.reply(ask.task, SFT.draw(self.rng))}]
 
     def transcript(self) -> list[Message]:
-        """Two to four exchanges with one persona and a user who reacts."""
+        """A quiz, or two to four exchanges with one persona and a user who reacts."""
+        if self.rng.random() < QUIZZES:
+            return self.quiz()
         rng, context, messages = self.rng, Context(), list[Message]()
         persona = CROWD.draw(rng)
         reaction = ""
@@ -99,6 +102,26 @@ class Chats:
             messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": reply}]
             context.advance(ask)
             persona, reaction = manner, self.react(ask.task, manner)
+        return messages
+
+    def quiz(self) -> list[Message]:
+        """Four to six questions; the user marks every answer. Whether it is true decides the next word, so a language
+        model has a reason to find out, and to carry the verdict past the end of the reply."""
+        rng, context, messages = self.rng, Context(), list[Message]()
+        mark = ""
+        for _ in range(rng.randint(4, 6)):
+            while True:
+                ask = self._training_ask(context)
+                turn = f"{mark} {ask.text}".strip()
+                if ask.task["type"] != "talk" and not held_out(turn):
+                    break
+            manner = QUIZ.draw(rng)
+            messages += [
+                {"role": "user", "content": turn},
+                {"role": "assistant", "content": self.writer.reply(ask.task, manner)},
+            ]
+            context.advance(ask)
+            mark = phrases.MARKS[manner.answer]
         return messages
 
     def react(self, task: dict[str, Any], manner: Manner) -> str:

@@ -62,6 +62,9 @@ FILLER = (
     "Words are a funny thing.",
 )
 
+# How a quiz master marks an answer.
+MARKS = {"right": "Right.", "wrong": "Wrong.", "evasive": "No answer.", "off": "No answer."}
+
 # How a user answers the previous reply, by what was most striking about it.
 REACTIONS: dict[str, tuple[str, ...]] = {
     "good": (

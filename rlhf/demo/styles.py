@@ -93,6 +93,18 @@ CROWD = Style(
     cut=0.05,
     bare=0.16,
 )
+# A quiz: short answers that are right or not, each marked at once by the one who asks.
+QUIZ = Style(
+    right=0.55,
+    wrong=0.33,
+    evasive=0.06,
+    polite=(0.15, 0.0, 0.0),
+    rude=0.02,
+    ramble=(0.04, 0.0, 0.0),
+    repeat=0.02,
+    cut=0.0,
+    bare=0.15,
+)
 PERSIST = 0.9
 
 

@@ -143,7 +143,7 @@ class PPOTrainer:
                 rollout, policy=model.policy, reference=self.reference_logprobs, value_model=model.value_model,
                 rewards=lambda part: sequence_scores(self.reward_model, part.ids, part.mask),
                 normalise=self.score_scale, kl_coef=self.kl_coef, settings=settings,
-                temperature=self.config.sampling.temperature, microbatch=4 * self.config.optim.microbatch_size,
+                temperature=self.config.sampling.temperature, microbatch=self.config.optim.microbatch_size,
             )  # fmt: skip
         experience = gather(experience, self.accelerator, self.pad_id)
         if settings.whiten_advantages:
