@@ -43,6 +43,7 @@ def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
     actual, expected = actual.detach().double(), expected.detach().double()
     return float((actual - expected).norm() / expected.norm())
 
+
 PROCESSES = 1e-5
 """Losses of two processes against one: the same rows, summed in another order."""
 
