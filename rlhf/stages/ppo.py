@@ -46,7 +46,6 @@ def run(config: PPOConfig, console: Console) -> RunResult:
     set_microbatch(accelerator, config.optim.microbatch_size)
     model, reference = _trained_models(config, len(tokenizer))
     reward_model = load_scorer(config.reward_model).requires_grad_(False)
-    _check_vocabulary(model, reward_model, config)
     longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
     check_context(longest, context_length(model.policy), "data.max_prompt_tokens + sampling.max_new_tokens")
     say_model(model, console)
@@ -105,17 +104,6 @@ def _trained_models(config: PPOConfig, vocab_size: int) -> tuple[PolicyAndValue,
     policy = load_causal(config.policy, vocab_size=vocab_size)
     reference = load_causal(config.policy, vocab_size=vocab_size).requires_grad_(False)
     return PolicyAndValue(policy, value_model), reference
-
-
-def _check_vocabulary(model: PolicyAndValue, reward_model: Any, config: PPOConfig) -> None:
-    policy: Any = model.policy
-    ours = policy.get_input_embeddings().weight.shape[0]
-    theirs = reward_model.get_input_embeddings().weight.shape[0]
-    if ours != theirs:
-        raise CheckpointError(
-            "policy and reward model have different vocabularies", found=f"{ours} and {theirs} tokens",
-            where=config.reward_model.path, do="train the reward model from this SFT model",
-        )  # fmt: skip
 
 
 def _say_plan(config: PPOConfig, ranks: int, prompts: int, console: Console) -> None:

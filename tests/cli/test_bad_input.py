@@ -164,8 +164,8 @@ MODELS = [
     Case("other end token", "ppo ppo.yaml", ("reward: the reward model was trained", "the end token (end_id 7 there"),
          change("reward/handover.json", end_id=7)),
     Case("other vocabulary without a record", "ppo ppo.yaml reward_model.path=foreign ppo.normalize_scores=false",
-         ("foreign: policy and reward model have different vocabularies", "found: 320 and ",
-          "train the reward model from this")),
+         ("foreign: the reward model has another tokenizer than the policy",
+          "use a reward model trained from this SFT model")),
     Case("no mean and deviation", "ppo ppo.yaml", ("reward: the reward model carries no mean and deviation",
          "set ppo.normalize_scores=false"), remove("reward/handover.json")),
     Case("SFT model as reward model", "ppo ppo.yaml reward_model.path=sft", ("sft: ", "train it with 'rlhf reward'")),
@@ -259,6 +259,6 @@ def test_the_same_in_a_process_of_its_own(
     before = contents(place)
     code, _, err = run_cli(["ppo", "ppo.yaml", "reward_model.path=foreign", "ppo.normalize_scores=false"], cwd=place)
     assert code == 2
-    assert err.startswith("CheckpointError: foreign: policy and reward model have different vocabularies")
+    assert err.startswith("CheckpointError: foreign: the reward model has another tokenizer than the policy")
     assert len(err.splitlines()) == 1
     assert contents(place) == before
