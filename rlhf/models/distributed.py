@@ -30,7 +30,6 @@ def quiet_libraries(*, telemetry: bool) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if use_cpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed prints how it looked for one
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     import logging
     import warnings
 

@@ -83,7 +83,7 @@ class Bar:
 
     def __init__(self, console: Console, label: str, total: int, unit: str) -> None:
         self.console, self.label, self.total, self.unit = console, label, total, unit
-        self._done, self._begun, self._last = 0, time.monotonic(), -1e9
+        self._begun, self._last = time.monotonic(), -1e9
         self._progress: Progress | None = None
 
     def __enter__(self) -> Bar:
@@ -103,7 +103,6 @@ class Bar:
 
     def update(self, done: int, numbers: Mapping[str, float]) -> None:
         """Say how far the work is, with two or three numbers."""
-        self._done = done
         elapsed = max(time.monotonic() - self._begun, 1e-9)
         rate = done / elapsed
         words = " ".join(f"{k} {v:.3g}" for k, v in numbers.items())

@@ -129,11 +129,12 @@ def _answers(config: EvaluateConfig, bench: Bench, console: Console) -> dict[str
 def _table(config: EvaluateConfig, bench: Bench, answers: dict[str, dict[str, Any]]) -> list[Row]:
     rows = []
     for split, records in bench.records.items():
-        judged = {
-            name: [_judge(bench.judge, r, a) for r, a in zip(records, per_split[split], strict=True)]
-            for name, per_split in answers.items()
-        }
-        base = judged[config.reference]
+        judged: dict[str, list[float]] = {}
+        if bench.judge is not None:
+            judged = {
+                name: [_judge(bench.judge, r, a) for r, a in zip(records, per_split[split], strict=True)]
+                for name, per_split in answers.items()
+            }
         for name, per_split in answers.items():
             drawn: list[Answer] = per_split[split]
             kls = [a.kl for a in drawn if a.kl is not None]
@@ -146,14 +147,16 @@ def _table(config: EvaluateConfig, bench: Bench, answers: dict[str, dict[str, An
             if bench.reward_model is not None:
                 row["score"] = float(np.mean([a.score for a in drawn]))
             if bench.judge is not None:
-                win = bootstrap(wins(judged[name], base), resamples=config.bootstrap, seed=config.seed)
+                win = bootstrap(
+                    wins(judged[name], judged[config.reference]), resamples=config.bootstrap, seed=config.seed
+                )
                 row |= {"utility": float(np.mean(judged[name])), "win": win.mean, "low": win.low, "high": win.high}
             rows.append(row)
     return rows
 
 
-def _judge(judge: Judge | None, record: Prompt, drawn: Answer) -> float:
-    return judge(record.messages, drawn.text, record.record, drawn.finished) if judge is not None else 0.0
+def _judge(judge: Judge, record: Prompt, drawn: Answer) -> float:
+    return judge(record.messages, drawn.text, record.record, drawn.finished)
 
 
 def _reward_table(config: EvaluateConfig, bench: Bench) -> Row:
@@ -202,14 +205,16 @@ def _side_by_side(config: EvaluateConfig, bench: Bench, answers: dict[str, dict[
 
 
 def _write_answers(path: Path, bench: Bench, answers: dict[str, dict[str, Any]]) -> None:
+    """Every response; its utility only if a judge gave one."""
     with path.open("w", encoding="utf-8") as file:
         for split, records in bench.records.items():
             for i, record in enumerate(records):
-                replies = {
-                    name: {"text": (a := per_split[split][i]).text, "finished": a.finished,
-                           "utility": round(_judge(bench.judge, record, a), 4)}
-                    for name, per_split in answers.items()
-                }  # fmt: skip
+                replies: dict[str, Row] = {}
+                for name, per_split in answers.items():
+                    drawn: Answer = per_split[split][i]
+                    replies[name] = {"text": drawn.text, "finished": drawn.finished}
+                    if bench.judge is not None:
+                        replies[name]["utility"] = round(_judge(bench.judge, record, drawn), 4)
                 line = {"split": split, "prompt": record.messages, "replies": replies}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
