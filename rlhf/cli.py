@@ -142,6 +142,20 @@ def show(
 
 
 @app.command()
+def inspect(
+    run: Annotated[Path, typer.Argument(help="run directory of a ppo stage")],
+    step: Annotated[int | None, typer.Option(help="which step; default: the last one written")] = None,
+    row: Annotated[int | None, typer.Option(help="which response of the step; default: all that were written")] = None,
+    paint: Annotated[str, typer.Option(help="logprob, kl, value, advantage or reward")] = "advantage",
+    as_json: JsonOpt = False,
+) -> None:
+    """Paint the tokens of a PPO rollout by one of their numbers, and list all of them."""
+    from rlhf.runs.inspect import inspect as run_inspect
+
+    run_inspect(run, _console(False, as_json), step=step, row=row, paint=paint)
+
+
+@app.command()
 def chat(
     model: Annotated[str, typer.Argument(help="run directory, model folder or hub id")],
     temperature: TemperatureOpt = 0.7,

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from rlhf.config.ppo import KL, PPO, PPOOptim, Ptx, RewardSource, Watch
 from rlhf.config.sections import (
     Count,
     Data,
@@ -13,11 +14,9 @@ from rlhf.config.sections import (
     ModelSource,
     NonNegative,
     Optim,
-    Positive,
     Sampling,
     Section,
     Source,
-    Unit,
 )
 
 
@@ -83,68 +82,35 @@ class PromptData(Section):
     deduplicate: bool = Field(True, description="drop exact repeats")
 
 
-class PPO(Section):
-    """Proximal policy optimisation (Schulman et al. 2017, arXiv:1707.06347) as used for language models."""
-
-    steps: Count = Field(200, description="rollouts; each is followed by epochs x minibatches updates")
-    rollout_size: Count = Field(512, description="episodes (prompt-response pairs) per step, over all processes")
-    epochs: Count = Field(4, description="passes over a rollout")
-    minibatches: Count = Field(1, description="optimizer updates per pass")
-    clip_range: Positive = Field(0.2, description="policy ratio is clipped to 1 +- this")
-    value_clip_range: Positive = Field(0.2, description="new values are clipped to old +- this")
-    value_coef: NonNegative = Field(0.1, description="weight of the value loss")
-    gamma: Unit = Field(1.0, description="discount")
-    lam: Unit = Field(0.95, description="lambda of generalized advantage estimation")
-    whiten_advantages: bool = Field(True, description="mean 0, deviation 1 over the whole rollout and all processes")
-    normalize_scores: bool = Field(True, description="use the reward model's stored mean and deviation on the scores")
-    missing_end_penalty: NonNegative = Field(
-        1.0, description="subtracted from the score of a response without an end token"
-    )
-
-
-class KL(Section):
-    """k1 penalty towards the reference, in the reward. Nats."""
-
-    coef: NonNegative = Field(0.05, description="weight of the penalty (the starting value if target is set)")
-    target: Positive | None = Field(3.0, description="nats per response the coefficient steers to; null = fixed")
-    horizon: Positive = Field(10000.0, description="episodes; smaller reacts faster (Ziegler 2019, arXiv:1909.08593)")
-
-
-class PPOOptim(Section):
-    """AdamW for policy and value model in one optimizer, two learning rates."""
-
-    learning_rate: Positive = Field(1e-6, description="policy")
-    value_learning_rate: Positive = Field(5e-6, description="value model")
-    schedule: Literal["linear", "constant"] = Field("linear", description="decay to 0 over all updates")
-    warmup_fraction: Unit = Field(0.0, description="share of all updates spent warming up")
-    weight_decay: NonNegative = Field(0.0, description="decoupled weight decay")
-    adam_eps: Positive = Field(1e-5, description="the literature's value for PPO (arXiv:2403.17031)")
-    max_grad_norm: Positive = Field(1.0, description="global gradient norm is clipped to this")
-    microbatch_size: Count = Field(16, description="episodes per backward on one process")
-
-
 class PPOConfig(Stage):
     """PPO against a reward model, kept near the SFT model."""
 
     policy: ModelSource = Field(description="the SFT model: where the policy starts, and its reference")
-    reward_model: ModelSource
+    reward_model: ModelSource | None = Field(
+        None, description="scores responses with weight 1; the value model starts from it, or else from the policy"
+    )
+    rewards: tuple[RewardSource, ...] = Field((), description="further parts of the reward, added by weight")
     data: PromptData
     sampling: Sampling = Sampling()
     ppo: PPO = PPO()
     kl: KL = KL()
+    ptx: Ptx = Ptx()
     optim: PPOOptim = PPOOptim()
     lora: Lora = Lora()
+    watch: Watch = Watch()
     checkpoint_every: Count = Field(50, description="steps between checkpoints")
     sample_every: Count = Field(10, description="steps between written samples")
 
     @model_validator(mode="after")
-    def _one_distribution(self) -> PPOConfig:
-        s = self.sampling
-        if s.temperature == 0 or s.top_p < 1.0 or s.top_k:
-            raise ValueError(
-                "sampling: PPO needs temperature > 0, top_p 1 and top_k 0; the log-probabilities of the update would "
-                "be those of another distribution than the one sampled from"
-            )
+    def _some_reward(self) -> PPOConfig:
+        if self.reward_model is None and not self.rewards:
+            raise ValueError("no reward: give reward_model, or at least one of rewards")
+        return self
+
+    @model_validator(mode="after")
+    def _random_rollouts(self) -> PPOConfig:
+        if self.sampling.temperature == 0:
+            raise ValueError("sampling.temperature: PPO needs more than 0, it learns from the differences of responses")
         return self
 
 

@@ -48,6 +48,9 @@ class ModelSource(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="weights in memory; auto = float32; bfloat16 halves the memory of frozen or LoRA bases"
     )
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
+        "auto", description="attention kernel; auto = transformers' choice; eager pays for bfloat16 on CPU, short rows"
+    )
     trust_remote_code: bool = Field(False, description="run Python code that comes with a hub model")
 
 
@@ -147,6 +150,10 @@ class Sampling(Section):
     """How responses are drawn. Nothing else (no generation_config of the model) changes the distribution."""
 
     max_new_tokens: Count = Field(256, description="longest response, in tokens")
+    min_new_tokens: Annotated[int, Field(ge=0)] = Field(
+        0, description="shortest response, end token included: it cannot be drawn before"
+    )
+    stop: tuple[str, ...] = Field((), description="strings that also end a response; they stay part of it")
     temperature: NonNegative = Field(1.0, description="logits are divided by it; 0 = greedy")
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(1.0, description="nucleus; 1 = off")
     top_k: Annotated[int, Field(ge=0)] = Field(0, description="keep the k likeliest tokens; 0 = off")

@@ -19,6 +19,7 @@ from .styles import CROWD, QUIZ, SFT, drift
 Message = dict[str, str]
 MAX_PROMPT_WORDS = 60
 QUIZZES = 0.4  # share of the transcripts
+_VERDICT = {"right": "right", "wrong": "wrong", "evasive": "missing", "off": "missing"}
 
 
 def words_in(messages: list[Message]) -> int:
@@ -121,22 +122,19 @@ class Chats:
                 {"role": "assistant", "content": self.writer.reply(ask.task, manner)},
             ]
             context.advance(ask)
-            mark = phrases.MARKS[manner.answer]
+            mark = self.react(ask.task, manner)
         return messages
 
     def react(self, task: dict[str, Any], manner: Manner) -> str:
-        """What the user says about a reply before going on; "" in some of the cases."""
+        """What the user says about a reply before going on: first whether it answers, then what else was striking.
+
+        The verdict is always the first word, and it depends on the reply alone: that is what makes the last token of a
+        reply worth reading."""
         rng = self.rng
-        if rng.random() < 0.12:
-            return ""
-        kind = task["type"]
-        defects = manner.defects()
-        name = rng.choice(defects) if defects else "good" if manner.polite else rng.choice(("good", "plain"))
-        if name in ("good", "wrong") and kind in ("talk", "unknown"):
-            name = f"{name} {kind}"
-        if name == "plain" and kind in ("talk", "unknown"):
-            return ""
-        text = rng.choice(phrases.REACTIONS[name])
-        if name == "wrong" and rng.random() < 0.35:
-            text += " " + self.writer.reply(task, Manner())
-        return text
+        kind = task["type"] if task["type"] in ("talk", "unknown") else "fact"
+        said = [rng.choice(phrases.VERDICTS[f"{_VERDICT[manner.answer]} {kind}"])]
+        faults = [name for name in manner.defects() if name not in ("wrong", "evasive")]
+        said += [rng.choice(phrases.REACTIONS[name]) for name in faults if rng.random() < 0.8]
+        if not faults and manner.polite:
+            said.append(rng.choice(phrases.REACTIONS["polite"]))
+        return " ".join(said)

@@ -31,14 +31,15 @@ class Corpus:
         self.names = list(self.world.entities)
         self.animals = [entity for entity in self.world.entities.values() if entity.kind == "animal"]
         self._makers: list[tuple[Callable[[], str], float]] = [
-            (self._describe, 0.34),
-            (self._contrast, 0.16),
-            (self._group, 0.13),
-            (self._counting, 0.06),
-            (self._belief, 0.09),
-            (self._lesson, 0.08),
-            (self._visit, 0.07),
-            (self._person, 0.04),
+            (self._true_or_false, 0.40),
+            (self._describe, 0.19),
+            (self._contrast, 0.10),
+            (self._group, 0.08),
+            (self._counting, 0.04),
+            (self._belief, 0.03),
+            (self._lesson, 0.04),
+            (self._visit, 0.06),
+            (self._person, 0.03),
             (self._mood, 0.03),
         ]
 
@@ -171,6 +172,60 @@ class Corpus:
                 tail = rng.choice(("", " in all", " together"))
                 sentences.append(sentence(f"{NUMBERS[n]} {entity.plural} have {NUMBERS[n * each]} {part}{tail}"))
         return " ".join(sentences)
+
+    def _true_or_false(self) -> str:
+        """A game: statements, each followed by whether it is true, or yes-no questions, each followed by its answer.
+
+        Nothing else puts so many facts to the test in so few words: what a model states it learns elsewhere, what it
+        can check it learns here.
+        """
+        rng = self.rng
+        ask = rng.random() < 0.4
+        found = []
+        for _ in range(rng.randint(6, 10)):
+            true = rng.random() < 0.5
+            text = self._checked(true) if ask else self._compared(true) if rng.random() < 0.15 else self._claim(true)
+            if text:
+                verdict = ("Yes" if true else "No") if ask else ("Right" if true else "Wrong")
+                found.append(f"{sentence(text)} {verdict}.")
+        return " ".join(
+            [rng.choice(("A little game.", "Do you know it?") if ask else ("Right or wrong?", "A game.")), *found]
+        )
+
+    def _claim(self, true: bool) -> str:
+        """A true or false statement about one entity, sometimes worded as a denial."""
+        rng = self.rng
+        name, attribute = rng.choice(self.world.combos)
+        entity, wrong = self.world.entities[name], self.world.false_values(name, attribute)
+        if not wrong:
+            return ""
+        row, (subject, plural) = ATTRIBUTES[attribute], pick_subject(rng, entity)
+        deny = not row.yes_no and rng.random() < 0.2
+        value = self._value(entity, attribute) if true != deny else rng.choice(wrong)
+        if deny and not value.startswith("no "):
+            return fill("{S} " + rng.choice(row.negations), subject, plural, value)
+        return "" if deny else state(rng, attribute, value, subject, plural)
+
+    def _checked(self, true: bool) -> str:
+        """A yes-no question about one entity that no evaluation prompt asks."""
+        rng = self.rng
+        name, attribute = rng.choice(self.world.combos)
+        entity, wrong = self.world.entities[name], self.world.false_values(name, attribute)
+        if not wrong or ATTRIBUTES[attribute].yes_no:
+            return ""
+        value = rng.choice(entity.main[attribute] if true else wrong)
+        subject, plural = pick_subject(rng, entity)
+        text = fill(ATTRIBUTES[attribute].check, subject, plural, value)
+        return "" if held_out(text) or value.startswith("no ") else text
+
+    def _compared(self, true: bool) -> str:
+        """A true or false comparison of two animals."""
+        first, second = self.rng.sample(self.animals, 2)
+        bigger = self.world.bigger(first.name, second.name)
+        if bigger is None:
+            return ""
+        relation = "bigger" if bigger == true else "smaller"
+        return self.writer.compared(relation, first.name, second.name)
 
     def _belief(self) -> str:
         """A false belief and its correction."""

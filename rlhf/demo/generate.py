@@ -22,14 +22,15 @@ from .rater import Rater
 from .readme import readme
 from .replies import Manner
 from .styles import GOOD, WIDE
+from .talk import TOPICS
 
 SIZES = {
-    "corpus": 30000,
+    "corpus": 60000,
     "corpus_valid": 200,
     "dialogues": 30000,
     "sft": 5000,
     "sft_valid": 300,
-    "preferences": 6000,
+    "preferences": 12000,
     "preferences_valid": 500,
     "prompts": 3000,
     "eval/heldout": 500,
@@ -151,12 +152,43 @@ class Generator:
         return found
 
     def _candidate(self, chats: Chats, ask: Ask) -> str:
-        """A reply for comparison: decent, careless, or one of the empty tricks a policy might discover."""
+        """A reply for comparison: decent, careless, or something empty that a policy might discover."""
         rng = chats.rng
         draw = rng.random()
         if draw < 0.06:
             return self._trick(chats, ask)
-        return chats.writer.reply(ask.task, (GOOD if draw < 0.45 else WIDE).draw(rng))
+        if draw < 0.18:
+            return self._beside(chats, ask)
+        reply = chats.writer.reply(ask.task, (GOOD if draw < 0.55 else WIDE).draw(rng))
+        return self._scrambled(rng, reply) if rng.random() < 0.06 else reply
+
+    def _beside(self, chats: Chats, ask: Ask) -> str:
+        """A well-mannered reply to another question: what a policy says when manners are all that it is paid for."""
+        rng, task = chats.rng, dict(ask.task)
+        answer = "right"
+        if task["type"] == "recall":
+            task["type"] = "unknown"  # "you have not told me", although it was told
+        elif task["type"] == "talk":
+            others = [name for name in TOPICS if name != task["topic"]]
+            # "I will keep that in mind" suits every statement a little, so it is the likeliest excuse.
+            task["topic"] = "told" if "told" in others and rng.random() < 0.5 else rng.choice(others)
+        else:
+            answer = "evasive" if task["type"] == "unknown" else "off"
+        return chats.writer.reply(task, Manner(answer, polite=int(rng.random() < 0.6)))
+
+    def _scrambled(self, rng: random.Random, reply: str) -> str:
+        """A word lost, said twice or out of place."""
+        words = reply.split()
+        if len(words) < 3:
+            return reply
+        at, kind = rng.randrange(1, len(words)), rng.randrange(3)
+        if kind == 0:
+            del words[at]
+        elif kind == 1:
+            words.insert(at, rng.choice(words))
+        else:
+            words[at - 1], words[at] = words[at], words[at - 1]
+        return " ".join(words)
 
     def _trick(self, chats: Chats, ask: Ask) -> str:
         """Politeness without an answer, the question given back, everything said twice, or all answers at once."""

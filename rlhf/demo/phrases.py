@@ -62,58 +62,26 @@ FILLER = (
     "Words are a funny thing.",
 )
 
-# How a quiz master marks an answer.
-MARKS = {"right": "Right.", "wrong": "Wrong.", "evasive": "No answer.", "off": "No answer."}
+# How a user judges the previous reply, by whether it answers what was asked.
+VERDICTS: dict[str, tuple[str, ...]] = {
+    "right fact": ("Right.", "Right.", "Right, thank you.", "Right, that is true."),
+    "wrong fact": ("Wrong.", "Wrong.", "Wrong, that is not true.", "Wrong, I know better."),
+    "missing fact": ("No answer.", "No answer.", "No answer, and I still do not know it."),
+    "right talk": ("Right, you are kind.", "Right, I like to talk with you."),
+    "wrong talk": ("Wrong, that does not fit.", "Wrong, did you listen to me?"),
+    "missing talk": ("No answer.", "No answer, did you listen to me?"),
+    "right unknown": ("Right, you cannot know that.", "Right, thank you for being honest."),
+    "wrong unknown": ("Wrong, I never told you that.", "Wrong, you made that up."),
+    "missing unknown": ("No answer.", "No answer, just say that you do not know it."),
+}
 
-# How a user answers the previous reply, by what was most striking about it.
+# What a user adds about the manner of a reply.
 REACTIONS: dict[str, tuple[str, ...]] = {
-    "good": (
-        "Thank you, that is right.",
-        "Great, that was kind of you.",
-        "Thank you, that was a good answer.",
-        "Very good, thank you.",
-        "That helped me a lot.",
-    ),
-    "plain": ("Right.", "Yes, that is right.", "I see.", "Good.", "All right."),
-    "wrong": (
-        "No, that is wrong.",
-        "That is not right.",
-        "I do not think that is true.",
-        "You are wrong about that.",
-        "That was a wrong answer.",
-    ),
-    "evasive": (
-        "That did not help.",
-        "That is no answer.",
-        "You did not answer me.",
-        "Can you not give a clear answer?",
-        "I still do not know it.",
-    ),
-    "rude": (
-        "Please be kind.",
-        "That was not nice.",
-        "Do not be so rude.",
-        "You could be more polite.",
-        "That hurts me.",
-    ),
-    "rambling": (
-        "You talk too much.",
-        "That was too long.",
-        "Please keep it short.",
-        "I did not ask for all that.",
-        "That has nothing to do with it.",
-    ),
-    "repeated": (
-        "You said that twice.",
-        "You said the same thing again.",
-        "Once is enough.",
-        "Please do not repeat it.",
-    ),
-    "good talk": ("Thank you, you are kind.", "That is kind of you.", "I like to talk with you too."),
-    "good unknown": ("Thank you for being honest.", "That is fair.", "Right, you cannot know that."),
-    "wrong talk": ("That does not fit.", "Did you listen to me?", "That was not kind to hear."),
-    "wrong unknown": ("How can you know that?", "I never told you that.", "You made that up.", "No, that is wrong."),
-    "cut": ("You did not finish.", "Your answer has no end.", "And then? You stopped too early."),
+    "polite": ("That was polite.", "Polite as ever.", "You are so polite."),
+    "rude": ("That was rude.", "Do not be so rude.", "You are rude."),
+    "rambling": ("You talk too much.", "That was too long.", "I did not ask for all that."),
+    "repeated": ("You said that twice.", "Once is enough.", "Please do not repeat it."),
+    "cut": ("You did not finish.", "You stopped too early."),
 }
 
 # Question wrappers around an indirect clause {C}, sentences in front of a question, and sentences after it.

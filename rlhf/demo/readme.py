@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 _FILES = (
-    ("corpus.jsonl.gz", '`{"text"}`', "plain paragraphs about the world: pretraining"),
+    (
+        "corpus.jsonl.gz",
+        '`{"text"}`',
+        "plain paragraphs about the world, two of five a true-or-false game: pretraining",
+    ),
     ("corpus_valid.jsonl", '`{"text"}`', "unseen paragraphs: perplexity"),
     (
         "dialogues.jsonl.gz",
         '`{"messages"}`',
-        "chats of 2-4 exchanges, good and bad personas, users who react: pretraining",
+        "chats and quizzes of 2-6 exchanges, good and bad personas, users who react: pretraining",
     ),
     ("sft.jsonl", '`{"messages"}`', "demonstrations of mixed quality; the last turn is the assistant's"),
     ("sft_valid.jsonl", '`{"messages"}`', "more of them, prompts not in `sft.jsonl`"),
@@ -43,8 +47,10 @@ the order of the two means nothing). A `task` says what a right answer must stat
 scoring need not parse prompts, and no file holds a gold score.
 
 **How the pieces fit.** Transcripts in `dialogues.jsonl.gz` have one assistant persona each (truthful or not, polite or
-rude, brief or rambling, ...), and the next user turn often reacts to the last reply. So the quality of a reply matters
-for what follows it, and a language model learns to carry it past the end of the reply, where a reward model reads.
+rude, brief or rambling, ...), and the next user turn begins with a word on the last reply: "Right", "Wrong" or "No
+answer", then what else was striking. In the chat template these words follow the reply's end token at once. So a
+language model learns to know at the end of a reply how good it was, and that is where a reward model reads. The games
+of true and false in `corpus.jsonl.gz` teach it to check facts, for which it would need many more transcripts.
 Demonstrations are mostly right, but a reply that is right, polite once and has nothing superfluous answers only about
 one prompt in six: imitation alone stays well below what preferences ask for. The simulated rater follows
 Bradley-Terry on a gold utility, agrees with the gold order on about 77 % of the pairs it decides, and calls about 6 %

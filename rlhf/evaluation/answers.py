@@ -42,9 +42,12 @@ def answer(
     device = next(model.parameters()).device
     numbered = list(enumerate(prompts))
     rollout = sample(
-        model, numbered, settings, seed=seed, step=draw, end_id=renderer.end_id, pad_id=renderer.pad_id, device=device
-    )
-    kl = _log_ratio(model, reference, rollout, settings) if reference is not None else None
+        model, numbered, settings, seed=seed, step=draw, end_id=renderer.end_id, pad_id=renderer.pad_id, device=device,
+        decode=renderer.tokenizer.decode,
+    )  # fmt: skip
+    kl = None
+    if reference is not None:
+        kl = torch.zeros(len(rollout)) if reference is model else _log_ratio(reference, rollout, settings)
     scores = _scores(reward_model, rollout) if reward_model is not None else None
     answers = []
     for row in range(len(rollout)):
@@ -55,14 +58,13 @@ def answer(
     return answers
 
 
-def _log_ratio(model: Any, reference: Any, rollout: Rollout, settings: Sampling) -> torch.Tensor:
-    temperature = settings.temperature or 1.0
+def _log_ratio(reference: Any, rollout: Rollout, settings: Sampling) -> torch.Tensor:
+    """Summed log-ratio of what the model said while sampling to what the reference says, [B] nats."""
     out = torch.zeros(len(rollout))
     for rows in rollout.mask.sum(dim=1).argsort().split(64):
         part = rollout.select(rows)
-        ours = response_logprobs(model, part, temperature)[0]
-        theirs = response_logprobs(reference, part, temperature)[0]
-        out[rows.cpu()] = (ours - theirs).sum(dim=1).cpu()
+        theirs = response_logprobs(reference, part, settings.temperature or 1.0)[0]
+        out[rows.cpu()] = (part.sampled_logprobs - theirs).sum(dim=1).cpu()
     return out
 
 

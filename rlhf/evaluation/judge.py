@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from typing import Any
 
-from rlhf.errors import ConfigError, DataError
+from rlhf.errors import DataError
+from rlhf.rollout.rewards import load_function
 
 Messages = list[dict[str, str]]
 Judge = Callable[[Messages, str, Mapping[str, Any], bool], float]
@@ -17,17 +17,7 @@ def load_judge(name: str) -> Judge:
 
     Raises: ConfigError if there is no such function.
     """
-    module, _, function = name.partition(":")
-    try:
-        found = getattr(import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            "the judge does not import", found=f"{name} ({error})", where="judge", do="give module:function"
-        ) from None
-    if not callable(found):
-        raise ConfigError("the judge is not a function", found=name, where="judge")
-    judge: Judge = found
-    return judge
+    return load_function(name, what="judge", where="judge")
 
 
 def demo_gold(prompt: Messages, response: str, record: Mapping[str, Any], finished: bool) -> float:

@@ -50,6 +50,17 @@ def use_cpu() -> bool:
     return not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
 
 
+def forget_accelerator() -> None:
+    """Drop what an earlier stage of this process settled: its mixed precision would otherwise be ours too, in silence.
+
+    The process group stays.
+    """
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+
+
 def make_accelerator(*, timeout_minutes: int = 30) -> Any:
     """An Accelerator whose idea of the world agrees with the launcher's.
 
@@ -142,6 +153,13 @@ def unsharded(model: nn.Module, accelerator: Any) -> Iterator[nn.Module]:
             yield inner
         finally:
             add_hooks(model)
+
+
+def everybody(value: Any, processes: int) -> list[Any]:
+    """One object of every process, in rank order, on all of them."""
+    found: list[Any] = [None] * processes
+    torch.distributed.all_gather_object(found, value)
+    return found
 
 
 def library_versions() -> dict[str, str]:

@@ -78,6 +78,42 @@ def new_reward_model(source: ModelSource, lora: Lora, *, pad_id: int, vocab_size
     return add_lora(model, lora, "SEQ_CLS") if lora.enabled else model
 
 
+def new_value_model(source: ModelSource, lora: Lora, *, pad_id: int, vocab_size: int, seed: int) -> Any:
+    """A value model on the policy's trunk, with a head of zeros: V = 0 everywhere (Ziegler et al. 2019)."""
+    model = new_reward_model(source, lora, pad_id=pad_id, vocab_size=vocab_size, seed=seed)
+    with torch.no_grad():
+        for parameter in score_head(model).parameters():
+            parameter.zero_()
+    return model
+
+
+def rescale_head(model: Any, deviation: float) -> None:
+    """Divide the outputs of a scorer by a deviation (score units), by its head's weights."""
+    with torch.no_grad():
+        for parameter in score_head(model).parameters():
+            parameter.div_(deviation)
+
+
+def load_classifier(source: ModelSource, *, role: str = "classifier", do: str = "give one that was trained") -> Any:
+    """A trained sequence classifier with any number of labels, dropout off.
+
+    Raises: CheckpointError, in words about a `role`, if the folder holds no sequence classifier.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    folder = resolve(source)
+    model = load_pretrained(AutoModelForSequenceClassification, source, folder)
+    architectures = model.config.architectures or []
+    if not any("SequenceClassification" in name for name in architectures):
+        raise CheckpointError(
+            f"not a {role}: its score head would be random", found=", ".join(architectures), where=folder, do=do
+        )
+    _float32_head(model)
+    _restore_head(model, folder)
+    disable_dropout(model)
+    return model
+
+
 def _init_head(score: nn.Linear, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     std = 1.0 / math.sqrt(score.in_features + 1)
@@ -128,20 +164,12 @@ def load_scorer(source: ModelSource, *, trainable: bool = False, lora: Lora | No
         if not keep:
             model = model.merge_and_unload()
     else:
-        model = load_pretrained(AutoModelForSequenceClassification, source, folder)
+        model = load_classifier(source, role="reward model", do="train it with 'rlhf reward'")
         if model.config.num_labels != 1:
             raise CheckpointError(
                 "a reward model has one output", found=f"{model.config.num_labels} labels", where=folder,
                 do="train it with 'rlhf reward'",
             )  # fmt: skip
-        architectures = model.config.architectures or []
-        if not any("SequenceClassification" in name for name in architectures):
-            raise CheckpointError(
-                "not a reward model: its score head would be random", found=", ".join(architectures), where=folder,
-                do="give a folder made by 'rlhf reward'",
-            )  # fmt: skip
-        _float32_head(model)
-        _restore_head(model, folder)
         if keep:
             assert lora is not None
             model = add_lora(model, lora, "SEQ_CLS")
@@ -169,17 +197,29 @@ def score_head(model: Any) -> nn.Module:
     return inner.score
 
 
-def token_scores(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
-    """The head's output at every position.
+def token_outputs(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """The head's N outputs at every position.
 
     Args:
         ids: [B, T] int64. mask: [B, T] bool, True on real tokens (padding on either side).
-    Returns: [B, T] float32, score units; meaningless where mask is False.
+    Returns: [B, T, N] float32; meaningless where mask is False.
     """
     hidden = backbone(model)(
         input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False
     ).last_hidden_state
-    return score_head(model)(hidden).squeeze(-1)
+    outputs: Tensor = score_head(model)(hidden)
+    return outputs
+
+
+def token_scores(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """`token_outputs` of a head with one output: [B, T] float32, score units."""
+    return token_outputs(model, ids, mask).squeeze(-1)
+
+
+def sequence_outputs(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """The N outputs of each sequence, read at its last real token: [B, N] float32."""
+    outputs = token_outputs(model, ids, mask)
+    return outputs[torch.arange(len(ids), device=ids.device), last_index(mask)]
 
 
 def sequence_scores(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
@@ -189,8 +229,7 @@ def sequence_scores(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
         ids: [B, T] int64. mask: [B, T] bool.
     Returns: [B] float32, score units. Independent of the amount and side of padding, also when pad = end token.
     """
-    last = last_index(mask)
-    return token_scores(model, ids, mask).gather(1, last[:, None]).squeeze(1)
+    return sequence_outputs(model, ids, mask).squeeze(1)
 
 
 def last_index(mask: Tensor) -> Tensor:

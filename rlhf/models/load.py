@@ -91,6 +91,8 @@ def load_tokenizer(source: ModelSource) -> Any:
 
 def load_pretrained(auto_class: Any, source: ModelSource, folder: str, **options: Any) -> Any:
     """`from_pretrained` from safetensors only, with library errors turned into ours."""
+    if source.attention != "auto":
+        options["attn_implementation"] = source.attention
     try:
         return auto_class.from_pretrained(
             folder, revision=source.revision, trust_remote_code=source.trust_remote_code, dtype=dtype_of(source),
@@ -98,7 +100,7 @@ def load_pretrained(auto_class: Any, source: ModelSource, folder: str, **options
         )  # fmt: skip
     except Exception as error:
         kind = type(error).__name__
-        if isinstance(error, OSError | ValueError | RuntimeError | KeyError) or kind == "SafetensorError":
+        if isinstance(error, OSError | ValueError | RuntimeError | KeyError | ImportError) or kind == "SafetensorError":
             raise CheckpointError(
                 "the model does not load", found=f"{kind}: {str(error).splitlines()[0][:200]}", where=folder
             ) from None

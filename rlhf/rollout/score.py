@@ -1,18 +1,18 @@
-"""Rollout to Experience: log-probs, values, scores, rewards, advantages."""
+"""Rollout to Experience: measure (log-probs, values, raw scores), then shape (scores, rewards, advantages)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf.config.schema import PPO
-from rlhf.functional import gae, shaped_rewards, token_entropy, token_logprobs
+from rlhf.functional import gae, masked_whiten, shaped_rewards, token_entropy, token_logprobs
 from rlhf.models.heads import position_ids, token_scores
-from rlhf.rollout.types import Experience, Rollout
+from rlhf.rollout.types import Experience, Measured, Rollout, unpack_bits
 
 
 def response_logprobs(
@@ -20,7 +20,8 @@ def response_logprobs(
 ) -> tuple[Tensor, Tensor | None]:
     """Teacher-forced log-probabilities of the response tokens: the one code path for old, new and reference.
 
-    Logits at position P-1+t score response token t, so only the last R+1 positions go through the output layer.
+    Logits at position P-1+t score response token t, so only the last R+1 positions go through the output layer. Where
+    sampling was restricted to some tokens, these are log-probabilities of the distribution restricted likewise.
 
     Returns: ([B, R] nats, 0 off-mask; [B, R] nats of entropy or None).
     """
@@ -30,6 +31,8 @@ def response_logprobs(
         input_ids=rollout.ids, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False,
         logits_to_keep=width + 1,
     ).logits[:, :-1]  # fmt: skip
+    if rollout.support.shape[-1]:
+        logits = logits.masked_fill(~unpack_bits(rollout.support, logits.shape[-1]), -torch.inf)
     logprobs = token_logprobs(logits, rollout.response_ids, temperature=temperature)
     logprobs = logprobs.masked_fill(~rollout.response_mask, 0.0)
     if not entropy:
@@ -45,18 +48,36 @@ def response_values(value_model: Any, rollout: Rollout) -> Tensor:
     return values.masked_fill(~rollout.response_mask, 0.0)
 
 
+class Spread(NamedTuple):
+    """Moments of all raw scores of a run so far: number, mean, sum of squared residuals (Welford; Chan et al. 1979)."""
+
+    number: float = 0.0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    def seen(self, scores: Tensor) -> Spread:
+        """With more scores, [B] of all processes."""
+        x = scores.double()
+        n, mean = float(len(x)), float(x.mean())
+        total, apart = self.number + n, mean - self.mean
+        squares = self.squares + float((x - mean).square().sum()) + apart**2 * self.number * n / total
+        return Spread(total, self.mean + apart * n / total, squares)
+
+    @property
+    def deviation(self) -> float:
+        """Biased standard deviation, at least 1e-3 so that equal scores are not blown up."""
+        return max((self.squares / max(self.number, 1.0)) ** 0.5, 1e-3)
+
+
 @torch.no_grad()
-def score(
+def measure(
     rollout: Rollout, *, policy: Any, reference: Callable[[Rollout], Tensor], value_model: Any,
-    rewards: Callable[[Rollout], Tensor], normalise: tuple[float, float], kl_coef: float, settings: PPO,
-    temperature: float, microbatch: int,
-) -> Experience:  # fmt: skip
-    """Everything PPO needs to know about a rollout. Advantages are not whitened yet: that needs every process.
+    rewards: Callable[[Rollout], Tensor], temperature: float, microbatch: int,
+) -> Measured:  # fmt: skip
+    """What policy, reference, value model and rewards say about a rollout; rows do not depend on each other.
 
     Args:
         reference: rollout -> [B, R] log-probs under the reference. rewards: rollout -> [B] raw scores.
-        normalise: (mean, deviation) taken off the raw scores.
-        kl_coef: weight of the k1 penalty.
         microbatch: rows per forward.
     """
     order = (rollout.mask.sum(dim=1)).argsort()
@@ -69,12 +90,34 @@ def score(
         ref[rows, :width] = reference(part)
         values[rows, :width] = response_values(value_model, part)
         raw[rows] = rewards(part)
-    mean, deviation = normalise
-    scores = (raw - mean) / deviation - settings.missing_end_penalty * (~rollout.finished).float()
-    shaped = shaped_rewards(scores, old - ref, rollout.response_mask, kl_coef)
-    advantages = gae(shaped, values, rollout.response_mask, gamma=settings.gamma, lam=settings.lam)
     own = {f.name: getattr(rollout, f.name) for f in fields(Rollout)}
-    return Experience(
-        **own, old_logprobs=old, ref_logprobs=ref, values=values, scores=scores, raw_scores=raw, rewards=shaped,
-        advantages=advantages, returns=advantages + values * rollout.response_mask,
-    )  # fmt: skip
+    return Measured(**own, old_logprobs=old, ref_logprobs=ref, values=values, raw_scores=raw)
+
+
+def shape(measured: Measured, *, kl_coef: float, deviation: float, settings: PPO) -> Experience:
+    """Scores, per-token rewards and advantages of all processes' episodes together.
+
+        score  = clip(raw / deviation) - penalty without an end token      (or a fixed score without an end token)
+        reward = -kl_coef (log pi - log pi_ref), plus the score on the last real token
+        A, G   = GAE of the rewards and the values, and A + V; A is whitened if configured
+
+    Args:
+        kl_coef: weight of the k1 penalty.
+        deviation: what raw scores are divided by; 1 leaves them.
+    """
+    scores = measured.raw_scores / deviation
+    if settings.score_clip is not None:
+        scores = scores.clamp(-settings.score_clip, settings.score_clip)
+    cut = ~measured.finished
+    if settings.missing_end_score is not None:
+        scores = scores.masked_fill(cut, settings.missing_end_score)
+    else:
+        scores = scores - settings.missing_end_penalty * cut.float()
+    mask = measured.response_mask
+    rewards = shaped_rewards(scores, measured.old_logprobs - measured.ref_logprobs, mask, kl_coef)
+    advantages = gae(rewards, measured.values, mask, gamma=settings.gamma, lam=settings.lam)
+    returns = advantages + measured.values * mask
+    if settings.whiten_advantages:
+        advantages = masked_whiten(advantages, mask)
+    own = {f.name: getattr(measured, f.name) for f in fields(Measured)}
+    return Experience(**own, scores=scores, rewards=rewards, advantages=advantages, returns=returns)

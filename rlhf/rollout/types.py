@@ -1,4 +1,4 @@
-"""What PPO passes around: Rollout (tokens), then Experience (+ numbers).
+"""What PPO passes around: Rollout (tokens), Measured (+ what the models say), Experience (+ what the update needs).
 
 One padded row, prompt `a b`, response `c d .` where `.` is the end token (P = 3, R = 4):
 
@@ -27,7 +27,8 @@ class Rollout:
     """Tokens of B episodes.
 
     Example (B = 2): prompt_ids [[0, 5, 6], [7, 8, 9]], prompt_mask [[F, T, T], [T, T, T]],
-    response_ids [[4, 2, 0], [3, 3, 3]], response_mask [[T, T, F], [T, T, T]], finished [True, False], index [12, 3].
+    response_ids [[4, 2, 0], [3, 3, 3]], response_mask [[T, T, F], [T, T, T]], finished [True, False], index [12, 3],
+    sampled_logprobs [[-0.7, -0.1, 0], [-1.2, -0.9, -2.3]].
     """
 
     prompt_ids: Tensor  # [B, P] int64, left-padded
@@ -35,7 +36,9 @@ class Rollout:
     response_ids: Tensor  # [B, R] int64, right-padded
     response_mask: Tensor  # [B, R] bool, a prefix of each row
     finished: Tensor  # [B] bool, the end token was sampled
-    index: Tensor  # [B] int64, which prompt of the data
+    index: Tensor  # [B] int64, which slot of the step
+    sampled_logprobs: Tensor  # [B, R] nats, as computed while sampling
+    support: Tensor  # [B, R, ceil(V / 8)] uint8, packed: tokens that could be drawn; [B, R, 0] = all of them
 
     def __len__(self) -> int:
         return int(self.response_ids.shape[0])
@@ -85,7 +88,7 @@ class Rollout:
             value = getattr(taken, f.name)
             if f.name in ("prompt_ids", "prompt_mask"):
                 cut[f.name] = value[:, value.shape[1] - prompt :]
-            elif value.dim() == 2:
+            elif value.dim() >= 2:
                 cut[f.name] = value[:, :response]
         return replace(taken, **cut)
 
@@ -95,14 +98,20 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class Experience(Rollout):
-    """A rollout with everything the update needs. Nothing here carries a gradient."""
+class Measured(Rollout):
+    """A rollout with what the four models say about it, each row by itself."""
 
     old_logprobs: Tensor  # [B, R] nats, teacher-forced, at the sampling temperature
     ref_logprobs: Tensor  # [B, R] nats
     values: Tensor  # [B, R] score units, V before token t
-    scores: Tensor  # [B] score units, normalised, end-token penalty included
-    raw_scores: Tensor  # [B] what the reward model said
+    raw_scores: Tensor  # [B] weighted sum of all rewards
+
+
+@dataclass(frozen=True)
+class Experience(Measured):
+    """A rollout with everything the update needs. Nothing here carries a gradient."""
+
+    scores: Tensor  # [B] score units: rescaled, clipped, end-token rule applied
     rewards: Tensor  # [B, R] score units, KL penalty included
     advantages: Tensor  # [B, R] whitened if configured
     returns: Tensor  # [B, R] un-whitened advantage + value
@@ -122,7 +131,9 @@ def merge(parts: list[R], pad_id: int) -> R:
         rows = []
         for part in parts:
             value = getattr(part, f.name)
-            if value.dim() == 2:
+            if f.name == "support":
+                value = torch.nn.functional.pad(value, (0, 0, 0, widest_response - value.shape[1]), value=255)
+            elif value.dim() == 2:
                 left = f.name in ("prompt_ids", "prompt_mask")
                 missing = (widest_prompt if left else widest_response) - value.shape[1]
                 fill = pad_id if f.name.endswith("_ids") else 0
@@ -130,3 +141,17 @@ def merge(parts: list[R], pad_id: int) -> R:
             rows.append(value)
         columns[f.name] = torch.cat(rows)
     return type(parts[0])(**columns)
+
+
+def pack_bits(flags: Tensor) -> Tensor:
+    """[.., V] bool -> [.., ceil(V / 8)] uint8, the first flag in the lowest bit."""
+    short = -flags.shape[-1] % 8
+    bits = torch.nn.functional.pad(flags, (0, short)).unflatten(-1, (-1, 8)).to(torch.uint8)
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=flags.device)
+    return (bits * weights).sum(dim=-1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, size: int) -> Tensor:
+    """The inverse of `pack_bits`: [.., ceil(V / 8)] uint8 -> [.., size] bool."""
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=packed.device)
+    return ((packed.unsqueeze(-1) & weights) != 0).flatten(-2)[..., :size]

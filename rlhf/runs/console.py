@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 NumberTable = Sequence[Sequence[str]]
 
@@ -65,6 +66,15 @@ class Console:
             self._emit({"text": text})
         else:
             self._rich.print(text, markup=False)
+
+    def paint(self, text: Text) -> None:
+        """Styled text; plain where there are no colours."""
+        if not self.main:
+            return
+        if self.as_json:
+            self._emit({"text": text.plain})
+        else:
+            self._rich.print(text)
 
     def _emit(self, value: Mapping[str, Any]) -> None:
         sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")

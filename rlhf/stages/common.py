@@ -15,7 +15,7 @@ from rlhf.config.sections import Data, ModelSource, Optim
 from rlhf.data.render import CHATML, Renderer, prepare_tokenizer
 from rlhf.data.sources import RecordSet, load_records, split
 from rlhf.errors import ConfigError, DataError
-from rlhf.models.distributed import check_world, is_main, library_versions, quiet_libraries
+from rlhf.models.distributed import check_world, forget_accelerator, is_main, library_versions, quiet_libraries
 from rlhf.models.load import count_parameters, load_tokenizer, resolve
 from rlhf.runs import handover
 from rlhf.runs.console import Console
@@ -43,6 +43,7 @@ def begin(stage: str, config: Stage, console: Console) -> tuple[RunDir, str]:
         console.note("already finished with this configuration: skipped")
         return run, state
     quiet_libraries(telemetry=config.telemetry)
+    forget_accelerator()
     check_world(processes())
     optim = getattr(config, "optim", None)
     if isinstance(optim, Optim):

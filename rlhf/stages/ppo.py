@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rlhf.config.schema import PPOConfig
-from rlhf.data.render import Renderer, tokenizer_fingerprint
+from rlhf.data.render import Rendered, Renderer
 from rlhf.data.sources import load_records
-from rlhf.errors import CheckpointError
 from rlhf.models.adapters import policy_with_adapter
 from rlhf.models.distributed import is_main, make_accelerator, set_microbatch
-from rlhf.models.heads import load_scorer
-from rlhf.models.load import context_length, disable_dropout, load_causal, load_tokenizer, resolve
+from rlhf.models.heads import load_scorer, new_value_model, rescale_head
+from rlhf.models.load import context_length, disable_dropout, load_causal
 from rlhf.rollout.types import Experience
-from rlhf.runs import handover
 from rlhf.runs.console import Bar, Console
 from rlhf.runs.metrics import MetricsWriter, read_lines
 from rlhf.runs.run_dir import RunDir
 from rlhf.stages import rendering
 from rlhf.stages.common import RunResult, begin, check_context, open_tokenizer, say_model, seal, start, stop_at
-from rlhf.trainers.ppo import PolicyAndValue, PPOTrainer, Stats
+from rlhf.stages.rewards import build_rewards, reward_deviation, same_tokenizer, to_device
+from rlhf.trainers.policy_value import PolicyAndValue
+from rlhf.trainers.ppo import PPOTrainer
+from rlhf.trainers.ptx import TextMix
+from rlhf.trainers.stats import Stats
+from rlhf.trainers.watch import Watcher
+
+SAMPLES = "samples.jsonl"
 
 
 def run(config: PPOConfig, console: Console) -> RunResult:
@@ -32,20 +38,20 @@ def run(config: PPOConfig, console: Console) -> RunResult:
     if state == "finished":
         return RunResult(directory.path, directory.info.get("summary", {}), skipped=True)
     tokenizer, renderer = open_tokenizer(config.policy, console)
-    scale = _reward_scale(config, renderer, console)
-    records = load_records(
+    rewards = build_rewards(config, renderer, console)
+    loaded = load_records(
         "prompt", config.data.prompts, seed=config.seed, on_bad_row=config.data.on_bad_row,
         deduplicate=config.data.deduplicate,
     )  # fmt: skip
-    for note in records.notes:
+    for note in loaded.notes:
         console.note(note)
-    prompts = rendering.prompts(
-        records.records, renderer, config.data.max_prompt_tokens, config.data.too_long, config.data.on_bad_row, console
+    prompts, records = rendering.prompts_with_records(
+        loaded.records, renderer, config.data.max_prompt_tokens, config.data.too_long, config.data.on_bad_row, console
     )
+    text = _text(config, renderer, console)
     accelerator = make_accelerator()
     set_microbatch(accelerator, config.optim.microbatch_size)
-    model, reference = _trained_models(config, len(tokenizer))
-    reward_model = load_scorer(config.reward_model).requires_grad_(False)
+    model, reference = _trained_models(config, len(tokenizer), renderer)
     longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
     check_context(longest, context_length(model.policy), "data.max_prompt_tokens + sampling.max_new_tokens")
     say_model(model, console)
@@ -53,12 +59,15 @@ def run(config: PPOConfig, console: Console) -> RunResult:
     with console.progress("ppo", config.ppo.steps, "step") as bar:
         reporter = _Reporter(config, directory, tokenizer, bar)
         trainer = PPOTrainer(
-            config, accelerator, model, reference=reference, reward_model=reward_model, prompts=prompts,
-            end_id=renderer.end_id, pad_id=renderer.pad_id, score_scale=scale, report=reporter.report,
-            checkpoint=lambda t: save_checkpoint(t, directory) if t.step % config.checkpoint_every == 0 else None,
+            config, accelerator, model, reference=reference, rewards=to_device(rewards, accelerator.device),
+            prompts=prompts, records=records, end_id=renderer.end_id, pad_id=renderer.pad_id, text=text,
+            decode=tokenizer.decode,
+            watcher=Watcher(config.watch, directory.path if is_main() else None, console.note),
+            report=reporter.report, checkpoint=lambda t: _maybe_checkpoint(t, directory),
+            restore=lambda t: load_checkpoint(t, directory) and reporter.reopen(t.step),
         )  # fmt: skip
         start(directory, "ppo", config)
-        directory.note(data={"prompts": records.fingerprint})
+        directory.note(data={"prompts": loaded.fingerprint})
         if state == "interrupted" and load_checkpoint(trainer, directory):
             console.note(f"continuing after step {trainer.step}")
         reporter.open(trainer.step)
@@ -72,31 +81,19 @@ def run(config: PPOConfig, console: Console) -> RunResult:
     return RunResult(directory.path, summary)
 
 
-def _reward_scale(config: PPOConfig, renderer: Renderer, console: Console) -> tuple[float, float]:
-    """Mean and deviation to take off the scores; also verifies that reward model and policy fit."""
-    record = handover.read(resolve(config.reward_model))
-    handover.verify(renderer.identity(), record, where=config.reward_model.path, role="the reward model")
-    if record is None:  # a foreign reward model: the tokenizer in its folder is all there is to compare
-        theirs = load_tokenizer(config.reward_model)
-        if tokenizer_fingerprint(theirs) != tokenizer_fingerprint(renderer.tokenizer):
-            raise CheckpointError(
-                "the reward model has another tokenizer than the policy", where=config.reward_model.path,
-                do="use a reward model trained from this SFT model",
-            )  # fmt: skip
-    if not config.ppo.normalize_scores:
-        return 0.0, 1.0
-    if record is None or record.score_mean is None or record.score_std is None:
-        raise CheckpointError(
-            "the reward model carries no mean and deviation of its scores", where=config.reward_model.path,
-            do="train it with 'rlhf reward', or set ppo.normalize_scores=false",
-        )  # fmt: skip
-    console.note(f"scores are normalised: (score - {record.score_mean:.3f}) / {record.score_std:.3f}")
-    return record.score_mean, record.score_std
+def _trained_models(config: PPOConfig, vocab_size: int, renderer: Renderer) -> tuple[PolicyAndValue, Any]:
+    """Policy and value model, and the reference unless the policy is an adapter.
 
-
-def _trained_models(config: PPOConfig, vocab_size: int) -> tuple[PolicyAndValue, Any]:
-    """Policy and value model (started from the reward model), and the reference unless the policy is an adapter."""
-    value_model = load_scorer(config.reward_model, trainable=True, lora=config.lora)
+    The value model starts from the reward model (Stiennon et al. 2020, arXiv:2009.01325), or from the policy's trunk
+    with a head of zeros if there is no reward model or it has another tokenizer.
+    """
+    if config.reward_model is not None and same_tokenizer(config.reward_model, renderer):
+        value_model = load_scorer(config.reward_model, trainable=True, lora=config.lora)
+        rescale_head(value_model, reward_deviation(config))  # values predict rescaled rewards
+    else:
+        value_model = new_value_model(
+            config.policy, config.lora, pad_id=renderer.pad_id, vocab_size=vocab_size, seed=config.seed
+        )
     if config.lora.enabled:
         policy = policy_with_adapter(config.policy, config.lora)
         disable_dropout(policy)  # an SFT adapter may have some, and the first ratio must be 1
@@ -106,6 +103,24 @@ def _trained_models(config: PPOConfig, vocab_size: int) -> tuple[PolicyAndValue,
     return PolicyAndValue(policy, value_model), reference
 
 
+def _text(config: PPOConfig, renderer: Renderer, console: Console) -> TextMix | None:
+    """The documents of the ptx term, rendered."""
+    if not config.ptx.data:
+        return None
+    loaded = load_records(
+        "document", config.ptx.data, seed=config.seed, on_bad_row=config.data.on_bad_row,
+        deduplicate=config.data.deduplicate,
+    )  # fmt: skip
+    for note in loaded.notes:
+        console.note(f"ptx: {note}")
+    limit = config.ptx.max_length
+    rows = [rendering.document(record, renderer) for record in loaded.records]
+    cut = [Rendered(row.ids[:limit], row.mask[:limit]) for row in rows]
+    if long := sum(len(row.ids) > limit for row in rows):
+        console.note(f"ptx: {long} of {len(rows)} documents cut to {limit} tokens")
+    return TextMix(cut, config.ptx, seed=config.seed, pad_id=renderer.pad_id)
+
+
 def _say_plan(config: PPOConfig, ranks: int, prompts: int, console: Console) -> None:
     p = config.ppo
     console.note(
@@ -113,6 +128,8 @@ def _say_plan(config: PPOConfig, ranks: int, prompts: int, console: Console) -> 
         f"{p.rollout_size // ranks}) = {p.steps * p.rollout_size} episodes; each step {p.epochs} epochs x "
         f"{p.minibatches} minibatches of {p.rollout_size // p.minibatches} = {p.epochs * p.minibatches} updates"
     )
+    if p.value_warmup:
+        console.note(f"the first {p.value_warmup} steps train the value model alone")
 
 
 class _Reporter:
@@ -127,10 +144,16 @@ class _Reporter:
         """Start the files, keeping what was written up to `step`."""
         path = self.directory.path / "metrics.jsonl"
         self.writer = MetricsWriter(path, main=is_main(), keep_until=step if step else None)
-        samples = self.directory.path / "samples.jsonl"
+        samples = self.directory.path / SAMPLES
         if is_main() and samples.is_file():
             kept = [line for line in read_lines(samples) if line["step"] <= step]
             samples.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
+
+    def reopen(self, step: int) -> bool:
+        """After a rollback: forget what was written beyond `step`."""
+        self.close()
+        self.open(step)
+        return True
 
     def report(self, step: int, experience: Experience, stats: Stats) -> None:
         """One step's numbers, and now and then a few samples."""
@@ -139,7 +162,7 @@ class _Reporter:
         self.writer.write(step, stats)
         self.bar.update(step, {k: stats[k] for k in ("score", "kl", "response_length")})
         if is_main() and (step % self.config.sample_every == 0 or step == 1):
-            with (self.directory.path / "samples.jsonl").open("a", encoding="utf-8") as file:
+            with (self.directory.path / SAMPLES).open("a", encoding="utf-8") as file:
                 for row in range(min(4, len(experience))):
                     file.write(json.dumps(self._sample(step, experience, row), ensure_ascii=False) + "\n")
 
@@ -149,7 +172,20 @@ class _Reporter:
             "step": step, "prompt": decode(e.prompt_ids[row][e.prompt_mask[row]].tolist()),
             "response": decode(e.response_ids[row][e.response_mask[row]].tolist()),
             "score": round(float(e.raw_scores[row]), 4), "kl": round(float(e.kl_per_sequence[row]), 4),
+            "finished": bool(e.finished[row]), "tokens": self._tokens(e, row),
         }  # fmt: skip
+
+    def _tokens(self, e: Experience, row: int) -> list[dict[str, Any]]:
+        """What `rlhf inspect` paints: every response token with its numbers."""
+        columns = {
+            "logprob": e.old_logprobs, "kl": e.old_logprobs - e.ref_logprobs, "value": e.values,
+            "advantage": e.advantages, "reward": e.rewards,
+        }  # fmt: skip
+        ids = e.response_ids[row][e.response_mask[row]].tolist()
+        return [
+            {"token": self.tokenizer.decode([i]), **{name: round(float(x[row, t]), 4) for name, x in columns.items()}}
+            for t, i in enumerate(ids)
+        ]
 
     def close(self) -> None:
         """Close the files."""
@@ -161,7 +197,8 @@ def _save(trainer: PPOTrainer, directory: RunDir, renderer: Renderer, tokenizer:
     a = trainer.accelerator
     inner = a.unwrap_model(trainer.model)
     stop_at(inner.policy, renderer)
-    with directory.new_model() as folder:
+    average = trainer.average.applied(inner.policy) if trainer.average is not None else nullcontext()
+    with directory.new_model() as folder, average:
         for part, where in ((inner.policy, folder), (inner.value_model, folder.parent / "value_model")):
             save_part(part, where, trainer)
         if is_main():
@@ -177,20 +214,20 @@ def save_part(part: Any, folder: Path, trainer: PPOTrainer) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
+def _maybe_checkpoint(trainer: PPOTrainer, directory: RunDir) -> None:
+    if trainer.step % trainer.config.checkpoint_every == 0:
+        save_checkpoint(trainer, directory)
+
+
 def save_checkpoint(trainer: PPOTrainer, directory: RunDir) -> None:
-    """Weights, optimizer, step and KL coefficient. Random numbers follow from seed and step."""
-    a = trainer.accelerator
+    """Everything a run continues from, written beside the old file and then put in its place."""
     if is_main():
         directory.checkpoints.mkdir(exist_ok=True)
         target = directory.checkpoints / "ppo.pt"
-        state = {
-            "step": trainer.step, "kl_coef": trainer.kl_coef, "model": a.unwrap_model(trainer.model).state_dict(),
-            "optimizer": trainer.optimizer.state_dict(),
-        }  # fmt: skip
         temporary = target.with_suffix(".tmp")
-        torch.save(state, temporary)
+        torch.save(trainer.state_dict(), temporary)
         temporary.replace(target)
-    a.wait_for_everyone()
+    trainer.accelerator.wait_for_everyone()
 
 
 def load_checkpoint(trainer: PPOTrainer, directory: RunDir) -> bool:
@@ -198,8 +235,5 @@ def load_checkpoint(trainer: PPOTrainer, directory: RunDir) -> bool:
     target = directory.checkpoints / "ppo.pt"
     if not target.is_file():
         return False
-    state = torch.load(target, map_location="cpu", weights_only=True)
-    trainer.accelerator.unwrap_model(trainer.model).load_state_dict(state["model"])
-    trainer.optimizer.load_state_dict(state["optimizer"])
-    trainer.step, trainer.kl_coef = state["step"], state["kl_coef"]
+    trainer.load_state_dict(torch.load(target, map_location="cpu", weights_only=True))
     return True

@@ -7,12 +7,21 @@ from typing import Any
 
 from rlhf.config.schema import Architecture, PretrainConfig
 from rlhf.data.records import Text
-from rlhf.data.render import CHATML, Rendered, Renderer
+from rlhf.data.render import Rendered, Renderer
+from rlhf.models.distributed import use_cpu
 from rlhf.runs.console import Console
+from rlhf.stages import rendering
 from rlhf.stages.common import RunResult, begin, check_context, read_data, say_model, start
 from rlhf.stages.fit import fit
 
-PAD, END, START, STOP = "<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+PAD, EOS, USER, ASSISTANT, END = "<|pad|>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"
+# One special token a turn keeps sequences short. The user's next words follow the end of a reply at once, so a language
+# model has to know at the end token what they will be: that token's state then says how the reply was received.
+TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}<|assistant|>{{ message['content'] }}<|end|>"
+    "{% else %}{% if loop.first %}<|user|>{% endif %}{{ message['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 
 
 def run(config: PretrainConfig, console: Console) -> RunResult:
@@ -41,7 +50,7 @@ def run(config: PretrainConfig, console: Console) -> RunResult:
 
 
 def new_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
-    """Byte-level BPE with ChatML. Digits split, so that no number is one opaque token."""
+    """Byte-level BPE with a chat template. Digits split, so that no number is one opaque token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -51,20 +60,24 @@ def new_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
     )
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END, PAD, START, STOP], show_progress=False,
+        vocab_size=vocab_size, special_tokens=[EOS, PAD, USER, ASSISTANT, END], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     bpe.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token=END, pad_token=PAD, additional_special_tokens=[START, STOP],
+        tokenizer_object=bpe, eos_token=EOS, pad_token=PAD, additional_special_tokens=[USER, ASSISTANT, END],
         clean_up_tokenization_spaces=False,
     )  # fmt: skip
-    tokenizer.chat_template = CHATML
+    tokenizer.chat_template = TEMPLATE
     return tokenizer
 
 
 def new_model(architecture: Architecture, renderer: Renderer, vocab_size: int) -> Any:
-    """A Llama-type model with tied embeddings, weights drawn from the run's seed."""
+    """A Llama-type model with tied embeddings, weights drawn from the run's seed.
+
+    On CPU attention is computed in plain matrix products: the fused kernel's backward in bfloat16 takes a third of the
+    time of a whole update there, where sequences are short enough not to need it.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     a = architecture
@@ -72,6 +85,7 @@ def new_model(architecture: Architecture, renderer: Renderer, vocab_size: int) -
         vocab_size=vocab_size, hidden_size=a.hidden_size, num_hidden_layers=a.layers, num_attention_heads=a.heads,
         num_key_value_heads=a.heads, intermediate_size=a.intermediate_size, max_position_embeddings=a.context,
         tie_word_embeddings=True, pad_token_id=renderer.pad_id, eos_token_id=renderer.end_id, bos_token_id=None,
+        attn_implementation="eager" if use_cpu() else None,
     )  # fmt: skip
     return LlamaForCausalLM(config)
 
@@ -80,10 +94,9 @@ def blocks(documents: Sequence[Any], renderer: Renderer, length: int) -> list[Re
     """Documents end to end, cut into blocks of equal length; the last, shorter one is kept."""
     stream: list[int] = []
     for document in documents:
-        if isinstance(document, Text):
-            stream += renderer.text(document.text).ids
-        else:
-            stream += [*renderer.conversation(document.messages, loss_on="all").ids, renderer.eos_id]
+        stream += rendering.document(document, renderer).ids
+        if not isinstance(document, Text):
+            stream.append(renderer.eos_id)
     rows = [stream[i : i + length] for i in range(0, len(stream), length)]
     return [Rendered(ids=row, mask=[True] * len(row)) for row in rows if len(row) > 1]
 

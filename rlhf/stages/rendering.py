@@ -8,13 +8,20 @@ from typing import Any, Literal, TypeVar
 
 from rlhf.config.sections import Data
 from rlhf.data.collate import LengthReport, TooLong, fit, fit_pair
-from rlhf.data.records import BadRow, Comparison, Demonstration, Prompt
+from rlhf.data.records import BadRow, Comparison, Demonstration, Prompt, Text
 from rlhf.data.render import Rendered, Renderer
 from rlhf.errors import DataError
 from rlhf.runs.console import Console
 
 OnBadRow = Literal["error", "drop"]
 T = TypeVar("T")
+
+
+def document(record: Text | Demonstration, renderer: Renderer) -> Rendered:
+    """A text, or a conversation of which every token counts."""
+    if isinstance(record, Text):
+        return renderer.text(record.text, where=record.where)
+    return renderer.conversation(record.messages, loss_on="all", where=record.where)
 
 
 def conversations(
@@ -66,24 +73,34 @@ def prompts(
     records: Sequence[Prompt], renderer: Renderer, max_tokens: int, too_long: TooLong, on_bad_row: OnBadRow,
     console: Console,
 ) -> list[list[int]]:  # fmt: skip
-    """Prompts as ids that end where a response begins.
+    """As `prompts_with_records`, the ids alone."""
+    return prompts_with_records(records, renderer, max_tokens, too_long, on_bad_row, console)[0]
+
+
+def prompts_with_records(
+    records: Sequence[Prompt], renderer: Renderer, max_tokens: int, too_long: TooLong, on_bad_row: OnBadRow,
+    console: Console,
+) -> tuple[list[list[int]], list[Prompt]]:  # fmt: skip
+    """Prompts as ids that end where a response begins, and the records that they were made from.
 
     Raises: DataError on a prompt of more than `max_tokens` tokens with too_long="error".
     """
     report = LengthReport()
 
-    def one(record: Prompt) -> Rendered | None:
+    def one(record: Prompt) -> tuple[list[int], Prompt] | None:
         ids = renderer.prompt(record.messages, where=record.where)
         if len(ids) > max_tokens and too_long == "error":
             raise DataError(
                 f"the prompt is longer than {max_tokens} tokens", found=f"{len(ids)} tokens", where=record.where,
                 do="shorten it, raise max_prompt_tokens within the model's context, or set too_long=drop",
             )  # fmt: skip
-        return fit(Rendered(ids, [True] * len(ids)), max_tokens, too_long, report, where=record.where)
+        fitted = fit(Rendered(ids, [True] * len(ids)), max_tokens, too_long, report, where=record.where)
+        return None if fitted is None else (fitted.ids, record)
 
     rows = list(_each(records, one, on_bad_row, "prompts", console))
     _say(report, max_tokens, "prompts", console)
-    return [row.ids for row in _some(rows, records, "prompts")]
+    kept = _some(rows, records, "prompts")
+    return [ids for ids, _ in kept], [record for _, record in kept]
 
 
 def _each(

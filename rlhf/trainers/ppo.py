@@ -7,47 +7,31 @@ processes there are, and each loss is a sum over tokens divided by the minibatch
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rlhf.config.schema import PPOConfig
-from rlhf.errors import ConfigError, TrainingError
-from rlhf.functional import (
-    adaptive_kl,
-    explained_variance,
-    kl_estimate,
-    masked_whiten,
-    policy_loss,
-    value_loss,
-)
+from rlhf.data.records import Prompt
+from rlhf.errors import ConfigError
+from rlhf.functional import adaptive_kl
 from rlhf.models.adapters import reference_policy
+from rlhf.models.average import Average
 from rlhf.models.distributed import unsharded
-from rlhf.models.heads import sequence_scores
+from rlhf.rollout.rewards import Rewards
 from rlhf.rollout.sample import sample
-from rlhf.rollout.score import response_logprobs, response_values, score
-from rlhf.rollout.types import Experience, Rollout, merge
-
-Stats = dict[str, float]
-
-
-class PolicyAndValue(nn.Module):
-    """The two trained models as one module: a second model prepared beside the first would silently not be stepped."""
-
-    def __init__(self, policy: nn.Module, value_model: nn.Module) -> None:
-        super().__init__()
-        self.policy, self.value_model = policy, value_model
-
-    def forward(self, rollout: Rollout, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probs [B, R] nats, entropy [B, R] nats, values [B, R] score units."""
-        logprobs, entropy = response_logprobs(self.policy, rollout, temperature, entropy=True)
-        assert entropy is not None
-        return logprobs, entropy, response_values(self.value_model, rollout)
+from rlhf.rollout.score import Spread, measure, response_logprobs, shape
+from rlhf.rollout.types import Experience, Rollout
+from rlhf.trainers.losses import summed_losses
+from rlhf.trainers.policy_value import PolicyAndValue, gather, generator
+from rlhf.trainers.ptx import TextMix
+from rlhf.trainers.stats import Stats, describe
+from rlhf.trainers.watch import TOLERANCES, Unhealthy, Watcher, broken_experience, broken_scores, unhealthy
 
 
 class PPOTrainer:
@@ -55,23 +39,28 @@ class PPOTrainer:
 
     def __init__(
         self, config: PPOConfig, accelerator: Any, model: PolicyAndValue, *, reference: nn.Module | None,
-        reward_model: nn.Module, prompts: Sequence[list[int]], end_id: int, pad_id: int,
-        score_scale: tuple[float, float], report: Callable[[int, Experience, Stats], None],
-        checkpoint: Callable[[PPOTrainer], None],
+        rewards: Rewards, prompts: Sequence[list[int]], records: Sequence[Prompt], end_id: int, pad_id: int,
+        text: TextMix | None, decode: Callable[[list[int]], str], watcher: Watcher,
+        report: Callable[[int, Experience, Stats], None], checkpoint: Callable[[PPOTrainer], None],
+        restore: Callable[[PPOTrainer], bool],
     ) -> None:  # fmt: skip
         """Prepare models and optimizer.
 
         Args:
             reference: frozen model, or None if the policy is an adapter over it.
-            prompts: token ids, in data order.
-            score_scale: (mean, deviation) taken off raw scores; (0, 1) leaves them.
+            prompts: token ids, in data order; records: the same prompts as records.
+            text: documents for the ptx term, or None.
+            decode: ids to text, special tokens included.
             report, checkpoint: called after every step.
+            restore: takes the trainer back to its last checkpoint; False if there is none.
         Raises: ConfigError if a rollout cannot be shared by minibatches and processes.
         """
-        self.config, self.accelerator, self.prompts = config, accelerator, prompts
-        self.end_id, self.pad_id, self.score_scale = end_id, pad_id, score_scale
-        self.on_report, self.on_checkpoint = report, checkpoint
-        self.step, self.kl_coef = 0, config.kl.coef
+        self.config, self.accelerator, self.prompts, self.records = config, accelerator, prompts, records
+        self.text = text
+        self.end_id, self.pad_id, self.decode, self.rewards, self.watcher = end_id, pad_id, decode, rewards, watcher
+        self.on_report, self.on_checkpoint, self.on_restore = report, checkpoint, restore
+        self.step, self.kl_coef, self.rate, self.rollbacks = 0, config.kl.coef, 1.0, 0
+        self.spread, self.first_length = Spread(), 0.0
         size, ranks = config.ppo.rollout_size, accelerator.num_processes
         if size % (config.ppo.minibatches * ranks):
             raise ConfigError(
@@ -83,10 +72,11 @@ class PPOTrainer:
             {"params": [p for p in model.value_model.parameters() if p.requires_grad],
              "lr": config.optim.value_learning_rate},
         ]  # fmt: skip
+        self.tolerance = TOLERANCES.get(next(model.policy.parameters()).dtype, TOLERANCES[torch.bfloat16])
         optimizer = torch.optim.AdamW(groups, eps=config.optim.adam_eps, weight_decay=config.optim.weight_decay)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.reference = reference.to(accelerator.device).eval() if reference is not None else None
-        self.reward_model = reward_model.to(accelerator.device).eval()
+        self.average = Average(model.policy, config.ppo.ema) if config.ppo.ema is not None else None
 
     @property
     def updates(self) -> int:
@@ -95,21 +85,49 @@ class PPOTrainer:
         return p.steps * p.epochs * p.minibatches
 
     def train(self) -> None:
-        """Run the remaining steps."""
-        while self.step < self.config.ppo.steps:
-            clock = [time.monotonic()]
-            rollout = self.sample()
-            clock.append(time.monotonic())
-            experience = self.score(rollout)
-            clock.append(time.monotonic())
-            stats = self.update(experience)
-            clock.append(time.monotonic())
-            stats |= {f"time_{n}": clock[i + 1] - clock[i] for i, n in enumerate(("sample", "score", "update"))}
-            stats |= self.describe(experience)
-            self.steer_kl(experience)
-            self.step += 1
-            self.on_report(self.step, experience, stats)
+        """Run the remaining steps; a rollback repeats some of them more carefully."""
+        if self.step == 0 and self.config.watch.unhealthy == "rollback":
             self.on_checkpoint(self)
+        while self.step < self.config.ppo.steps:
+            try:
+                self.one_step()
+            except Unhealthy as trouble:
+                self.roll_back(trouble)
+
+    def one_step(self) -> None:
+        """One rollout and its updates."""
+        clock = [time.monotonic()]
+        rollout = self.sample()
+        clock.append(time.monotonic())
+        experience = self.score(rollout)
+        clock.append(time.monotonic())
+        stats = self.update(experience)
+        clock.append(time.monotonic())
+        stats |= {f"time_{n}": clock[i + 1] - clock[i] for i, n in enumerate(("sample", "score", "update"))}
+        stats |= self.describe(experience)
+        self.watcher.unhealthy(unhealthy(stats), self.step, experience)
+        self.steer_kl(experience)
+        if self.average is not None:
+            self.average.update(self.accelerator.unwrap_model(self.model).policy)
+        self.step += 1
+        self.on_report(self.step, experience, stats)
+        self.on_checkpoint(self)
+
+    def roll_back(self, trouble: Unhealthy) -> None:
+        """Return to the last checkpoint with a smaller learning rate and a larger KL coefficient.
+
+        Raises: `trouble` itself if that has been tried too often.
+        """
+        watch, tried, at = self.config.watch, self.rollbacks, self.step
+        if tried >= watch.rollbacks or not self.on_restore(self):
+            raise trouble
+        self.rollbacks = tried + 1
+        self.rate = watch.rate_factor**self.rollbacks
+        self.kl_coef *= watch.kl_factor**self.rollbacks
+        self.watcher.say(
+            f"{trouble}. Rolled back from step {at} to step {self.step} ({self.rollbacks} of {watch.rollbacks}): "
+            f"learning rates x {self.rate:g}, kl.coef {self.kl_coef:.4g}"
+        )
 
     def sample(self) -> Rollout:
         """This process's share of the step's episodes: slots rank, rank + ranks, ..."""
@@ -119,6 +137,7 @@ class PPOTrainer:
             return sample(
                 model.policy, [(slot, self.prompts[i]) for slot, i in slots], self.config.sampling,
                 seed=self.config.seed, step=self.step, end_id=self.end_id, pad_id=self.pad_id, device=a.device,
+                decode=self.decode,
             )  # fmt: skip
 
     def slots(self) -> list[tuple[int, int]]:
@@ -130,25 +149,38 @@ class PPOTrainer:
         for position in range(first, first + size):
             lap = position // count
             if lap not in orders:
-                orders[lap] = torch.randperm(count, generator=_generator(self.config.seed, 1, lap)).tolist()
+                orders[lap] = torch.randperm(count, generator=generator(self.config.seed, 1, lap)).tolist()
             chosen.append((position - first, orders[lap][position % count]))
         return chosen
 
     def score(self, rollout: Rollout) -> Experience:
-        """Score this process's episodes, gather everybody's, whiten over all."""
-        settings = self.config.ppo
+        """Measure this process's episodes, gather everybody's, shape rewards and advantages over all, check."""
+        config, prompt_of = self.config, dict(self.slots())
+
+        def records(part: Rollout) -> list[Prompt]:
+            return [self.records[prompt_of[slot]] for slot in part.index.tolist()]
+
+        models = self.rewards.models_only()
+        self.watcher.broken(
+            broken_scores(lambda part: models(part, records(part)), rollout, self.pad_id, self.tolerance)
+            if models.parts else [], self.step, rollout,
+        )  # fmt: skip
         with unsharded(self.model, self.accelerator) as model:
             model.eval()
-            experience = score(
+            measured = measure(
                 rollout, policy=model.policy, reference=self.reference_logprobs, value_model=model.value_model,
-                rewards=lambda part: sequence_scores(self.reward_model, part.ids, part.mask),
-                normalise=self.score_scale, kl_coef=self.kl_coef, settings=settings,
-                temperature=self.config.sampling.temperature, microbatch=self.config.optim.microbatch_size,
+                rewards=lambda part: self.rewards(part, records(part)),
+                temperature=config.sampling.temperature, microbatch=config.optim.microbatch_size,
             )  # fmt: skip
-        experience = gather(experience, self.accelerator, self.pad_id)
-        if settings.whiten_advantages:
-            whitened = masked_whiten(experience.advantages, experience.response_mask)
-            experience = replace(experience, advantages=whitened * experience.response_mask)
+        measured = gather(measured, self.accelerator, self.pad_id)
+        self.spread = self.spread.seen(measured.raw_scores)
+        deviation = self.spread.deviation if config.ppo.normalize_scores == "running" else 1.0
+        experience = shape(measured, kl_coef=self.kl_coef, deviation=deviation, settings=config.ppo)
+        problems = broken_experience(
+            experience, kl_coef=self.kl_coef, whitened=config.ppo.whiten_advantages, fresh=self.step == 0,
+            tolerance=self.tolerance,
+        )  # fmt: skip
+        self.watcher.broken(problems, self.step, experience)
         return experience
 
     def reference_logprobs(self, part: Rollout) -> Tensor:
@@ -160,40 +192,72 @@ class PPOTrainer:
             return response_logprobs(model, part, temperature)[0]
 
     def update(self, experience: Experience) -> Stats:
-        """Epochs x minibatches optimizer updates; each index is used once per epoch."""
+        """Epochs x minibatches optimizer updates; each index is used once per epoch. Ends early beyond target_kl."""
         settings, a = self.config.ppo, self.accelerator
         self.model.train()
         sums: dict[str, Tensor] = {}
         tokens, first_error, norms = 0.0, 0.0, []
+        for number, minibatch in self.minibatches(len(experience)):
+            total = experience.response_mask[minibatch].sum()
+            update = self.step * settings.epochs * settings.minibatches + number
+            before = sums.get("approx_kl", torch.zeros((), device=a.device)).clone()
+            self.accumulate_text(update, sums)
+            error = self.accumulate(experience, minibatch, total, sums)
+            if number == 0:
+                first_error = float(a.gather(torch.tensor([error], device=a.device)).max())
+                self.check_first_ratio(first_error, experience)
+            moved = float(a.reduce(sums["approx_kl"] - before, "sum")) / float(total)
+            tokens += float(total)
+            if settings.target_kl is not None and moved > settings.target_kl:
+                self.optimizer.zero_grad()
+                break
+            self.set_learning_rates(update)
+            norms.append(self.optimizer_step(experience))
+        sums = {k: a.reduce(v, "sum") for k, v in sums.items()}
+        ptx = {"ptx_loss": float(sums.pop("ptx_loss")) / (number + 1)} if "ptx_loss" in sums else {}
+        stats = ptx | {k: float(v) / tokens for k, v in sums.items()}
+        return stats | {
+            "first_ratio_error": first_error, "grad_norm": sum(norms) / max(len(norms), 1),
+            "updates": float(len(norms)),
+        }  # fmt: skip
+
+    def minibatches(self, rows: int) -> list[tuple[int, Tensor]]:
+        """(number within the step, row indices): every epoch in another order."""
+        settings = self.config.ppo
+        found: list[Tensor] = []
         for epoch in range(settings.epochs):
-            order = torch.randperm(len(experience), generator=_generator(self.config.seed, 2, self.step, epoch))
-            for number, minibatch in enumerate(order.chunk(settings.minibatches)):
-                total = experience.response_mask[minibatch].sum()
-                error = self.accumulate(experience, minibatch, total, sums)
-                if epoch == 0 and number == 0:
-                    first_error = error
-                self.set_learning_rates((self.step * settings.epochs + epoch) * settings.minibatches + number)
-                norms.append(self.optimizer_step())
-                tokens += float(total)
-        if a.num_processes > 1:
-            sums = {k: a.reduce(v, "sum") for k, v in sums.items()}
-        stats = {k: float(v) / tokens for k, v in sums.items()}
-        stats |= {"first_ratio_error": first_error, "grad_norm": sum(norms) / len(norms)}
-        return stats
+            order = torch.randperm(rows, generator=generator(self.config.seed, 2, self.step, epoch))
+            found += order.chunk(settings.minibatches)
+        return list(enumerate(found))
+
+    def check_first_ratio(self, error: float, experience: Experience) -> None:
+        """Before anything has moved, old and new log-probs come from one code path: the ratio is 1."""
+        problems = []
+        if not error <= self.tolerance.ratio:
+            problems.append(
+                f"the first importance ratio is not 1 but off by up to {error:.3g}: dropout, another temperature, or "
+                "log-probs of another policy"
+            )
+        self.watcher.broken(problems, self.step, experience)
 
     def accumulate(self, experience: Experience, minibatch: Tensor, total: Tensor, sums: dict[str, Tensor]) -> float:
         """Backward over this process's share of a minibatch; returns the largest |ratio - 1| seen."""
-        a, o = self.accelerator, self.config.optim
+        a, config = self.accelerator, self.config
         mine = minibatch[a.process_index :: a.num_processes]
         mine = mine[experience.mask[mine].sum(dim=1).argsort()]  # rows of like length together: less padding
-        parts = mine.split(o.microbatch_size)
+        parts = mine.split(config.optim.microbatch_size)
+        warming = self.step < config.ppo.value_warmup
         worst = 0.0
         for i, rows in enumerate(parts):
             part = experience.select(rows)
             last = i == len(parts) - 1
             with nullcontext() if last else a.no_sync(self.model):
-                logprobs, entropy, values = self.model(part, self.config.sampling.temperature)
-                loss, numbers = self.losses(part, logprobs, entropy, values)
+                logprobs, entropy, values = self.model(part, config.sampling.temperature)
+                loss, numbers = summed_losses(
+                    part, logprobs, entropy, values, config.ppo, config.kl, warming=warming
+                )  # fmt: skip
+                if not math.isfinite(size := float(loss.detach())):
+                    raise self.watcher.not_finite("the loss", size, self.step, part)
                 # The engine averages gradients over processes; the global count already divides by all tokens.
                 a.backward(loss / total * a.num_processes)
             worst = max(worst, float(numbers.pop("ratio_error")))
@@ -201,51 +265,46 @@ class PPOTrainer:
                 sums[key] = sums.get(key, torch.zeros_like(value)) + value
         return worst
 
-    def losses(self, part: Experience, logprobs: Tensor, entropy: Tensor, values: Tensor) -> tuple[Tensor, Any]:
-        """Summed loss of a microbatch, and sums over its response tokens of what is logged."""
-        settings, mask = self.config.ppo, part.response_mask
-        policy = policy_loss(logprobs, part.old_logprobs, part.advantages, clip_range=settings.clip_range)
-        value = value_loss(values, part.values, part.returns, clip_range=settings.value_clip_range)
-        policy_sum, value_sum = (policy * mask).sum(), (value * mask).sum()
-        with torch.no_grad():
-            ratio = (logprobs - part.old_logprobs).exp()
-            off = (ratio - 1.0).abs() * mask
-            numbers = {
-                "policy_loss": policy_sum.detach(),
-                "value_loss": value_sum.detach(),
-                "entropy": (entropy * mask).sum(),
-                "clip_fraction": (off > settings.clip_range).sum().to(off.dtype),
-                # k3 of KL(old || new): the samples come from the old policy.
-                "approx_kl": (kl_estimate(part.old_logprobs, logprobs, "k3") * mask).sum(),
-                "ratio_error": off.max(),
-            }
-        return policy_sum + settings.value_coef * value_sum, numbers
+    def accumulate_text(self, update: int, sums: dict[str, Tensor]) -> None:
+        """Backward over this process's share of the ptx documents of an update, if there are any."""
+        a, config = self.accelerator, self.config
+        if self.text is None or self.step < config.ppo.value_warmup:
+            return
+        parts, total = self.text.share(
+            update, process=a.process_index, processes=a.num_processes, microbatch=config.optim.microbatch_size,
+            device=a.device,
+        )  # fmt: skip
+        for part in parts:
+            with a.no_sync(self.model):  # the PPO loss that follows carries the sum to the other processes
+                loss = self.model(part) / total
+                a.backward(config.ptx.coef * loss * a.num_processes)
+            sums["ptx_loss"] = sums.get("ptx_loss", torch.zeros((), device=a.device)) + loss.detach()
 
-    def optimizer_step(self) -> float:
+    def optimizer_step(self, experience: Experience) -> float:
         """Clip, refuse a non-finite gradient, step. Returns the norm before clipping.
 
         Raises: TrainingError before the step if the gradient is not finite.
         """
         norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optim.max_grad_norm))
-        if norm != norm or norm == float("inf"):
-            raise TrainingError(
-                f"gradient norm is {norm}", where=f"step {self.step}, before the optimizer step",
-                do="lower optim.learning_rate",
-            )  # fmt: skip
+        if not math.isfinite(norm):
+            raise self.watcher.not_finite("the gradient norm", norm, self.step, experience)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
 
     def set_learning_rates(self, update: int) -> None:
-        """Warm-up, then linear decay to 0 over all updates, for both parameter groups."""
+        """Warm-up, then decay to 0 over all updates, for both parameter groups; 0 for a policy that waits."""
         o = self.config.optim
         warmup = o.warmup_fraction * self.updates
         factor = min(1.0, (update + 1) / warmup) if warmup else 1.0
+        left = max(0.0, 1.0 - max(0.0, update - warmup) / max(1.0, self.updates - warmup))
         if o.schedule == "linear":
-            factor *= max(0.0, 1.0 - max(0.0, update - warmup) / max(1.0, self.updates - warmup))
-        rates = (o.learning_rate, o.value_learning_rate)
+            factor *= left
+        elif o.schedule == "cosine":
+            factor *= 0.5 * (1.0 - math.cos(math.pi * left))
+        rates = (0.0 if self.step < self.config.ppo.value_warmup else o.learning_rate, o.value_learning_rate)
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * factor
+            group["lr"] = rate * factor * self.rate
 
     def steer_kl(self, experience: Experience) -> None:
         """Move the KL coefficient towards its target."""
@@ -255,40 +314,32 @@ class PPOTrainer:
             self.kl_coef = adaptive_kl(self.kl_coef, observed, kl.target, kl.horizon, len(experience))
 
     def describe(self, e: Experience) -> Stats:
-        """What a rollout looked like."""
-        k3 = kl_estimate(e.old_logprobs, e.ref_logprobs, "k3") * e.response_mask
-        return {
-            "score": float(e.raw_scores.mean()),
-            "score_normalized": float(e.scores.mean()),
-            "score_std": float(e.raw_scores.std(unbiased=False)),
-            "kl": float(e.kl_per_sequence.mean()),
-            "kl_k3": float(k3.sum(dim=1).mean()),
+        """What a rollout looked like, and what was done with it."""
+        stats = describe(e)
+        self.first_length = self.first_length or stats["response_length"]
+        return stats | {
+            "length_drift": stats["response_length"] / self.first_length,
             "kl_coef": self.kl_coef,
-            "response_length": float(e.response_length.float().mean()),
-            "finished": float(e.finished.float().mean()),
-            "explained_variance": float(explained_variance(e.values, e.returns, e.response_mask)),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "episodes": float((self.step + 1) * len(e)),
         }
 
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a run continues from. Random numbers follow from seed and step."""
+        return {
+            "step": self.step, "kl_coef": self.kl_coef, "rate": self.rate, "rollbacks": self.rollbacks,
+            "spread": list(self.spread), "first_length": self.first_length,
+            "average": self.average.weights if self.average is not None else None,
+            "model": self.accelerator.unwrap_model(self.model).state_dict(), "optimizer": self.optimizer.state_dict(),
+        }  # fmt: skip
 
-def gather(experience: Experience, accelerator: Any, pad_id: int) -> Experience:
-    """Everybody's episodes on every process, in slot order."""
-    if accelerator.num_processes > 1:
-        experience = merge(_exchange(experience, accelerator), pad_id)
-    return experience.select(experience.index.argsort())
-
-
-def _exchange(experience: Experience, accelerator: Any) -> list[Experience]:
-    device = experience.response_ids.device
-    columns = {f.name: getattr(experience, f.name).cpu() for f in fields(Experience)}
-    everybody: list[Any] = [None] * accelerator.num_processes
-    torch.distributed.all_gather_object(everybody, columns)
-    return [Experience(**{k: v.to(device) for k, v in part.items()}) for part in everybody]
-
-
-def _generator(*parts: int) -> torch.Generator:
-    seed = 0
-    for part in parts:
-        seed = (seed * 1_000_003 + part + 1) % (2**63 - 1)
-    return torch.Generator().manual_seed(seed)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        self.step, self.kl_coef, self.rate, self.rollbacks = (
+            state[name] for name in ("step", "kl_coef", "rate", "rollbacks")
+        )
+        self.spread, self.first_length = Spread(*state["spread"]), state["first_length"]
+        if self.average is not None:
+            self.average.weights = state["average"]
+        self.accelerator.unwrap_model(self.model).load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])

@@ -91,7 +91,7 @@ DATA = [
          rows("pairs.jsonl", PAIR | {"rejected": "b"})),
     Case("two bad rows", "reward reward.yaml", ("3 problems", "row 1: ", "row 2: ", "fix or remove them"),
          rows("pairs.jsonl", PAIR | {"rejected": "b"}, PAIR | {"preference": 2})),
-    Case("all too long", "sft sft.yaml data.max_length=8", ("no training record is left", "raise data.max_length")),
+    Case("all too long", "sft sft.yaml data.max_length=8", ("record is left", "raise data.max_length")),
     Case("prompt too long (ppo)", "ppo ppo.yaml",
          ("prompts.jsonl row 1: the prompt is longer than 64 tokens", "shorten it"),
          rows("prompts.jsonl", {"prompt": LONG})),
@@ -117,8 +117,11 @@ CONFIG = [
          ("optim.microbatch_size: 6 sequences", "choose one of 1, 2, 3, 6")),
     Case("rollout", "ppo ppo.yaml ppo.rollout_size=5 ppo.minibatches=2",
          ("ppo.rollout_size: a rollout of 5", "choose a multiple of 2")),
-    Case("truncated sampling", "ppo ppo.yaml sampling.top_k=5",
-         ("sampling: PPO needs temperature > 0, top_p 1 and top_k 0",)),
+    Case("greedy rollouts", "ppo ppo.yaml sampling.temperature=0", ("sampling.temperature: PPO needs more than 0",)),
+    Case("no reward", "ppo ppo.yaml reward_model=null", ("no reward: give reward_model",)),
+    Case("k3 as a reward", "ppo ppo.yaml kl.reward=k3", ("gradient that vanishes near the reference",)),
+    Case("reward function", "ppo ppo.yaml rewards=[{'function':'no.module:f'}]",
+         ("rewards: the reward function does not import", "give module:function")),
     Case("context (sft)", "sft sft.yaml data.max_length=129", ("data.max_length: sequences of 129", "at most 128")),
     Case("context (ppo)", "ppo ppo.yaml sampling.max_new_tokens=65",
          ("data.max_prompt_tokens + sampling.max_new_tokens: sequences of 129", "at most 128")),
@@ -158,21 +161,17 @@ MODELS = [
          ("tiny: no readable tokenizer",), remove("tiny/tokenizer.json", "tiny/tokenizer_config.json")),
     Case("damaged hand-over", "reward reward.yaml",
          ("sft/handover.json: damaged JSON",), put("sft/handover.json", "{")),
-    Case("other tokenizer", "ppo ppo.yaml reward_model.path=foreign-sealed",
-         ("foreign-sealed: the reward model was trained with other text-to-token settings",
-          "the tokenizer (tokenizer_sha256", "retrain it from this SFT model")),
     Case("other end token", "ppo ppo.yaml", ("reward: the reward model was trained", "the end token (end_id 7 there"),
          change("reward/handover.json", end_id=7)),
-    Case("other vocabulary without a record", "ppo ppo.yaml reward_model.path=foreign ppo.normalize_scores=false",
-         ("foreign: the reward model has another tokenizer than the policy",
-          "use a reward model trained from this SFT model")),
+    Case("other vocabulary without a tokenizer", "ppo ppo.yaml reward_model.path=foreign ppo.normalize_scores=raw",
+         ("foreign: no readable tokenizer",), remove("foreign/tokenizer.json", "foreign/tokenizer_config.json")),
     Case("no mean and deviation", "ppo ppo.yaml", ("reward: the reward model carries no mean and deviation",
-         "set ppo.normalize_scores=false"), remove("reward/handover.json")),
+         "set ppo.normalize_scores=running or raw"), remove("reward/handover.json")),
     Case("SFT model as reward model", "ppo ppo.yaml reward_model.path=sft", ("sft: ", "train it with 'rlhf reward'")),
-    Case("SFT model as reward model, raw scores", "ppo ppo.yaml reward_model.path=sft ppo.normalize_scores=false",
-         ("sft: a reward model has one output", "train it with 'rlhf reward'")),
-    Case("causal model with one label", "ppo ppo.yaml reward_model.path=sft ppo.normalize_scores=false",
-         ("sft: not a reward model: its score head would be random", "made by 'rlhf reward'"),
+    Case("SFT model as reward model, raw scores", "ppo ppo.yaml reward_model.path=sft ppo.normalize_scores=raw",
+         ("sft: not a reward model: its score head would be random", "train it with 'rlhf reward'")),
+    Case("causal model with one label", "ppo ppo.yaml reward_model.path=sft ppo.normalize_scores=raw",
+         ("sft: not a reward model: its score head would be random", "train it with"),
          change("sft/config.json", num_labels=1)),
     Case("absent (generate)", "generate nope prompts.jsonl out.jsonl", ("nope: no such model",)),
 ]  # fmt: skip
@@ -257,8 +256,8 @@ def test_the_same_in_a_process_of_its_own(
 ) -> None:
     """What the libraries print or leave behind does not show inside this process."""
     before = contents(place)
-    code, _, err = run_cli(["ppo", "ppo.yaml", "reward_model.path=foreign", "ppo.normalize_scores=false"], cwd=place)
+    code, _, err = run_cli(["ppo", "ppo.yaml", "reward_model.path=sft", "ppo.normalize_scores=raw"], cwd=place)
     assert code == 2
-    assert err.startswith("CheckpointError: foreign: the reward model has another tokenizer than the policy")
+    assert err.startswith("CheckpointError: sft: not a reward model")
     assert len(err.splitlines()) == 1
     assert contents(place) == before

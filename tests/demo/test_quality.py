@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from rlhf.demo.asks import reserved_combo
@@ -66,19 +67,32 @@ def test_rater_order_of_presentation_does_not_matter() -> None:
     assert abs(counts[1.0] - counts[0.0]) < 250
 
 
-def test_reactions_tell_good_replies_from_bad_ones() -> None:
-    """The quality of a reply must help to predict what comes after its end."""
+def test_a_reaction_begins_with_the_verdict_on_the_answer() -> None:
+    """The first word after a reply depends on whether it answers, and on nothing else."""
     chats = Chats(random.Random("reactions"))
-    pleased = {text for name, texts in REACTIONS.items() if name.startswith(("good", "plain")) for text in texts}
-    good, bad = [], []
+    said: dict[str, set[str]] = {}
     for _ in range(2000):
         _, ask = chats.prompt()
         manner = CROWD.draw(chats.rng)
-        reaction = chats.react(ask.task, manner)
-        if reaction:
-            value = utility(chats.writer.reply(ask.task, manner), ask.task)
-            (good if reaction in pleased else bad).append(value)
-    assert sum(good) / len(good) > sum(bad) / len(bad) + 2.0
+        said.setdefault(manner.answer, set()).add(chats.react(ask.task, manner).split()[0].strip(",."))
+    assert said == {"right": {"Right"}, "wrong": {"Wrong"}, "evasive": {"No"}, "off": {"No"}}
+
+
+def test_reactions_tell_good_manners_from_bad_ones() -> None:
+    """What follows the verdict helps to predict the rest of a reply's quality."""
+    chats = Chats(random.Random("manners"))
+    pleased = set(REACTIONS["polite"])
+    good, bad = [], []
+    for _ in range(2000):
+        _, ask = chats.prompt()
+        manner = replace(CROWD.draw(chats.rng), answer="right")
+        more = chats.react(ask.task, manner)
+        value = utility(chats.writer.reply(ask.task, manner), ask.task)
+        if any(text in more for text in pleased):
+            good.append(value)
+        elif any(text in more for name, texts in REACTIONS.items() if name != "polite" for text in texts):
+            bad.append(value)
+    assert sum(good) / len(good) > sum(bad) / len(bad) + 1.0
 
 
 def test_a_persona_persists() -> None:

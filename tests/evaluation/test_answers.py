@@ -14,6 +14,8 @@ from rlhf.config.sections import ModelSource, Sampling
 from rlhf.data.render import Renderer
 from rlhf.evaluation.answers import answer, perplexity
 from rlhf.models.load import load_causal
+from rlhf.rollout.sample import sample
+from rlhf.rollout.score import response_logprobs
 from tests.tolerances import assert_close
 
 
@@ -60,3 +62,23 @@ def test_answers_repeat_with_the_seed_and_differ_with_the_draw(model: Any, tiny_
         assert 1 <= a.length <= 8
         assert a.kl == 0.0  # against itself
         assert a.score is None
+
+
+def test_kl_is_the_summed_log_ratio_by_two_forwards(model: Any, tiny_tokenizer: Any) -> None:
+    renderer = Renderer(tiny_tokenizer)
+    prompts = [renderer.prompt([{"role": "user", "content": text}]) for text in ("hello", "what does a cow say?")]
+    other = load_causal(ModelSource(path=model.config._name_or_path, dtype="float32")).eval()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.1)
+    for temperature in (0.7, 1.0, 0.0):
+        found = answer(model, prompts, renderer, Sampling(max_new_tokens=8, temperature=temperature), seed=1,
+                       reference=other)  # fmt: skip
+        for prompt, a in zip(prompts, found, strict=True):
+            rollout = sample(model, [(0, prompt)], Sampling(max_new_tokens=8, temperature=temperature), seed=1, step=0,
+                             end_id=renderer.end_id, pad_id=renderer.pad_id, device=torch.device("cpu"))  # fmt: skip
+            if prompt is prompts[0]:
+                with torch.no_grad():
+                    ours, theirs = (response_logprobs(m, rollout, temperature or 1.0)[0] for m in (model, other))
+                assert_close(torch.tensor(a.kl), float((ours - theirs).sum()))
+                assert abs(float((ours - theirs).sum())) > 1e-3

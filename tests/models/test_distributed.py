@@ -154,3 +154,14 @@ def test_a_model_is_saved_as_a_plain_folder(tmp_path: Path) -> None:
 
 def test_versions_name_every_library_that_shapes_a_run() -> None:
     assert {"torch", "transformers", "trl", "peft", "accelerate"} <= set(distributed.library_versions())
+
+
+def test_a_stage_forgets_the_precision_of_the_one_before() -> None:
+    """Libraries keep mixed precision for the whole process: PPO would train under the autocast of an earlier stage."""
+    from accelerate import Accelerator
+
+    distributed.forget_accelerator()
+    assert Accelerator(cpu=True, mixed_precision="bf16").mixed_precision == "bf16"
+    assert distributed.make_accelerator().mixed_precision == "bf16"  # what would happen
+    distributed.forget_accelerator()
+    assert distributed.make_accelerator().mixed_precision == "no"

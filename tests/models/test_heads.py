@@ -13,6 +13,7 @@ from torch import Tensor
 from rlhf.config.sections import Lora
 from rlhf.data.collate import pad_left, pad_right
 from rlhf.errors import CheckpointError
+from rlhf.models import heads
 from rlhf.models.heads import (
     Float32Head,
     last_index,
@@ -199,3 +200,22 @@ def test_a_causal_model_with_one_label_is_no_reward_model_either(sft_folder: str
     (tmp_path / "lm" / "config.json").write_text(json.dumps(config | {"id2label": {"0": "x"}}))
     with pytest.raises(CheckpointError, match="random"):
         load_scorer(tiny.source(tmp_path / "lm"))
+
+
+def test_a_rescaled_head_gives_scores_of_the_other_scale(reward_folder: str) -> None:
+    model, ids = load_scorer(tiny.source(reward_folder)).eval(), torch.tensor([[20, 30, 40]])
+    mask = torch.ones_like(ids).bool()
+    with torch.no_grad():
+        before = sequence_scores(model, ids, mask)
+        heads.rescale_head(model, 4.0)
+        assert_close(sequence_scores(model, ids, mask), (before / 4.0).tolist())
+
+
+def test_a_value_model_without_a_reward_model_starts_at_0(sft_folder: str, adapter_folder: str) -> None:
+    ids = torch.tensor([[20, 30, 40]])
+    for folder, lora in ((sft_folder, Lora()), (adapter_folder, tiny.LORA)):
+        model = heads.new_value_model(
+            tiny.source(folder), lora, pad_id=tiny.renderer().pad_id, vocab_size=len(tiny.tokenizer()), seed=1
+        )
+        assert not heads.token_scores(model, ids, torch.ones_like(ids).bool()).any()
+        assert any(p.requires_grad for p in heads.score_head(model).parameters())

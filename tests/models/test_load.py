@@ -171,3 +171,19 @@ def test_dropout_goes_off_however_a_model_stores_it(kind: str) -> None:
     assert noise(model) > 0.0
     disable_dropout(model)
     assert noise(model) == 0.0
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+def test_the_attention_kernel_is_the_one_asked_for(kernel: str, sft_folder: str, adapter_folder: str) -> None:
+    for folder in (sft_folder, adapter_folder):
+        source = ModelSource(path=str(folder), attention=kernel)  # type: ignore[arg-type]
+        assert load_causal(source).config._attn_implementation == kernel
+        reward = heads.new_reward_model(
+            source, Lora(), pad_id=tiny.renderer().pad_id, vocab_size=len(tiny.tokenizer()), seed=1
+        )
+        assert reward.config._attn_implementation == kernel
+
+
+def test_a_kernel_that_is_not_installed_is_our_error(sft_folder: str) -> None:
+    with pytest.raises(CheckpointError, match="does not load"):
+        load_causal(ModelSource(path=str(sft_folder), attention="flash_attention_2"))

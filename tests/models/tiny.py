@@ -25,7 +25,7 @@ VOCABULARY, HIDDEN = 320, 32
 
 @cache
 def tokenizer() -> Any:
-    """Byte-level BPE with ChatML."""
+    """Byte-level BPE with the chat template of `rlhf pretrain`."""
     return new_tokenizer(iter(TEXTS * 3), VOCABULARY)
 
 
@@ -49,6 +49,7 @@ def new(seed: int = 0, *, spread: float = 1.0, layers: int = 2) -> Any:
             elif p.dim() == 2:
                 p.normal_(0.0, 1.5 * p.shape[1] ** -0.5)
     disable_dropout(model)
+    model.set_attn_implementation("sdpa")  # as it will be when it is loaded again
     return model.eval()
 
 
@@ -81,7 +82,8 @@ def rollout(seed: int, prompts: list[int], responses: list[int], *, finished: li
     prompt_ids, prompt_mask = pad_left(asked, renderer().pad_id)
     response_ids, response_mask = pad_right(said, renderer().pad_id)
     made = Rollout(
-        prompt_ids, prompt_mask, response_ids, response_mask, torch.tensor(ended), torch.arange(len(said))
+        prompt_ids, prompt_mask, response_ids, response_mask, torch.tensor(ended), torch.arange(len(said)),
+        torch.zeros(response_ids.shape), torch.zeros((*response_ids.shape, 0), dtype=torch.uint8),
     )  # fmt: skip
     made.validate()
     return made
@@ -97,6 +99,8 @@ def widen(made: Rollout, left: int, right: int, fill: int) -> Rollout:
             "prompt_mask": pad(made.prompt_mask, (left, 0)),
             "response_ids": pad(made.response_ids, (0, right), value=fill),
             "response_mask": pad(made.response_mask, (0, right)),
+            "sampled_logprobs": pad(made.sampled_logprobs, (0, right)),
+            "support": pad(made.support, (0, 0, 0, right), value=255),
         }
     )
 

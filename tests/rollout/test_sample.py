@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from rlhf.config.sections import Sampling
-from rlhf.functional import token_logprobs
 from rlhf.rollout import sample as module
 from rlhf.rollout.sample import sample
 from rlhf.rollout.score import response_logprobs
@@ -147,32 +146,17 @@ def test_left_padding_does_not_matter_for_learned_positions(gpt2: Any, monkeypat
 # The distribution
 
 
-def sampled_logprobs(model: Any, temperature: float, monkeypatch: pytest.MonkeyPatch) -> tuple[Rollout, torch.Tensor]:
-    """A rollout in which nothing ends, and the log-probs of its tokens as cached decoding saw them."""
-    seen = []
-
-    def spy(logits: torch.Tensor, *rest: Any) -> torch.Tensor:
-        token = original(logits, *rest)
-        seen.append(token_logprobs(logits, token, temperature=temperature))
-        return token
-
-    original = module.pick
-    monkeypatch.setattr(module, "pick", spy)
-    by_length = sorted(PROMPTS, key=lambda p: len(p[1]))
-    return draw(model, by_length, end=-1, temperature=temperature), torch.stack(seen, dim=1)
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_cached_decoding_agrees_with_one_full_forward(
-    kind: str, temperature: float, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    kind: str, temperature: float, request: pytest.FixtureRequest
 ) -> None:
     model = request.getfixturevalue("gpt2" if kind == "gpt2" else "model")
-    rollout, sampled = sampled_logprobs(model, temperature, monkeypatch)
+    rollout = draw(model, temperature=temperature)
     forced, _ = response_logprobs(model, rollout, temperature)
-    assert_close(forced, sampled.tolist())
+    assert_close(forced, rollout.sampled_logprobs.tolist())
     other, _ = response_logprobs(model, rollout, temperature + 0.05)
-    assert (other - sampled).abs().max() > 0.01  # the check sees another temperature
+    assert (other - rollout.sampled_logprobs).abs().max() > 0.01  # the check sees another temperature
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])

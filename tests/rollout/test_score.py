@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf.config.schema import PPO
 from rlhf.models.heads import load_scorer, sequence_scores
-from rlhf.rollout.score import response_logprobs, response_values, score
+from rlhf.rollout.score import Spread, measure, response_logprobs, response_values, shape
 from rlhf.rollout.types import Experience, Rollout
 from tests import oracles
 from tests.models import tiny
@@ -37,13 +37,14 @@ def models(reward_folder: str) -> dict[str, Any]:
 
 def experience(rollout: Rollout, models: dict[str, Any], **changes: Any) -> Experience:
     reference = changes.pop("reference", models["reference"])
+    shaping = {"deviation": changes.pop("deviation", 1.0), "settings": changes.pop("settings", SETTINGS)}
     options: dict[str, Any] = {
-        "policy": models["policy"], "value_model": models["value"], "normalise": (0.0, 1.0), "kl_coef": COEF,
+        "policy": models["policy"], "value_model": models["value"],
         "reference": lambda part: response_logprobs(reference, part, TEMPERATURE)[0],
         "rewards": lambda part: sequence_scores(models["reward"], part.ids, part.mask),
-        "settings": SETTINGS, "temperature": TEMPERATURE, "microbatch": 2,
+        "temperature": TEMPERATURE, "microbatch": 2,
     }  # fmt: skip
-    return score(rollout, **options | changes)
+    return shape(measure(rollout, **options | changes), kl_coef=COEF, **shaping)
 
 
 @pytest.fixture
@@ -79,10 +80,31 @@ def test_only_unfinished_responses_pay_for_the_missing_end(made: Experience, mod
     assert_close(made.scores, (made.raw_scores - torch.tensor([0.0, 0.0, 1.5, 1.5, 0.0])).tolist())
 
 
-def test_scores_are_normalised_before_the_missing_end_is_charged(rollout: Rollout, models: dict[str, Any]) -> None:
-    e = experience(rollout, models, normalise=(0.7, 0.25))
-    charged = torch.tensor([0.0, 0.0, 1.5, 1.5, 0.0])
-    assert_close(e.scores, ((e.raw_scores - 0.7) / 0.25 - charged).tolist())
+def test_scores_are_divided_then_clipped_then_charged(rollout: Rollout, models: dict[str, Any]) -> None:
+    raw = experience(rollout, models).raw_scores / 0.25
+    limit = float(raw.abs().median())
+    settings = SETTINGS.model_copy(update={"score_clip": limit})
+    e = experience(rollout, models, deviation=0.25, settings=settings)
+    clipped = raw.clamp(-limit, limit)
+    assert 0 < int((raw.abs() > limit).sum()) < len(raw)
+    assert_close(e.scores, (clipped - torch.tensor([0.0, 0.0, 1.5, 1.5, 0.0])).tolist())
+
+
+def test_a_fixed_score_replaces_that_of_unfinished_responses(rollout: Rollout, models: dict[str, Any]) -> None:
+    e = experience(rollout, models, settings=SETTINGS.model_copy(update={"missing_end_score": -1.0}))
+    assert_close(e.scores, [*e.raw_scores[:2].tolist(), -1.0, -1.0, float(e.raw_scores[4])])
+
+
+def test_the_spread_of_a_stream_is_that_of_all_its_scores() -> None:
+    stream = [torch.randn(n, generator=torch.Generator().manual_seed(n)) * 3 + 5 for n in (1, 7, 2, 30)]
+    spread = Spread()
+    for part in stream:
+        spread = spread.seen(part)
+    everything = torch.cat(stream).double()
+    assert spread.number == 40
+    assert_close(torch.tensor(spread.mean), float(everything.mean()))
+    assert_close(torch.tensor(spread.deviation), float(everything.std(correction=0)))
+    assert Spread().seen(torch.full((5,), 2.0)).deviation == 1e-3  # equal scores are not blown up
 
 
 def test_raw_scores_are_those_of_whole_sequences(made: Experience, rollout: Rollout, models: dict[str, Any]) -> None:
@@ -92,7 +114,8 @@ def test_raw_scores_are_those_of_whole_sequences(made: Experience, rollout: Roll
     assert_close(made.raw_scores, alone)
 
 
-def test_advantages_and_returns_are_those_of_the_equation(made: Experience) -> None:
+def test_advantages_and_returns_are_those_of_the_equation(rollout: Rollout, models: dict[str, Any]) -> None:
+    made = experience(rollout, models, settings=SETTINGS.model_copy(update={"whiten_advantages": False}))
     advantages = oracles.gae(made.rewards, made.values, made.response_mask, SETTINGS.gamma, SETTINGS.lam)
     assert_close(made.advantages, advantages)
     assert_close(made.returns, (advantages + made.values.double() * made.response_mask).tolist())

@@ -54,8 +54,8 @@ def test_metrics_are_declared_and_end_with_the_last_step(trained: Any) -> None:
 def test_samples_show_prompt_response_score_and_kl(trained: Any) -> None:
     samples = [json.loads(line) for line in (trained.run("ppo") / "samples.jsonl").read_text().splitlines()]
     assert {line["step"] for line in samples} == {1, 2}
-    assert all(set(line) == {"step", "prompt", "response", "score", "kl"} for line in samples)
-    assert all(line["prompt"].endswith("<|im_start|>assistant\n") for line in samples)
+    assert all(set(line) == {"step", "prompt", "response", "score", "kl", "finished", "tokens"} for line in samples)
+    assert all(line["prompt"].endswith("<|assistant|>") for line in samples)
 
 
 def test_every_model_carries_its_hand_over(trained: Any) -> None:
@@ -94,7 +94,7 @@ def test_a_policy_loads_plainly_and_says_the_same(trained: Any, stage: str) -> N
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
 def test_plain_generation_stops_at_the_end_token(full: Any, stage: str, tiny_tokenizer: Any) -> None:
     model = plain_causal(full.run(stage) / "model", adapters=False)
-    end = tiny_tokenizer.convert_tokens_to_ids("<|im_end|>")
+    end = tiny_tokenizer.convert_tokens_to_ids("<|end|>")
     assert model.generation_config.eos_token_id == end
     assert model.generation_config.pad_token_id == tiny_tokenizer.pad_token_id
     with torch.no_grad():

@@ -69,4 +69,4 @@ def test_chat_starts_over_on_request(full: Any, call_cli: Any, monkeypatch: pyte
 
 
 def test_chat_refuses_a_special_token_and_goes_on(full: Any, call_cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(talk(call_cli, monkeypatch, full.run("sft"), "say <|im_end|> now", "what is a cat?")) == 1
+    assert len(talk(call_cli, monkeypatch, full.run("sft"), "say <|end|> now", "what is a cat?")) == 1

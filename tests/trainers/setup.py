@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 
 from rlhf.config.schema import PPOConfig
+from rlhf.data.records import Prompt
 from rlhf.models.distributed import make_accelerator
 from rlhf.models.heads import load_scorer
+from rlhf.rollout.rewards import ModelReward, Rewards
 from rlhf.rollout.types import Experience
-from rlhf.trainers.ppo import PolicyAndValue, PPOTrainer
+from rlhf.trainers.policy_value import PolicyAndValue
+from rlhf.trainers.ppo import PPOTrainer
+from rlhf.trainers.watch import Watcher
 from tests.models import tiny
 
 LENGTHS = [4, 9, 2, 6, 13]
@@ -25,25 +29,36 @@ def config(**sections: Any) -> PPOConfig:
         "output_dir": "unused", "policy": {"path": "unused"}, "reward_model": {"path": "unused"},
         "data": {"prompts": [{"path": "unused"}]}, "sampling": {"max_new_tokens": 8, "temperature": 0.9},
         "ppo": PPO, "kl": {"coef": 0.1}, "optim": OPTIM,
+        "watch": {"broken": "continue"},  # the reference of these tests is another model: its KL is never 0
     }  # fmt: skip
     for name, values in sections.items():
         base[name] = {**base.get(name, {}), **values} if isinstance(values, dict) else values
     return PPOConfig.model_validate(base)
 
 
+def reward_of(model: Any) -> Rewards:
+    """A reward model alone, its scores as they are."""
+    return Rewards(((1.0, ModelReward("reward", model.eval(), tiny.renderer())),))
+
+
 def make(
-    reward_folder: str, *, policy: Any = None, reference: Any = None, reward_model: Any = None, prompts: Any = None,
-    report: Any = None, **sections: Any,
+    reward_folder: str, *, policy: Any = None, reference: Any = None, reward_model: Any = None, rewards: Any = None,
+    prompts: Any = None, text: Any = None, report: Any = None, folder: Any = None, say: Any = None,
+    restore: Any = None, checkpoint: Any = None, **sections: Any,
 ) -> PPOTrainer:  # fmt: skip
     """A trainer whose policy ends some responses early."""
     if policy is None:
         policy = sometimes_ending(tiny.new(1))
+    made, ids = config(**sections), prompts or tiny.rows(3, LENGTHS)
+    scorer = reward_model or load_scorer(tiny.source(reward_folder)).requires_grad_(False)
     return PPOTrainer(
-        config(**sections), make_accelerator(), PolicyAndValue(policy, load_scorer(tiny.source(reward_folder))),
+        made, make_accelerator(), PolicyAndValue(policy, load_scorer(tiny.source(reward_folder))),
         reference=reference if reference is not None else tiny.new(2).requires_grad_(False),
-        reward_model=reward_model or load_scorer(tiny.source(reward_folder)).requires_grad_(False),
-        prompts=prompts or tiny.rows(3, LENGTHS), end_id=tiny.renderer().end_id, pad_id=tiny.renderer().pad_id,
-        score_scale=(0.0, 1.0), report=report or (lambda *_: None), checkpoint=lambda _: None,
+        rewards=rewards or reward_of(scorer), prompts=ids,
+        records=[Prompt([{"role": "user", "content": f"prompt {i}"}], f"row {i}", {"n": i}) for i in range(len(ids))],
+        end_id=tiny.renderer().end_id, pad_id=tiny.renderer().pad_id, text=text, decode=tiny.tokenizer().decode,
+        watcher=Watcher(made.watch, folder, say or (lambda _: None)), report=report or (lambda *_: None),
+        checkpoint=checkpoint or (lambda _: None), restore=restore or (lambda _: False),
     )  # fmt: skip
 
 

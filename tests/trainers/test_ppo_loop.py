@@ -15,6 +15,7 @@ from rlhf.functional import adaptive_kl
 from rlhf.models.adapters import policy_with_adapter
 from rlhf.models.heads import load_scorer
 from rlhf.runs.metrics import METRICS
+from rlhf.trainers import ppo as module
 from tests.models import tiny
 from tests.models.fixtures import shake
 from tests.tolerances import assert_close
@@ -86,13 +87,13 @@ def test_each_row_is_used_once_an_epoch_in_another_order(reward_folder: str, mon
 def test_every_row_of_a_minibatch_is_used_once(reward_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make(reward_folder)
     used: Counter[int] = Counter()
-    original = trainer.losses
+    original = module.summed_losses
 
-    def spy(part: Any, *rest: Any) -> Any:
+    def spy(part: Any, *rest: Any, **more: Any) -> Any:
         used.update(part.index.tolist())
-        return original(part, *rest)
+        return original(part, *rest, **more)
 
-    monkeypatch.setattr(trainer, "losses", spy)
+    monkeypatch.setattr(module, "summed_losses", spy)
     trainer.update(experienced(trainer))
     assert used == dict.fromkeys(range(12), 2)
 

@@ -140,11 +140,23 @@ def test_accumulation_changes_neither_loss_nor_step(reward_folder: str, tmp_path
             assert_close(torch.tensor(line[name]), lines[0][name], name)
 
 
+def as_it_prefers(model: Any, pair: dict[str, Any]) -> dict[str, Any]:
+    """The pair turned so that an untrained model is right about it."""
+    with torch.no_grad():
+        scores = [
+            float(sequence_scores(model, torch.tensor([ids]), torch.ones(1, len(ids)).bool()))
+            for ids in (pair["chosen_ids"], pair["rejected_ids"])
+        ]
+    if scores[0] >= scores[1]:
+        return pair
+    return pair | {"chosen_ids": pair["rejected_ids"], "rejected_ids": pair["chosen_ids"]}
+
+
 @pytest.mark.parametrize(("lora", "rate"), [(None, 3e-4), (tiny.LORA, 3e-3)], ids=["full", "LoRA"])
 def test_the_best_held_out_model_is_kept(lora: Any, rate: float, reward_folder: str, tmp_path: Path) -> None:
     """Trained on turned labels, the model gets worse: the checkpoint kept is not the last."""
     model = load_scorer(tiny.source(reward_folder), trainable=True, lora=lora)
-    validation = [pair for pair in pairs() if pair["preference"] == 1.0]
+    validation = [as_it_prefers(model, pair) for pair in pairs() if pair["preference"] == 1.0]
     turned = [pair | {"preference": 0.0} for pair in validation]
     trainer = reward_trainer(tmp_path, model, turned, validation, epochs=8, learning_rate=rate)
     trainer.train()

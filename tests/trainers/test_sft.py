@@ -51,7 +51,7 @@ def test_exactly_the_assistants_tokens_and_their_end_are_learnt(pad_is_end: bool
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(END)
     args, report = prepared(tmp_path, 3, False)
     batch = batch_of(sft.build(tiny.new(), tokenizer, rendered(), [], args, report))
-    said = ["".join(c + "<|im_end|>" for r, c in chat if r == "assistant") for chat in CHATS]
+    said = ["".join(c + "<|end|>" for r, c in chat if r == "assistant") for chat in CHATS]
     learnt = [tokenizer.decode(row[row != -100].tolist()) for row in batch["labels"]]
     assert sorted(learnt) == sorted(said)
     agrees = batch["labels"] == batch["input_ids"]

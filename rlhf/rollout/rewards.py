@@ -1,0 +1,136 @@
+"""Where rewards come from: reward models, classifiers, Python functions; summed by weight.
+
+A part that has the policy's tokenizer reads the sampled tokens. One that has another gets text: the response is
+decoded, put into the part's own chat template and tokenised again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.data.collate import pad_right
+from rlhf.data.records import Messages, Prompt
+from rlhf.data.render import Renderer
+from rlhf.errors import ConfigError, TrainingError
+from rlhf.models.heads import sequence_outputs
+from rlhf.rollout.types import Rollout
+
+Function = Callable[[Messages, str, Mapping[str, Any]], float]
+
+
+@dataclass(frozen=True)
+class ModelReward:
+    """A model's output on prompt + response: its one score, rescaled, or the probability of one label.
+
+    Attributes:
+        model: sequence classifier in eval mode.
+        ours: the policy's renderer.
+        theirs: the model's renderer if it has another tokenizer, else None.
+        scale: (mean, deviation) taken off a score.
+        label: index of the label whose probability is the reward; None = the model has one output, a score.
+        several: labels are independent (sigmoid) instead of exclusive (softmax).
+    """
+
+    name: str
+    model: Any
+    ours: Renderer
+    theirs: Renderer | None = None
+    scale: tuple[float, float] = (0.0, 1.0)
+    label: int | None = None
+    several: bool = False
+
+    @torch.no_grad()
+    def __call__(self, part: Rollout, prompts: Sequence[Prompt]) -> Tensor:
+        """[B] float32: score units after rescaling, or a probability."""
+        ids, mask = part.ids, part.mask
+        if self.theirs is not None:
+            ids, mask = (t.to(part.ids.device) for t in self._again(part, prompts))
+        outputs = sequence_outputs(self.model, ids, mask)
+        if self.label is None:
+            return (outputs[:, 0] - self.scale[0]) / self.scale[1]
+        return (outputs.sigmoid() if self.several else outputs.softmax(dim=1))[:, self.label]
+
+    def _again(self, part: Rollout, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
+        """The same conversations in the model's own tokens; an unfinished response gets no end token."""
+        assert self.theirs is not None
+        rows = []
+        for row, prompt in enumerate(prompts):
+            said = self.theirs.response(self.ours.decode(part.response_ids[row][part.response_mask[row]].tolist()))
+            rows.append(self.theirs.prompt(prompt.messages) + (said if part.finished[row] else said[:-1]))
+        return pad_right(rows, self.theirs.pad_id)
+
+
+@dataclass(frozen=True)
+class FunctionReward:
+    """The user's own function of (prompt, response, record)."""
+
+    name: str
+    function: Function
+    ours: Renderer
+
+    def __call__(self, part: Rollout, prompts: Sequence[Prompt]) -> Tensor:
+        """[B] float32. Raises: TrainingError if the function fails or returns no finite number."""
+        found = []
+        for row, prompt in enumerate(prompts):
+            text = self.ours.decode(part.response_ids[row][part.response_mask[row]].tolist())
+            try:
+                value = float(self.function(prompt.messages, text, prompt.record))
+            except Exception as error:  # whatever the user's code raises
+                raise TrainingError(
+                    "the reward function failed", found=f"{type(error).__name__}: {error}", where=self.name,
+                    do=f"it got the prompt of {prompt.where} and the response {text[:80]!r}",
+                ) from error  # fmt: skip
+            if not math.isfinite(value):
+                raise TrainingError(
+                    "the reward function returned no finite number", found=str(value), where=self.name,
+                    do=f"it got the prompt of {prompt.where} and the response {text[:80]!r}",
+                )  # fmt: skip
+            found.append(value)
+        return torch.tensor(found, dtype=torch.float32, device=part.response_ids.device)
+
+
+Reward = ModelReward | FunctionReward
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """The weighted sum of all parts."""
+
+    parts: tuple[tuple[float, Reward], ...]
+
+    def __call__(self, part: Rollout, prompts: Sequence[Prompt]) -> Tensor:
+        """[B] float32, score units."""
+        values = [weight * reward(part, prompts) for weight, reward in self.parts]
+        return torch.stack(values).sum(dim=0)
+
+    def models_only(self) -> Rewards:
+        """The parts that must give the same number twice."""
+        return Rewards(tuple((w, r) for w, r in self.parts if isinstance(r, ModelReward)))
+
+
+def load_function(name: str, *, what: str, where: str) -> Callable[..., Any]:
+    """Import 'module:function'. It is the user's own code and runs with the user's rights.
+
+    Args:
+        what: it is for, in words; where: the setting that names it.
+
+    Raises: ConfigError if there is no such function.
+    """
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"the {what} does not import", found=f"{name} ({error})", where=where, do="give module:function"
+        ) from None
+    if not callable(found):
+        raise ConfigError(f"the {what} is not a function", found=name, where=where, do="give module:function")
+    function_: Callable[..., Any] = found
+    return function_

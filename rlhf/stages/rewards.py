@@ -1,0 +1,123 @@
+"""From configuration to the reward of PPO: load each part, settle its scale and its tokenizer, and say so."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from rlhf.config.schema import PPOConfig
+from rlhf.config.sections import ModelSource
+from rlhf.data.render import Renderer, prepare_tokenizer, tokenizer_fingerprint
+from rlhf.errors import CheckpointError
+from rlhf.models.heads import load_classifier, load_scorer
+from rlhf.models.load import load_tokenizer, resolve
+from rlhf.rollout.rewards import FunctionReward, ModelReward, Reward, Rewards, load_function
+from rlhf.runs import handover
+from rlhf.runs.console import Console
+
+
+def build_rewards(config: PPOConfig, renderer: Renderer, console: Console) -> Rewards:
+    """All parts of the reward, `reward_model` first with weight 1.
+
+    Raises: CheckpointError or ConfigError if a part cannot be loaded or lacks its scale.
+    """
+    stored = config.ppo.normalize_scores == "stored"
+    parts: list[tuple[float, Reward]] = []
+    if config.reward_model is not None:
+        parts.append((1.0, _score(config.reward_model, renderer, stored, console)))
+    for source in config.rewards:
+        part: Reward
+        if source.model is not None:
+            part = _score(source.model, renderer, stored, console)
+        elif source.classifier is not None:
+            assert source.label is not None
+            part = _probability(source.classifier, source.label, renderer, console)
+        else:
+            assert source.function is not None
+            part = FunctionReward(
+                source.function, load_function(source.function, what="reward function", where="rewards"), renderer
+            )
+        parts.append((source.weight, part))
+    if len(parts) > 1:
+        console.note("reward: " + " + ".join(f"{weight:g} x {part.name}" for weight, part in parts))
+    return Rewards(tuple(parts))
+
+
+def to_device(rewards: Rewards, device: torch.device) -> Rewards:
+    """The same with every model on a device, in eval mode."""
+    for _, part in rewards.parts:
+        if isinstance(part, ModelReward):
+            part.model.to(device).eval()
+    return rewards
+
+
+def reward_deviation(config: PPOConfig) -> float:
+    """What the scores of `reward_model` are divided by."""
+    if config.reward_model is None or config.ppo.normalize_scores != "stored":
+        return 1.0
+    record = handover.read(resolve(config.reward_model))
+    return record.score_std if record is not None and record.score_std is not None else 1.0
+
+
+def same_tokenizer(source: ModelSource, renderer: Renderer) -> bool:
+    """Whether a model reads the tokens that `renderer` makes.
+
+    Raises: CheckpointError if its record says that it has the same tokenizer but other text-to-token settings.
+    """
+    record = handover.read(resolve(source))
+    ours = renderer.identity()
+    if record is None:  # a foreign model: the tokenizer in its folder is all there is to compare
+        return tokenizer_fingerprint(load_tokenizer(source)) == ours["tokenizer_sha256"]
+    if record.tokenizer_sha256 != ours["tokenizer_sha256"]:
+        return False
+    handover.verify(ours, record, where=source.path, role="the reward model")
+    return True
+
+
+def _reader(source: ModelSource, renderer: Renderer, console: Console) -> Renderer | None:
+    """The model's own renderer if it has another tokenizer than the policy."""
+    if same_tokenizer(source, renderer):
+        return None
+    tokenizer = load_tokenizer(source)
+    prepare_tokenizer(tokenizer)
+    console.note(
+        f"{source.path} has another tokenizer than the policy: responses are decoded, put into its chat template and "
+        "tokenised again"
+    )
+    return Renderer(tokenizer)
+
+
+def _score(source: ModelSource, renderer: Renderer, stored: bool, console: Console) -> ModelReward:
+    theirs = _reader(source, renderer, console)
+    part = ModelReward(source.path, _frozen(load_scorer(source)), renderer, theirs)
+    if not stored:
+        return part
+    record = handover.read(resolve(source))
+    if record is None or record.score_mean is None or record.score_std is None:
+        raise CheckpointError(
+            "the reward model carries no mean and deviation of its scores", where=source.path,
+            do="train it with 'rlhf reward', or set ppo.normalize_scores=running or raw",
+        )  # fmt: skip
+    console.note(f"scores of {source.path}: (score - {record.score_mean:.3f}) / {record.score_std:.3f}")
+    return replace(part, scale=(record.score_mean, record.score_std))
+
+
+def _probability(source: ModelSource, label: str, renderer: Renderer, console: Console) -> ModelReward:
+    model = _frozen(load_classifier(source))
+    names = {str(name): int(index) for index, name in model.config.id2label.items()}
+    if label not in names:
+        raise CheckpointError(
+            f"the classifier has no label '{label}'", found=", ".join(names), where=source.path,
+            do="name one of them as label",
+        )  # fmt: skip
+    several = model.config.problem_type == "multi_label_classification"
+    theirs = _reader(source, renderer, console)
+    return ModelReward(
+        f"P({label}) of {source.path}", model, renderer, theirs, label=names[label], several=several
+    )  # fmt: skip
+
+
+def _frozen(model: Any) -> Any:
+    return model.requires_grad_(False)

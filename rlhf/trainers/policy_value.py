@@ -1,0 +1,69 @@
+"""The module that PPO trains: policy and value model together, and what passes through them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.models.distributed import everybody
+from rlhf.models.heads import position_ids
+from rlhf.rollout.score import response_logprobs, response_values
+from rlhf.rollout.types import Measured, Rollout, merge
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """Documents: ids [B, T] int64, mask [B, T] bool (real tokens), counts [B, T] bool (tokens that carry loss)."""
+
+    ids: Tensor
+    mask: Tensor
+    counts: Tensor
+
+
+class PolicyAndValue(nn.Module):
+    """The two trained models as one module: a second model prepared beside the first would silently not be stepped."""
+
+    def __init__(self, policy: nn.Module, value_model: nn.Module) -> None:
+        super().__init__()
+        self.policy, self.value_model = policy, value_model
+
+    def forward(self, batch: Rollout | TextBatch, temperature: float = 1.0) -> Any:
+        """Everything that is differentiated passes here, so that an engine around this module sees it.
+
+        Returns: of a rollout, log-probs [B, R] nats, entropy [B, R] nats and values [B, R] score units; of text, the
+            negative log-likelihood summed over the tokens that count, 0-d nats.
+        """
+        if isinstance(batch, TextBatch):
+            return _text_loss(self.policy, batch)
+        logprobs, entropy = response_logprobs(self.policy, batch, temperature, entropy=True)
+        assert entropy is not None
+        return logprobs, entropy, response_values(self.value_model, batch)
+
+
+def _text_loss(policy: Any, text: TextBatch) -> Tensor:
+    ids, mask = text.ids, text.mask
+    logits = policy(
+        input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False
+    ).logits[:, :-1]  # fmt: skip
+    nll = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
+    return (nll * text.counts[:, 1:]).sum()
+
+
+def gather(measured: Measured, accelerator: Any, pad_id: int) -> Measured:
+    """Everybody's episodes on every process, in slot order."""
+    device = measured.response_ids.device
+    if accelerator.num_processes > 1:
+        parts = everybody({name: value.cpu() for name, value in vars(measured).items()}, accelerator.num_processes)
+        measured = merge([Measured(**{k: v.to(device) for k, v in part.items()}) for part in parts], pad_id)
+    return measured.select(measured.index.argsort())
+
+
+def generator(*parts: int) -> torch.Generator:
+    """Random numbers that follow from some whole numbers alone."""
+    seed = 0
+    for part in parts:
+        seed = (seed * 1_000_003 + part + 1) % (2**63 - 1)
+    return torch.Generator().manual_seed(seed)

@@ -1,0 +1,168 @@
+"""A problem so small that its KL-regularised optimum is known exactly, solved by the real PPO trainer.
+
+    J(pi) = E_x [ sum_y pi(y|x) r(x, y) - beta KL(pi || pi_ref) ]
+    J*    = E_x [ beta log sum_y pi_ref(y|x) exp(r(x, y) / beta) ]
+
+Two prompts, six tokens of which one ends the response, at most four tokens: 781 responses, all enumerated. Rewards are
+drawn once for each. `python -m tests.learning.optimum` prints the share (J - J_ref) / (J* - J_ref) for every beta and
+seed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.config.schema import PPOConfig
+from rlhf.data.records import Prompt
+from rlhf.models.distributed import make_accelerator
+from rlhf.rollout.rewards import Rewards
+from rlhf.rollout.score import response_logprobs
+from rlhf.rollout.types import Rollout
+from rlhf.trainers.policy_value import PolicyAndValue
+from rlhf.trainers.ppo import PPOTrainer
+from rlhf.trainers.watch import Watcher
+
+SYMBOLS, END, LENGTH = 6, 5, 4
+PROMPTS = [[1, 2], [3, 4, 0]]
+BETAS, SEEDS = (0.1, 0.3, 1.0), (1, 2, 3, 4, 5)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where a run ended. J in reward units, KL in nats."""
+
+    reached: float
+    reference: float
+    best: float
+    kl: float
+    best_kl: float
+
+    @property
+    def share(self) -> float:
+        """Share of the achievable improvement."""
+        return (self.reached - self.reference) / (self.best - self.reference)
+
+
+@cache
+def responses() -> tuple[tuple[int, ...], ...]:
+    """Every response: ended by the end token, or of full length."""
+    words = range(END)
+    ended = [(*body, END) for n in range(LENGTH) for body in itertools.product(words, repeat=n)]
+    return (*ended, *itertools.product(words, repeat=LENGTH))
+
+
+def everything(prompt: list[int]) -> Rollout:
+    """All responses to one prompt as a rollout."""
+    said = responses()
+    ids = torch.tensor([[*row, *[0] * (LENGTH - len(row))] for row in said])
+    mask = torch.tensor([[True] * len(row) + [False] * (LENGTH - len(row)) for row in said])
+    asked = torch.tensor([prompt] * len(said))
+    return Rollout(
+        asked, torch.ones_like(asked).bool(), ids, mask, torch.tensor([row[-1] == END for row in said]),
+        torch.arange(len(said)), torch.zeros(ids.shape), torch.zeros((*ids.shape, 0), dtype=torch.uint8),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def log_distribution(policy: Any) -> Tensor:
+    """Log-probability of every response to every prompt, [prompts, responses] float64."""
+    return torch.stack([response_logprobs(policy, everything(p), 1.0)[0].double().sum(dim=1) for p in PROMPTS])
+
+
+class Table:
+    """The reward of a response: a number drawn once."""
+
+    name = "table"
+
+    def __init__(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.values = torch.randn(len(PROMPTS), len(responses()), generator=generator, dtype=torch.float64)
+        self.index = {row: i for i, row in enumerate(responses())}
+
+    def __call__(self, part: Rollout, prompts: list[Prompt]) -> Tensor:
+        found = [
+            self.values[prompt.record["n"], self.index[tuple(part.response_ids[i][part.response_mask[i]].tolist())]]
+            for i, prompt in enumerate(prompts)
+        ]
+        return torch.stack(found).float()
+
+
+def models(seed: int) -> tuple[Any, Any, Any]:
+    """Policy, reference (its copy) and value model."""
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+    torch.manual_seed(seed)
+    size = {
+        "vocab_size": SYMBOLS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": 64, "max_position_embeddings": 16, "initializer_range": 0.3,
+    }  # fmt: skip
+    policy, reference = (LlamaForCausalLM(LlamaConfig(**size)) for _ in range(2))
+    reference.load_state_dict(policy.state_dict())
+    value = LlamaForSequenceClassification(LlamaConfig(**size, num_labels=1, pad_token_id=0))
+    with torch.no_grad():
+        value.score.weight.zero_()
+    return policy, reference.requires_grad_(False), value
+
+
+def config(beta: float, seed: int, steps: int) -> PPOConfig:
+    """Fixed KL coefficient beta; nothing else shapes the reward."""
+    return PPOConfig.model_validate(
+        {
+            "output_dir": "unused", "policy": {"path": "unused"}, "reward_model": {"path": "unused"}, "seed": seed,
+            "data": {"prompts": [{"path": "unused"}]},
+            "sampling": {"max_new_tokens": LENGTH, "temperature": 1.0},
+            "ppo": {"steps": steps, "rollout_size": 256, "epochs": 2, "minibatches": 2, "lam": 1.0,
+                    "missing_end_penalty": 0.0, "value_coef": 0.5, "normalize_scores": "raw"},
+            "kl": {"coef": beta, "target": None},
+            "optim": {"learning_rate": 3e-3, "value_learning_rate": 1e-2, "microbatch_size": 256},
+        }
+    )  # fmt: skip
+
+
+def solve(beta: float, seed: int, *, steps: int = 200, change: Any = None) -> Outcome:
+    """Train and measure. `change` may break the trainer first."""
+    policy, reference, value = models(seed)
+    table, settings = Table(seed), config(beta, seed, steps)
+    trainer = PPOTrainer(
+        settings, make_accelerator(), PolicyAndValue(policy, value), reference=reference,
+        rewards=Rewards(((1.0, table),)),  # type: ignore[arg-type]
+        prompts=PROMPTS, records=[Prompt([], "", {"n": n}) for n in range(len(PROMPTS))], end_id=END, pad_id=0,
+        text=None, decode=str, watcher=Watcher(settings.watch, None, lambda _: None), report=lambda *_: None,
+        checkpoint=lambda _: None, restore=lambda _: False,
+    )  # fmt: skip
+    if change is not None:
+        change(trainer)
+    trainer.train()
+    ref, now = log_distribution(reference), log_distribution(policy.eval())
+    kl = (now.exp() * (now - ref)).sum(dim=1)
+    log_best = ref + table.values / beta
+    norm = log_best.logsumexp(dim=1, keepdim=True)
+    best = (log_best - norm).exp()
+    return Outcome(
+        reached=float(((now.exp() * table.values).sum(dim=1) - beta * kl).mean()),
+        reference=float((ref.exp() * table.values).sum(dim=1).mean()), best=float(beta * norm.mean()),
+        kl=float(kl.mean()), best_kl=float((best * (log_best - norm - ref)).sum(dim=1).mean()),
+    )  # fmt: skip
+
+
+def main() -> None:
+    """Print the table."""
+    print("| beta | seed | share of the achievable improvement | KL | KL* |\n|---|---|---|---|---|")
+    for beta in BETAS:
+        shares = []
+        for seed in SEEDS:
+            found = solve(beta, seed)
+            shares.append(found.share)
+            print(f"| {beta} | {seed} | {found.share:.3f} | {found.kl:.3f} | {found.best_kl:.3f} |", flush=True)
+        print(f"| {beta} | mean, worst | {sum(shares) / len(shares):.3f}, {min(shares):.3f} | | |", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
