@@ -158,7 +158,7 @@ def test_an_error_is_recorded_with_the_run(
 # What does not fit
 
 
-def test_a_reward_model_of_another_tokenizer_is_refused(full: Any, call_cli: Any, tmp_path: Path) -> None:
+def test_a_reward_model_that_ends_replies_otherwise_is_refused(full: Any, call_cli: Any, tmp_path: Path) -> None:
     shutil.copytree(full.run("reward") / "model", tmp_path / "reward")
     record = json.loads((tmp_path / "reward" / "handover.json").read_text())
     (tmp_path / "reward" / "handover.json").write_text(json.dumps(record | {"end_id": 7}))

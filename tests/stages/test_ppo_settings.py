@@ -1,0 +1,95 @@
+"""The settings of PPO through its real stage: from YAML to a saved model."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf.data.render import Renderer
+from rlhf.models.load import load_causal, load_tokenizer
+from rlhf.stages.common import seal
+from rlhf.stages.pretrain import new_tokenizer
+from tests.models import tiny
+from tests.stages import setup
+from tests.stages.setup import metrics
+
+
+def longer(prompt: Any, response: str, record: dict[str, Any]) -> float:
+    """A reward function that needs the whole record."""
+    assert record["prompt"] == prompt
+    return len(response) / 10
+
+
+def config(full: Any, folder: Path, **changes: Any) -> dict[str, Any]:
+    """The stage of these tests in another folder; sections are merged."""
+    found = dict(full.configs["ppo"]) | {"output_dir": str(folder)}
+    for key, value in changes.items():
+        merged = isinstance(value, dict) and isinstance(found.get(key), dict)
+        found[key] = {**found[key], **value} if merged else value
+    return found
+
+
+def test_a_function_alone_is_reward_enough(full: Any, run_stage: Any, tmp_path: Path) -> None:
+    out = run_stage(
+        "ppo", config(full, tmp_path / "run", reward_model=None,
+                      rewards=[{"function": "tests.stages.test_ppo_settings:longer", "weight": 2.0}],
+                      ppo={"normalize_scores": "running", "score_clip": 3.0, "value_warmup": 1}),
+    )  # fmt: skip
+    assert "the first 1 steps train the value model alone" in out
+    lines = metrics(tmp_path / "run")
+    assert lines[0]["score"] > 0
+    assert lines[0]["explained_variance"] == pytest.approx(0.0, abs=0.2)  # values start at 0 everywhere
+    assert lines[1]["kl"] == lines[0]["kl"] == 0.0  # the policy waited
+
+
+def test_text_average_filters_and_an_early_stop_go_through_the_stage(
+    full: Any, files: setup.Files, run_stage: Any, tmp_path: Path
+) -> None:
+    out = run_stage(
+        "ppo", config(full, tmp_path / "run", ptx={"coef": 0.5, "data": [{"path": files["text"]}], "batch_size": 3},
+                      ppo={"ema": 0.5, "target_kl": 1e-6, "epochs": 3},
+                      sampling={"top_k": 40, "min_new_tokens": 2, "stop": ["z"]}),
+    )  # fmt: skip
+    assert "ptx: " in out
+    lines = metrics(tmp_path / "run")
+    assert all(line["ptx_loss"] > 0 for line in lines)
+    assert all(line["updates"] < 6 for line in lines)
+    assert all(line["first_ratio_error"] < 1e-4 for line in lines)
+    assert all(line["sampling_mismatch"] < 1e-3 for line in lines)
+    assert lines[0]["response_length"] >= 2
+    # What is saved is the average: it is neither the start nor what the last update made.
+    state = torch.load(tmp_path / "run" / "checkpoints" / "ppo.pt", weights_only=True)
+    saved = dict(load_causal(tiny.source(tmp_path / "run" / "model")).named_parameters())
+    name = "model.layers.0.mlp.up_proj.weight"
+    start = dict(load_causal(tiny.source(full.run("sft") / "model")).named_parameters())[name]
+    assert not torch.equal(saved[name], start)
+    assert not torch.equal(saved[name], state["model"][f"policy.{name}"])
+
+
+def test_a_reward_model_with_another_tokenizer_is_read_in_its_own_words(
+    full: Any, run_stage: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "reward"
+    shutil.copytree(full.run("reward") / "model", folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).unlink(missing_ok=True)
+    size = len(load_tokenizer(tiny.source(full.run("sft"))))
+    other = new_tokenizer(iter(["quite other sentences make quite other tokens, and so they should"] * 3), size)
+    seal(folder, "reward", Renderer(other), other, score_mean=0.0, score_std=1.0, head_dtype="float32")
+    out = run_stage("ppo", config(full, tmp_path / "run", reward_model={"path": str(folder)}))
+    assert "has another tokenizer than the policy" in out
+    assert metrics(tmp_path / "run")[0]["score_std"] > 0
+
+
+def test_inspect_paints_what_the_stage_wrote(full: Any, call_cli: Any) -> None:
+    code, out, _ = call_cli(["inspect", str(full.run("ppo")), "--step", "1", "--row", "0", "--paint", "value"])
+    assert code == 0
+    assert "painted by value" in out
+    assert "logprob" in out
+    code, _, err = call_cli(["inspect", str(full.run("sft"))])
+    assert code == 2
+    assert "no samples here" in err
