@@ -31,7 +31,7 @@ from rlhf.trainers.losses import summed_losses
 from rlhf.trainers.policy_value import PolicyAndValue, gather, generator
 from rlhf.trainers.ptx import TextMix
 from rlhf.trainers.stats import Stats, describe
-from rlhf.trainers.watch import TOLERANCES, Unhealthy, Watcher, broken_experience, broken_scores, unhealthy
+from rlhf.trainers.watch import SETTLING, TOLERANCES, Unhealthy, Watcher, broken_experience, broken_scores, unhealthy
 
 
 class PPOTrainer:
@@ -105,7 +105,8 @@ class PPOTrainer:
         clock.append(time.monotonic())
         stats |= {f"time_{n}": clock[i + 1] - clock[i] for i, n in enumerate(("sample", "score", "update"))}
         stats |= self.describe(experience)
-        self.watcher.unhealthy(unhealthy(stats), self.step, experience)
+        fresh = self.step < self.config.ppo.value_warmup + SETTLING
+        self.watcher.unhealthy(unhealthy(stats, fresh=fresh), self.step, experience)
         self.steer_kl(experience)
         if self.average is not None:
             self.average.update(self.accelerator.unwrap_model(self.model).policy)

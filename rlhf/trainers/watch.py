@@ -24,6 +24,7 @@ VITAL = (
     "kl", "entropy", "approx_kl", "clip_fraction", "finished", "explained_variance", "length_drift",
     "score_length_correlation",
 )  # fmt: skip
+SETTLING = 5  # steps after the warm-up before the value model must be of use
 ROWS = 4  # of a rollout, scored a second and a third time
 
 
@@ -122,10 +123,12 @@ def _widened(part: Rollout, pad_id: int) -> Rollout:
     return type(part)(**values)
 
 
-def unhealthy(stats: Mapping[str, float]) -> list[str]:
-    """Vital numbers outside their healthy range, in words."""
+def unhealthy(stats: Mapping[str, float], *, fresh: bool = False) -> list[str]:
+    """Vital numbers outside their healthy range, in words. A `fresh` value model need not explain anything yet."""
     found = []
     for name in VITAL:
+        if fresh and name == "explained_variance":
+            continue
         metric = METRICS[name]
         if name in stats and not metric.healthy(stats[name]):
             wanted = f"[{metric.low:g}, {metric.high:g}] {metric.unit}"

@@ -187,6 +187,12 @@ def test_every_vital_number_has_a_range_and_is_seen_outside_it() -> None:
     assert unhealthy({"kl": 3.0, "entropy": 1.0, "finished": 0.9}) == []
 
 
+def test_a_fresh_value_model_may_explain_nothing() -> None:
+    stats = {"explained_variance": -50.0, "kl": 99.0}
+    assert len(unhealthy(stats)) == 2
+    assert len(unhealthy(stats, fresh=True)) == 1
+
+
 def spiked(trainer: PPOTrainer, at: int, size: float) -> None:
     """The learning rate is multiplied once, at one step, the first time that it is reached."""
     original, done = trainer.set_learning_rates, []
