@@ -122,9 +122,9 @@ class PPOTrainer:
         watch, tried, at = self.config.watch, self.rollbacks, self.step
         if tried >= watch.rollbacks or not self.on_restore(self):
             raise trouble
+        self.kl_coef *= watch.kl_factor ** (tried + 1 - self.rollbacks)  # the checkpoint may hold earlier ones already
         self.rollbacks = tried + 1
         self.rate = watch.rate_factor**self.rollbacks
-        self.kl_coef *= watch.kl_factor**self.rollbacks
         self.watcher.say(
             f"{trouble}. Rolled back from step {at} to step {self.step} ({self.rollbacks} of {watch.rollbacks}): "
             f"learning rates x {self.rate:g}, kl.coef {self.kl_coef:.4g}"

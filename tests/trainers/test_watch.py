@@ -18,7 +18,7 @@ from rlhf.rollout import sample as sampling
 from rlhf.rollout import score as scoring
 from rlhf.runs.metrics import METRICS
 from rlhf.trainers.ppo import PPOTrainer
-from rlhf.trainers.watch import VITAL, unhealthy
+from rlhf.trainers.watch import VITAL, Unhealthy, unhealthy
 from tests.models import tiny
 from tests.trainers.setup import make, sometimes_ending
 
@@ -251,6 +251,21 @@ def test_a_rollback_returns_to_the_last_good_step_with_a_smaller_rate(reward_fol
     assert len(said) == 1
     assert "Rolled back from step 2 to step 2" in said[0] or "Rolled back from step 3 to step 2" in said[0]
     assert kept["state"]["rollbacks"] == 1
+
+
+def test_each_rollback_raises_the_kl_coefficient_once(reward_folder: str) -> None:
+    """Whether the checkpoint is older than the earlier rollback or already holds it."""
+    for held in (0, 1):
+
+        def restore(trainer: PPOTrainer, held: int = held) -> bool:
+            trainer.rollbacks, trainer.kl_coef = held, 0.1 * 2.0**held
+            return True
+
+        trainer = sound(reward_folder, watch={"unhealthy": "rollback", "kl_factor": 2.0}, restore=restore)
+        trainer.rollbacks = 1
+        trainer.roll_back(Unhealthy("planted"))
+        assert trainer.rollbacks == 2
+        assert trainer.kl_coef == pytest.approx(0.4)
 
 
 def test_too_many_rollbacks_end_the_run(reward_folder: str) -> None:
