@@ -46,13 +46,19 @@ class PPO(Section):
     dual_clip: Annotated[float, Field(gt=1.0)] | None = Field(
         None, description="bounds the loss where the advantage is negative (arXiv:1912.09729 uses 3); null = off"
     )
-    value_clip_range: Positive = Field(0.2, description="new values are clipped to old +- this")
+    value_model: Literal["auto", "reward", "policy", "shared"] = Field(
+        "auto",
+        description="starts from reward_model; or from the policy's trunk with a head of zeros; or is a head on the "
+        "policy's own trunk; auto = reward if there is a reward_model with the policy's tokenizer, else policy",
+    )
+    value_clip_range: Positive | None = Field(0.2, description="new values are clipped to old +- this; null = off")
     value_coef: NonNegative = Field(0.1, description="weight of the value loss")
     entropy_coef: NonNegative = Field(0.0, description="weight of the entropy bonus; 0 in the literature on text")
     target_kl: Positive | None = Field(
         None, description="nats per token from the rollout's policy; an update that exceeds it ends early; null = off"
     )
-    value_warmup: Steps = Field(0, description="first steps in which only the value model learns")
+    value_warmup: Steps = Field(0, description="first steps in which only the value model learns, unclipped")
+    value_warmup_epochs: Count = Field(4, description="passes over the rollout of such a step")
     ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
         None, description="decay per step of averaged policy weights (InstructGPT: 0.992); they become model/"
     )

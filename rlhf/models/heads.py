@@ -87,6 +87,29 @@ def new_value_model(source: ModelSource, lora: Lora, *, pad_id: int, vocab_size:
     return model
 
 
+class SharedValue(nn.Module):
+    """A value head on the policy's own last hidden states: no second trunk, V = 0 everywhere at the start.
+
+    Its gradient moves the trunk too (weighted by ppo.value_coef), so it saves memory at the price of a conflict.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.score = Float32Head(hidden_size, 1)
+        with torch.no_grad():
+            for parameter in self.score.parameters():
+                parameter.zero_()
+
+    def save_pretrained(self, folder: str) -> None:
+        """Write the head alone; it means nothing without the policy beside it."""
+        from safetensors.torch import save_file
+
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_file(
+            {k: v.contiguous() for k, v in self.state_dict().items()}, str(Path(folder) / "value_head.safetensors")
+        )
+
+
 def rescale_head(model: Any, deviation: float) -> None:
     """Divide the outputs of a scorer by a deviation (score units), by its head's weights."""
     with torch.no_grad():

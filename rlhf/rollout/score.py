@@ -20,17 +20,27 @@ def response_logprobs(
 ) -> tuple[Tensor, Tensor | None]:
     """Teacher-forced log-probabilities of the response tokens: the one code path for old, new and reference.
 
-    Logits at position P-1+t score response token t, so only the last R+1 positions go through the output layer. Where
-    sampling was restricted to some tokens, these are log-probabilities of the distribution restricted likewise.
+    Where sampling was restricted to some tokens, these are log-probabilities of the distribution restricted likewise.
 
     Returns: ([B, R] nats, 0 off-mask; [B, R] nats of entropy or None).
     """
+    return read_logits(run_policy(policy, rollout).logits, rollout, temperature, entropy=entropy)
+
+
+def run_policy(policy: Any, rollout: Rollout, **options: Any) -> Any:
+    """The policy's forward on prompt and response; the output layer sees only the last R+1 positions."""
     mask = rollout.mask
-    width = rollout.response_ids.shape[1]
-    logits = policy(
+    return policy(
         input_ids=rollout.ids, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False,
-        logits_to_keep=width + 1,
-    ).logits[:, :-1]  # fmt: skip
+        logits_to_keep=rollout.response_ids.shape[1] + 1, **options,
+    )  # fmt: skip
+
+
+def read_logits(
+    logits: Tensor, rollout: Rollout, temperature: float, *, entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Logits [B, R+1, V] of the last positions to log-probs and entropy; position t scores response token t."""
+    logits = logits[:, :-1]
     if rollout.support.shape[-1]:
         logits = logits.masked_fill(~unpack_bits(rollout.support, logits.shape[-1]), -torch.inf)
     logprobs = token_logprobs(logits, rollout.response_ids, temperature=temperature)
@@ -42,10 +52,13 @@ def response_logprobs(
 
 
 def response_values(value_model: Any, rollout: Rollout) -> Tensor:
-    """V before each response token, [B, R] score units, 0 off-mask. Value t reads position P-1+t."""
-    prompt = rollout.prompt_ids.shape[1]
-    values = token_scores(value_model, rollout.ids, rollout.mask)[:, prompt - 1 : -1]
-    return values.masked_fill(~rollout.response_mask, 0.0)
+    """V before each response token, [B, R] score units, 0 off-mask."""
+    return align_values(token_scores(value_model, rollout.ids, rollout.mask), rollout)
+
+
+def align_values(outputs: Tensor, rollout: Rollout) -> Tensor:
+    """Outputs at every position [B, P+R] to [B, R]: the value before response token t is read at position P-1+t."""
+    return outputs[:, rollout.prompt_ids.shape[1] - 1 : -1].masked_fill(~rollout.response_mask, 0.0)
 
 
 class Spread(NamedTuple):
@@ -71,12 +84,13 @@ class Spread(NamedTuple):
 
 @torch.no_grad()
 def measure(
-    rollout: Rollout, *, policy: Any, reference: Callable[[Rollout], Tensor], value_model: Any,
-    rewards: Callable[[Rollout], Tensor], temperature: float, microbatch: int,
+    rollout: Rollout, *, read: Callable[[Rollout], tuple[Tensor, Any, Tensor]],
+    reference: Callable[[Rollout], Tensor], rewards: Callable[[Rollout], Tensor], microbatch: int,
 ) -> Measured:  # fmt: skip
     """What policy, reference, value model and rewards say about a rollout; rows do not depend on each other.
 
     Args:
+        read: rollout -> log-probs, entropy and values of the trained models, [B, R] each.
         reference: rollout -> [B, R] log-probs under the reference. rewards: rollout -> [B] raw scores.
         microbatch: rows per forward.
     """
@@ -86,9 +100,8 @@ def measure(
     for rows in order.split(microbatch):
         part = rollout.select(rows)
         width = part.response_ids.shape[1]
-        old[rows, :width] = response_logprobs(policy, part, temperature)[0]
+        old[rows, :width], _, values[rows, :width] = read(part)
         ref[rows, :width] = reference(part)
-        values[rows, :width] = response_values(value_model, part)
         raw[rows] = rewards(part)
     own = {f.name: getattr(rollout, f.name) for f in fields(Rollout)}
     return Measured(**own, old_logprobs=old, ref_logprobs=ref, values=values, raw_scores=raw)

@@ -12,9 +12,10 @@ import torch
 from rlhf.config.schema import PPOConfig
 from rlhf.data.render import Rendered, Renderer
 from rlhf.data.sources import load_records
+from rlhf.errors import ConfigError
 from rlhf.models.adapters import policy_with_adapter
 from rlhf.models.distributed import is_main, make_accelerator, set_microbatch
-from rlhf.models.heads import load_scorer, new_value_model, rescale_head
+from rlhf.models.heads import SharedValue, load_scorer, new_value_model, rescale_head
 from rlhf.models.load import context_length, disable_dropout, load_causal
 from rlhf.rollout.types import Experience
 from rlhf.runs.console import Bar, Console
@@ -30,6 +31,11 @@ from rlhf.trainers.stats import Stats
 from rlhf.trainers.watch import Watcher
 
 SAMPLES = "samples.jsonl"
+VALUE_MODELS = {
+    "reward": "starts as the reward model",
+    "policy": "the policy's trunk with a head of zeros",
+    "shared": "a head on the policy's own trunk",
+}
 
 
 def run(config: PPOConfig, console: Console) -> RunResult:
@@ -51,7 +57,7 @@ def run(config: PPOConfig, console: Console) -> RunResult:
     text = _text(config, renderer, console)
     accelerator = make_accelerator()
     set_microbatch(accelerator, config.optim.microbatch_size)
-    model, reference = _trained_models(config, len(tokenizer), renderer)
+    model, reference = _trained_models(config, len(tokenizer), renderer, console)
     longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
     check_context(longest, context_length(model.policy), "data.max_prompt_tokens + sampling.max_new_tokens")
     say_model(model, console)
@@ -81,26 +87,44 @@ def run(config: PPOConfig, console: Console) -> RunResult:
     return RunResult(directory.path, summary)
 
 
-def _trained_models(config: PPOConfig, vocab_size: int, renderer: Renderer) -> tuple[PolicyAndValue, Any]:
-    """Policy and value model, and the reference unless the policy is an adapter.
-
-    The value model starts from the reward model (Stiennon et al. 2020, arXiv:2009.01325), or from the policy's trunk
-    with a head of zeros if there is no reward model or it has another tokenizer.
-    """
-    if config.reward_model is not None and same_tokenizer(config.reward_model, renderer):
-        value_model = load_scorer(config.reward_model, trainable=True, lora=config.lora)
-        rescale_head(value_model, reward_deviation(config))  # values predict rescaled rewards
+def _trained_models(
+    config: PPOConfig, vocab_size: int, renderer: Renderer, console: Console
+) -> tuple[PolicyAndValue, Any]:
+    """Policy and value model, and the reference unless the policy is an adapter."""
+    if config.lora.enabled:
+        policy, reference = policy_with_adapter(config.policy, config.lora), None
+        disable_dropout(policy)  # an SFT adapter may have some, and the first ratio must be 1
     else:
-        value_model = new_value_model(
+        policy = load_causal(config.policy, vocab_size=vocab_size)
+        reference = load_causal(config.policy, vocab_size=vocab_size).requires_grad_(False)
+    return PolicyAndValue(policy, _value_model(config, policy, vocab_size, renderer, console)), reference
+
+
+def _value_model(config: PPOConfig, policy: Any, vocab_size: int, renderer: Renderer, console: Console) -> Any:
+    """The value model: from the reward model (Stiennon et al. 2020, arXiv:2009.01325), the policy, or shared.
+
+    Raises: ConfigError if it should start from a reward model that there is not or that reads other tokens.
+    """
+    source, kind = config.reward_model, config.ppo.value_model
+    fits = source is not None and same_tokenizer(source, renderer)
+    if kind == "auto":
+        kind = "reward" if fits else "policy"
+    console.note(f"value model: {VALUE_MODELS[kind]}")
+    if kind == "shared":
+        return SharedValue(policy.config.get_text_config().hidden_size)
+    if kind == "policy":
+        return new_value_model(
             config.policy, config.lora, pad_id=renderer.pad_id, vocab_size=vocab_size, seed=config.seed
         )
-    if config.lora.enabled:
-        policy = policy_with_adapter(config.policy, config.lora)
-        disable_dropout(policy)  # an SFT adapter may have some, and the first ratio must be 1
-        return PolicyAndValue(policy, value_model), None
-    policy = load_causal(config.policy, vocab_size=vocab_size)
-    reference = load_causal(config.policy, vocab_size=vocab_size).requires_grad_(False)
-    return PolicyAndValue(policy, value_model), reference
+    if source is None or not fits:
+        raise ConfigError(
+            "no value model can start from the reward model",
+            found="there is none" if source is None else "it has another tokenizer than the policy",
+            where="ppo.value_model", do="set ppo.value_model=policy",
+        )  # fmt: skip
+    model = load_scorer(source, trainable=True, lora=config.lora)
+    rescale_head(model, reward_deviation(config))  # values predict rescaled rewards
+    return model
 
 
 def _text(config: PPOConfig, renderer: Renderer, console: Console) -> TextMix | None:

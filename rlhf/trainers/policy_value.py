@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.models.distributed import everybody
-from rlhf.models.heads import position_ids
-from rlhf.rollout.score import response_logprobs, response_values
+from rlhf.models.heads import SharedValue, position_ids
+from rlhf.rollout.score import align_values, read_logits, response_logprobs, response_values, run_policy
 from rlhf.rollout.types import Measured, Rollout, merge
 
 
@@ -24,7 +24,10 @@ class TextBatch:
 
 
 class PolicyAndValue(nn.Module):
-    """The two trained models as one module: a second model prepared beside the first would silently not be stepped."""
+    """The two trained models as one module: a second model prepared beside the first would silently not be stepped.
+
+    `value_model` is a scorer with a trunk of its own, or a `SharedValue` head on the policy's.
+    """
 
     def __init__(self, policy: nn.Module, value_model: nn.Module) -> None:
         super().__init__()
@@ -38,9 +41,19 @@ class PolicyAndValue(nn.Module):
         """
         if isinstance(batch, TextBatch):
             return _text_loss(self.policy, batch)
-        logprobs, entropy = response_logprobs(self.policy, batch, temperature, entropy=True)
-        assert entropy is not None
-        return logprobs, entropy, response_values(self.value_model, batch)
+        return self.read(batch, temperature, entropy=True)
+
+    def read(
+        self, rollout: Rollout, temperature: float, *, entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Log-probs, entropy (if asked for) and values of a rollout: one code path for old and new ones."""
+        if not isinstance(self.value_model, SharedValue):
+            logprobs, spread = response_logprobs(self.policy, rollout, temperature, entropy=entropy)
+            return logprobs, spread, response_values(self.value_model, rollout)
+        output = run_policy(self.policy, rollout, output_hidden_states=True)
+        logprobs, spread = read_logits(output.logits, rollout, temperature, entropy=entropy)
+        values = self.value_model.score(output.hidden_states[-1]).squeeze(-1)
+        return logprobs, spread, align_values(values, rollout)
 
 
 def _text_loss(policy: Any, text: TextBatch) -> Tensor:

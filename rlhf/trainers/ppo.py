@@ -30,6 +30,7 @@ from rlhf.rollout.types import Experience, Rollout
 from rlhf.trainers.losses import summed_losses
 from rlhf.trainers.policy_value import PolicyAndValue, gather, generator
 from rlhf.trainers.ptx import TextMix
+from rlhf.trainers.schedule import rate_factor
 from rlhf.trainers.stats import Stats, describe
 from rlhf.trainers.watch import SETTLING, TOLERANCES, Unhealthy, Watcher, broken_experience, broken_scores, unhealthy
 
@@ -83,6 +84,11 @@ class PPOTrainer:
         """Optimizer updates of the whole run."""
         p = self.config.ppo
         return p.steps * p.epochs * p.minibatches
+
+    @property
+    def warming(self) -> bool:
+        """Whether only the value model learns in this step."""
+        return self.step < self.config.ppo.value_warmup
 
     def train(self) -> None:
         """Run the remaining steps; a rollback repeats some of them more carefully."""
@@ -166,12 +172,12 @@ class PPOTrainer:
             broken_scores(lambda part: models(part, records(part)), rollout, self.pad_id, self.tolerance)
             if models.parts else [], self.step, rollout,
         )  # fmt: skip
-        with unsharded(self.model, self.accelerator) as model:
-            model.eval()
+        with unsharded(self.model, self.accelerator) as module:
+            trained: Any = module.eval()
             measured = measure(
-                rollout, policy=model.policy, reference=self.reference_logprobs, value_model=model.value_model,
-                rewards=lambda part: self.rewards(part, records(part)),
-                temperature=config.sampling.temperature, microbatch=config.optim.microbatch_size,
+                rollout, read=lambda part: trained.read(part, config.sampling.temperature),
+                reference=self.reference_logprobs, rewards=lambda part: self.rewards(part, records(part)),
+                microbatch=config.optim.microbatch_size,
             )  # fmt: skip
         measured = gather(measured, self.accelerator, self.pad_id)
         self.spread = self.spread.seen(measured.raw_scores)
@@ -200,7 +206,8 @@ class PPOTrainer:
         tokens, first_error, norms = 0.0, 0.0, []
         for number, minibatch in self.minibatches(len(experience)):
             total = experience.response_mask[minibatch].sum()
-            update = self.step * settings.epochs * settings.minibatches + number
+            per_step = settings.epochs * settings.minibatches
+            update = self.step * per_step + min(number, per_step - 1)  # further passes of a warm-up keep the rate
             before = sums.get("approx_kl", torch.zeros((), device=a.device)).clone()
             self.accumulate_text(update, sums)
             error = self.accumulate(experience, minibatch, total, sums)
@@ -226,7 +233,7 @@ class PPOTrainer:
         """(number within the step, row indices): every epoch in another order."""
         settings = self.config.ppo
         found: list[Tensor] = []
-        for epoch in range(settings.epochs):
+        for epoch in range(settings.value_warmup_epochs if self.warming else settings.epochs):
             order = torch.randperm(rows, generator=generator(self.config.seed, 2, self.step, epoch))
             found += order.chunk(settings.minibatches)
         return list(enumerate(found))
@@ -247,7 +254,6 @@ class PPOTrainer:
         mine = minibatch[a.process_index :: a.num_processes]
         mine = mine[experience.mask[mine].sum(dim=1).argsort()]  # rows of like length together: less padding
         parts = mine.split(config.optim.microbatch_size)
-        warming = self.step < config.ppo.value_warmup
         worst = 0.0
         for i, rows in enumerate(parts):
             part = experience.select(rows)
@@ -255,7 +261,7 @@ class PPOTrainer:
             with nullcontext() if last else a.no_sync(self.model):
                 logprobs, entropy, values = self.model(part, config.sampling.temperature)
                 loss, numbers = summed_losses(
-                    part, logprobs, entropy, values, config.ppo, config.kl, warming=warming
+                    part, logprobs, entropy, values, config.ppo, config.kl, warming=self.warming
                 )  # fmt: skip
                 if not math.isfinite(size := float(loss.detach())):
                     raise self.watcher.not_finite("the loss", size, self.step, part)
@@ -269,7 +275,7 @@ class PPOTrainer:
     def accumulate_text(self, update: int, sums: dict[str, Tensor]) -> None:
         """Backward over this process's share of the ptx documents of an update, if there are any."""
         a, config = self.accelerator, self.config
-        if self.text is None or self.step < config.ppo.value_warmup:
+        if self.text is None or self.warming:
             return
         parts, total = self.text.share(
             update, process=a.process_index, processes=a.num_processes, microbatch=config.optim.microbatch_size,
@@ -294,18 +300,12 @@ class PPOTrainer:
         return norm
 
     def set_learning_rates(self, update: int) -> None:
-        """Warm-up, then decay to 0 over all updates, for both parameter groups; 0 for a policy that waits."""
+        """Of both parameter groups for an update; 0 for a policy that waits."""
         o = self.config.optim
-        warmup = o.warmup_fraction * self.updates
-        factor = min(1.0, (update + 1) / warmup) if warmup else 1.0
-        left = max(0.0, 1.0 - max(0.0, update - warmup) / max(1.0, self.updates - warmup))
-        if o.schedule == "linear":
-            factor *= left
-        elif o.schedule == "cosine":
-            factor *= 0.5 * (1.0 - math.cos(math.pi * left))
-        rates = (0.0 if self.step < self.config.ppo.value_warmup else o.learning_rate, o.value_learning_rate)
+        factor = rate_factor(o, update, self.updates) * self.rate
+        rates = (0.0 if self.warming else o.learning_rate, o.value_learning_rate)
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * factor * self.rate
+            group["lr"] = rate * factor
 
     def steer_kl(self, experience: Experience) -> None:
         """Move the KL coefficient towards its target."""

@@ -13,6 +13,7 @@ from rlhf.config.schema import PPO
 from rlhf.models.heads import load_scorer, sequence_scores
 from rlhf.rollout.score import Spread, measure, response_logprobs, response_values, shape
 from rlhf.rollout.types import Experience, Rollout
+from rlhf.trainers.policy_value import PolicyAndValue
 from tests import oracles
 from tests.models import tiny
 from tests.tolerances import assert_close
@@ -39,10 +40,10 @@ def experience(rollout: Rollout, models: dict[str, Any], **changes: Any) -> Expe
     reference = changes.pop("reference", models["reference"])
     shaping = {"deviation": changes.pop("deviation", 1.0), "settings": changes.pop("settings", SETTINGS)}
     options: dict[str, Any] = {
-        "policy": models["policy"], "value_model": models["value"],
+        "read": lambda part: PolicyAndValue(models["policy"], models["value"]).read(part, TEMPERATURE),
         "reference": lambda part: response_logprobs(reference, part, TEMPERATURE)[0],
         "rewards": lambda part: sequence_scores(models["reward"], part.ids, part.mask),
-        "temperature": TEMPERATURE, "microbatch": 2,
+        "microbatch": 2,
     }  # fmt: skip
     return shape(measure(rollout, **options | changes), kl_coef=COEF, **shaping)
 

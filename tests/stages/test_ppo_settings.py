@@ -93,3 +93,25 @@ def test_inspect_paints_what_the_stage_wrote(full: Any, call_cli: Any) -> None:
     code, _, err = call_cli(["inspect", str(full.run("sft"))])
     assert code == 2
     assert "no samples here" in err
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_value_model_can_share_the_policys_trunk(lora: bool, full: Any, run_stage: Any, tmp_path: Path) -> None:
+    out = run_stage(
+        "ppo", config(full, tmp_path / "run", ppo={"value_model": "shared", "value_clip_range": None},
+                      lora={"enabled": lora}),
+    )  # fmt: skip
+    assert "value model: a head on the policy's own trunk" in out
+    assert metrics(tmp_path / "run")[0]["explained_variance"] == pytest.approx(0.0, abs=1e-4)
+    assert (tmp_path / "run" / "value_model" / "value_head.safetensors").is_file()
+
+
+def test_a_value_model_from_a_reward_model_that_is_not_there_is_refused(
+    full: Any, call_cli: Any, tmp_path: Path
+) -> None:
+    wrong = config(full, tmp_path / "run", reward_model=None, ppo={"value_model": "reward"},
+                   rewards=[{"function": "tests.stages.test_ppo_settings:longer"}])  # fmt: skip
+    code, _, err = call_cli(["ppo", setup.write(tmp_path, "ppo", wrong)])
+    assert code == 2
+    assert "no value model can start from the reward model" in err
+    assert not (tmp_path / "run").exists()

@@ -44,7 +44,7 @@ def reward_of(model: Any) -> Rewards:
 def make(
     reward_folder: str, *, policy: Any = None, reference: Any = None, reward_model: Any = None, rewards: Any = None,
     prompts: Any = None, text: Any = None, report: Any = None, folder: Any = None, say: Any = None,
-    restore: Any = None, checkpoint: Any = None, **sections: Any,
+    restore: Any = None, checkpoint: Any = None, value_model: Any = None, **sections: Any,
 ) -> PPOTrainer:  # fmt: skip
     """A trainer whose policy ends some responses early."""
     if policy is None:
@@ -52,7 +52,7 @@ def make(
     made, ids = config(**sections), prompts or tiny.rows(3, LENGTHS)
     scorer = reward_model or load_scorer(tiny.source(reward_folder)).requires_grad_(False)
     return PPOTrainer(
-        made, make_accelerator(), PolicyAndValue(policy, load_scorer(tiny.source(reward_folder))),
+        made, make_accelerator(), PolicyAndValue(policy, value_model or load_scorer(tiny.source(reward_folder))),
         reference=reference if reference is not None else tiny.new(2).requires_grad_(False),
         rewards=rewards or reward_of(scorer), prompts=ids,
         records=[Prompt([{"role": "user", "content": f"prompt {i}"}], f"row {i}", {"n": i}) for i in range(len(ids))],

@@ -112,6 +112,21 @@ def test_warm_up_moves_the_value_model_and_not_one_bit_of_the_policy(reward_fold
     assert tiny.moved(trainer.model.policy, policy)
 
 
+def test_warm_up_passes_are_counted_apart_and_not_clipped(reward_folder: str) -> None:
+    def moved(warmup: int) -> tuple[float, float]:
+        settings = {"value_warmup": warmup, "value_warmup_epochs": 5, "value_clip_range": 1e-6, "epochs": 3}
+        trainer = make(reward_folder, ppo=settings, optim={"value_learning_rate": 2e-3})
+        experience = experienced(trainer)
+        updates = trainer.update(experience)["updates"]
+        values = trainer.model.read(experience, 0.9)[2].detach()
+        errors = (values - experience.returns).square(), (experience.values - experience.returns).square()
+        return updates, float(errors[0].sum() / errors[1].sum())
+
+    warm, cold = moved(1), moved(0)
+    assert (warm[0], cold[0]) == (5 * 2, 3 * 2)
+    assert warm[1] < 0.5 * cold[1]
+
+
 def test_cosine_decay_starts_at_the_rate_and_ends_near_0(reward_folder: str) -> None:
     trainer = make(reward_folder, optim={"schedule": "cosine", "learning_rate": 1.0})
     rates = []
