@@ -142,4 +142,7 @@ class PPOOptim(Section):
     weight_decay: NonNegative = Field(0.0, description="decoupled weight decay")
     adam_eps: Positive = Field(1e-5, description="the literature's value for PPO (arXiv:2403.17031)")
     max_grad_norm: Positive = Field(1.0, description="global gradient norm is clipped to this")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of scoring and updates (weights keep theirs); auto = bfloat16 on a GPU that has it"
+    )
     microbatch_size: Count = Field(16, description="episodes per backward on one process")

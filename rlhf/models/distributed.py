@@ -122,9 +122,13 @@ def trainer_arguments(precision: str) -> dict[str, Any]:
     arguments: dict[str, Any] = {"use_cpu": use_cpu(), "report_to": "none", "disable_tqdm": True}
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and use_cpu():
         arguments["ddp_backend"] = "gloo"
-    able = not use_cpu() and torch.cuda.is_bf16_supported()
-    arguments["bf16"] = precision == "bfloat16" or (precision == "auto" and able)
+    arguments["bf16"] = wants_bfloat16(precision)
     return arguments
+
+
+def wants_bfloat16(precision: str) -> bool:
+    """Whether forward and backward run in bfloat16: 'bfloat16', or 'auto' on a GPU that has it."""
+    return precision == "bfloat16" or (precision == "auto" and not use_cpu() and torch.cuda.is_bf16_supported())
 
 
 def save_model(model: Any, folder: str, *, accelerator: Any) -> None:

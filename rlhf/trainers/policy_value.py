@@ -72,11 +72,3 @@ def gather(measured: Measured, accelerator: Any, pad_id: int) -> Measured:
         parts = everybody({name: value.cpu() for name, value in vars(measured).items()}, accelerator.num_processes)
         measured = merge([Measured(**{k: v.to(device) for k, v in part.items()}) for part in parts], pad_id)
     return measured.select(measured.index.argsort())
-
-
-def generator(*parts: int) -> torch.Generator:
-    """Random numbers that follow from some whole numbers alone."""
-    seed = 0
-    for part in parts:
-        seed = (seed * 1_000_003 + part + 1) % (2**63 - 1)
-    return torch.Generator().manual_seed(seed)

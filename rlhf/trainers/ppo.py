@@ -22,13 +22,14 @@ from rlhf.errors import ConfigError
 from rlhf.functional import adaptive_kl
 from rlhf.models.adapters import reference_policy
 from rlhf.models.average import Average
-from rlhf.models.distributed import unsharded
+from rlhf.models.distributed import unsharded, wants_bfloat16
 from rlhf.rollout.rewards import Rewards
 from rlhf.rollout.sample import sample
 from rlhf.rollout.score import Spread, measure, response_logprobs, shape
 from rlhf.rollout.types import Experience, Rollout
 from rlhf.trainers.losses import summed_losses
-from rlhf.trainers.policy_value import PolicyAndValue, gather, generator
+from rlhf.trainers.order import passes, shuffled
+from rlhf.trainers.policy_value import PolicyAndValue, gather
 from rlhf.trainers.ptx import TextMix
 from rlhf.trainers.schedule import rate_factor
 from rlhf.trainers.stats import Stats, describe
@@ -73,11 +74,17 @@ class PPOTrainer:
             {"params": [p for p in model.value_model.parameters() if p.requires_grad],
              "lr": config.optim.value_learning_rate},
         ]  # fmt: skip
-        self.tolerance = TOLERANCES.get(next(model.policy.parameters()).dtype, TOLERANCES[torch.bfloat16])
+        self.bfloat16 = wants_bfloat16(config.optim.precision)
+        dtype = torch.bfloat16 if self.bfloat16 else next(model.policy.parameters()).dtype
+        self.tolerance = TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16])
         optimizer = torch.optim.AdamW(groups, eps=config.optim.adam_eps, weight_decay=config.optim.weight_decay)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.reference = reference.to(accelerator.device).eval() if reference is not None else None
         self.average = Average(model.policy, config.ppo.ema) if config.ppo.ema is not None else None
+
+    def computing(self) -> torch.autocast:
+        """The precision of everything that scores or differentiates, old log-probs and new ones alike."""
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.bfloat16)
 
     @property
     def updates(self) -> int:
@@ -149,16 +156,8 @@ class PPOTrainer:
 
     def slots(self) -> list[tuple[int, int]]:
         """(slot, prompt) of every episode of this step, over all processes: passes over shuffled prompts."""
-        size, count = self.config.ppo.rollout_size, len(self.prompts)
-        first = self.step * size
-        orders: dict[int, list[int]] = {}
-        chosen = []
-        for position in range(first, first + size):
-            lap = position // count
-            if lap not in orders:
-                orders[lap] = torch.randperm(count, generator=generator(self.config.seed, 1, lap)).tolist()
-            chosen.append((position - first, orders[lap][position % count]))
-        return chosen
+        size = self.config.ppo.rollout_size
+        return list(enumerate(passes(len(self.prompts), self.step * size, size, self.config.seed, 1)))
 
     def score(self, rollout: Rollout) -> Experience:
         """Measure this process's episodes, gather everybody's, shape rewards and advantages over all, check."""
@@ -168,11 +167,11 @@ class PPOTrainer:
             return [self.records[prompt_of[slot]] for slot in part.index.tolist()]
 
         models = self.rewards.models_only()
-        self.watcher.broken(
-            broken_scores(lambda part: models(part, records(part)), rollout, self.pad_id, self.tolerance)
-            if models.parts else [], self.step, rollout,
-        )  # fmt: skip
-        with unsharded(self.model, self.accelerator) as module:
+        if models.parts:
+            with self.computing():
+                found = broken_scores(lambda p: models(p, records(p)), rollout, self.pad_id, self.tolerance)
+            self.watcher.broken(found, self.step, rollout)
+        with unsharded(self.model, self.accelerator) as module, self.computing():
             trained: Any = module.eval()
             measured = measure(
                 rollout, read=lambda part: trained.read(part, config.sampling.temperature),
@@ -232,11 +231,9 @@ class PPOTrainer:
     def minibatches(self, rows: int) -> list[tuple[int, Tensor]]:
         """(number within the step, row indices): every epoch in another order."""
         settings = self.config.ppo
-        found: list[Tensor] = []
-        for epoch in range(settings.value_warmup_epochs if self.warming else settings.epochs):
-            order = torch.randperm(rows, generator=generator(self.config.seed, 2, self.step, epoch))
-            found += order.chunk(settings.minibatches)
-        return list(enumerate(found))
+        epochs = settings.value_warmup_epochs if self.warming else settings.epochs
+        orders = [shuffled(rows, self.config.seed, 2, self.step, epoch) for epoch in range(epochs)]
+        return list(enumerate(part for order in orders for part in order.chunk(settings.minibatches)))
 
     def check_first_ratio(self, error: float, experience: Experience) -> None:
         """Before anything has moved, old and new log-probs come from one code path: the ratio is 1."""
@@ -259,7 +256,8 @@ class PPOTrainer:
             part = experience.select(rows)
             last = i == len(parts) - 1
             with nullcontext() if last else a.no_sync(self.model):
-                logprobs, entropy, values = self.model(part, config.sampling.temperature)
+                with self.computing():
+                    logprobs, entropy, values = self.model(part, config.sampling.temperature)
                 loss, numbers = summed_losses(
                     part, logprobs, entropy, values, config.ppo, config.kl, warming=self.warming
                 )  # fmt: skip
@@ -283,7 +281,8 @@ class PPOTrainer:
         )  # fmt: skip
         for part in parts:
             with a.no_sync(self.model):  # the PPO loss that follows carries the sum to the other processes
-                loss = self.model(part) / total
+                with self.computing():
+                    loss = self.model(part) / total
                 a.backward(config.ptx.coef * loss * a.num_processes)
             sums["ptx_loss"] = sums.get("ptx_loss", torch.zeros((), device=a.device)) + loss.detach()
 

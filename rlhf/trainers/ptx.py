@@ -14,7 +14,8 @@ import torch
 from rlhf.config.ppo import Ptx
 from rlhf.data.collate import pad_right
 from rlhf.data.render import Rendered
-from rlhf.trainers.policy_value import TextBatch, generator
+from rlhf.trainers.order import passes
+from rlhf.trainers.policy_value import TextBatch
 
 
 class TextMix:
@@ -26,15 +27,8 @@ class TextMix:
 
     def batch(self, update: int) -> list[Rendered]:
         """The documents of an update, the same on every process: passes over shuffled rows."""
-        size, count = self.config.batch_size, len(self.rows)
-        orders: dict[int, list[int]] = {}
-        chosen = []
-        for position in range(update * size, (update + 1) * size):
-            lap = position // count
-            if lap not in orders:
-                orders[lap] = torch.randperm(count, generator=generator(self.seed, 3, lap)).tolist()
-            chosen.append(self.rows[orders[lap][position % count]])
-        return chosen
+        size = self.config.batch_size
+        return [self.rows[i] for i in passes(len(self.rows), update * size, size, self.seed, 3)]
 
     def share(
         self, update: int, *, process: int, processes: int, microbatch: int, device: torch.device

@@ -127,6 +127,23 @@ def test_warm_up_passes_are_counted_apart_and_not_clipped(reward_folder: str) ->
     assert warm[1] < 0.5 * cold[1]
 
 
+def test_bfloat16_reaches_scoring_and_update_and_not_the_weights(reward_folder: str) -> None:
+    lines: list[dict[str, float]] = []
+    trainers = {
+        name: make(reward_folder, optim={"precision": name}, report=lambda _, __, stats: lines.append(stats))
+        for name in ("float32", "bfloat16")
+    }
+    half, full = (experienced(trainers[name]) for name in ("bfloat16", "float32"))
+    assert torch.equal(half.response_ids, full.response_ids)  # sampling is the same
+    error = (half.old_logprobs - full.old_logprobs).abs().max()
+    assert 1e-4 < error < 0.1
+    assert half.values.dtype == half.raw_scores.dtype == torch.float32
+    trainers["bfloat16"].train()
+    assert lines[0]["first_ratio_error"] < 0.05
+    assert lines[0]["sampling_mismatch"] > 1e-4
+    assert {p.dtype for p in trainers["bfloat16"].model.parameters()} == {torch.float32}
+
+
 def test_cosine_decay_starts_at_the_rate_and_ends_near_0(reward_folder: str) -> None:
     trainer = make(reward_folder, optim={"schedule": "cosine", "learning_rate": 1.0})
     rates = []
