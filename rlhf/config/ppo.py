@@ -105,6 +105,11 @@ class Ptx(Section):
     """PPO-ptx (InstructGPT, arXiv:2203.02155, eq. 2): a next-token loss on text of the source domain as well."""
 
     coef: NonNegative = Field(0.0, description="weight of the text loss, both losses being means over tokens; 0 = off")
+    balance: Positive | None = Field(
+        None,
+        description="steer coef, from the value above, so that the text gradient has this share of the PPO gradient's "
+        "norm; null = coef is fixed",
+    )
     data: tuple[Source, ...] = Field((), description="text or conversations, e.g. what the model was pretrained on")
     max_length: Annotated[int, Field(ge=8)] = Field(512, description="tokens per document; longer ones are truncated")
     batch_size: Count = Field(32, description="documents per update, over all processes")

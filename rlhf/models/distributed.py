@@ -74,12 +74,16 @@ def make_accelerator(*, timeout_minutes: int = 30) -> Any:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > 1 and use_cpu():
         handlers.append(InitProcessGroupKwargs(backend="gloo", timeout=timedelta(minutes=timeout_minutes)))
-    under_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
     accelerator = Accelerator(
-        cpu=use_cpu() and not under_deepspeed, kwargs_handlers=handlers, step_scheduler_with_optimizer=False
+        cpu=use_cpu() and not under_deepspeed(), kwargs_handlers=handlers, step_scheduler_with_optimizer=False
     )
     check_world(accelerator.num_processes)
     return accelerator
+
+
+def under_deepspeed() -> bool:
+    """Whether the launcher asked for DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
 
 
 def check_world(processes: int) -> None:

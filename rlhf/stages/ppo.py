@@ -14,7 +14,7 @@ from rlhf.data.render import Rendered, Renderer
 from rlhf.data.sources import load_records
 from rlhf.errors import ConfigError
 from rlhf.models.adapters import policy_with_adapter
-from rlhf.models.distributed import is_main, make_accelerator, set_microbatch
+from rlhf.models.distributed import is_main, make_accelerator, set_microbatch, under_deepspeed
 from rlhf.models.heads import SharedValue, load_scorer, new_value_model, rescale_head
 from rlhf.models.load import context_length, disable_dropout, load_causal
 from rlhf.rollout.types import Experience
@@ -131,6 +131,11 @@ def _text(config: PPOConfig, renderer: Renderer, console: Console) -> TextMix | 
     """The documents of the ptx term, rendered."""
     if not config.ptx.data:
         return None
+    if config.ptx.balance is not None and under_deepspeed():
+        raise ConfigError(
+            "DeepSpeed keeps gradients where they cannot be compared", found=f"ptx.balance={config.ptx.balance}",
+            where="ptx.balance", do="set ptx.balance=null and choose ptx.coef, or launch without DeepSpeed",
+        )  # fmt: skip
     loaded = load_records(
         "document", config.ptx.data, seed=config.seed, on_bad_row=config.data.on_bad_row,
         deduplicate=config.data.deduplicate,
@@ -142,7 +147,9 @@ def _text(config: PPOConfig, renderer: Renderer, console: Console) -> TextMix | 
     cut = [Rendered(row.ids[:limit], row.mask[:limit]) for row in rows]
     if long := sum(len(row.ids) > limit for row in rows):
         console.note(f"ptx: {long} of {len(rows)} documents cut to {limit} tokens")
-    return TextMix(cut, config.ptx, seed=config.seed, pad_id=renderer.pad_id)
+    return TextMix(
+        cut, config.ptx, seed=config.seed, pad_id=renderer.pad_id, microbatch=config.optim.microbatch_size
+    )  # fmt: skip
 
 
 def _say_plan(config: PPOConfig, ranks: int, prompts: int, console: Console) -> None:

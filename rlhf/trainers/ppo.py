@@ -208,8 +208,11 @@ class PPOTrainer:
             per_step = settings.epochs * settings.minibatches
             update = self.step * per_step + min(number, per_step - 1)  # further passes of a warm-up keep the rate
             before = sums.get("approx_kl", torch.zeros((), device=a.device)).clone()
-            self.accumulate_text(update, sums)
+            if self.text is not None and not self.warming:
+                self.text.accumulate(self.model, a, update, self.computing, sums, weigh=number == 0)
             error = self.accumulate(experience, minibatch, total, sums)
+            if self.text is not None:
+                self.text.rebalance(a.unwrap_model(self.model).policy)
             if number == 0:
                 first_error = float(a.gather(torch.tensor([error], device=a.device)).max())
                 self.check_first_ratio(first_error, experience)
@@ -221,7 +224,9 @@ class PPOTrainer:
             self.set_learning_rates(update)
             norms.append(self.optimizer_step(experience))
         sums = {k: a.reduce(v, "sum") for k, v in sums.items()}
-        ptx = {"ptx_loss": float(sums.pop("ptx_loss")) / (number + 1)} if "ptx_loss" in sums else {}
+        ptx = {}
+        if self.text is not None and "ptx_loss" in sums:
+            ptx = {"ptx_loss": float(sums.pop("ptx_loss")) / (number + 1), "ptx_coef": self.text.coef}
         stats = ptx | {k: float(v) / tokens for k, v in sums.items()}
         return stats | {
             "first_ratio_error": first_error, "grad_norm": sum(norms) / max(len(norms), 1),
@@ -270,22 +275,6 @@ class PPOTrainer:
                 sums[key] = sums.get(key, torch.zeros_like(value)) + value
         return worst
 
-    def accumulate_text(self, update: int, sums: dict[str, Tensor]) -> None:
-        """Backward over this process's share of the ptx documents of an update, if there are any."""
-        a, config = self.accelerator, self.config
-        if self.text is None or self.warming:
-            return
-        parts, total = self.text.share(
-            update, process=a.process_index, processes=a.num_processes, microbatch=config.optim.microbatch_size,
-            device=a.device,
-        )  # fmt: skip
-        for part in parts:
-            with a.no_sync(self.model):  # the PPO loss that follows carries the sum to the other processes
-                with self.computing():
-                    loss = self.model(part) / total
-                a.backward(config.ptx.coef * loss * a.num_processes)
-            sums["ptx_loss"] = sums.get("ptx_loss", torch.zeros((), device=a.device)) + loss.detach()
-
     def optimizer_step(self, experience: Experience) -> float:
         """Clip, refuse a non-finite gradient, step. Returns the norm before clipping.
 
@@ -330,6 +319,7 @@ class PPOTrainer:
             "step": self.step, "kl_coef": self.kl_coef, "rate": self.rate, "rollbacks": self.rollbacks,
             "spread": list(self.spread), "first_length": self.first_length,
             "average": self.average.weights if self.average is not None else None,
+            "ptx_coef": self.text.coef if self.text is not None else None,
             "model": self.accelerator.unwrap_model(self.model).state_dict(), "optimizer": self.optimizer.state_dict(),
         }  # fmt: skip
 
@@ -341,5 +331,7 @@ class PPOTrainer:
         self.spread, self.first_length = Spread(*state["spread"]), state["first_length"]
         if self.average is not None:
             self.average.weights = state["average"]
+        if self.text is not None:
+            self.text.coef = state["ptx_coef"]
         self.accelerator.unwrap_model(self.model).load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -2,14 +2,20 @@
 
     loss = PPO loss + coef mean_i -log pi(x_i | x_<i)          Ouyang et al. 2022, arXiv:2203.02155, eq. 2
 
-The paper's 27.8 belongs to its own loss scaling; both terms here are means over tokens, and about 1 is right.
+The paper's 27.8 belongs to its own loss scaling; both terms here are means over tokens, and about 1 is right. What is
+right depends on how large either gradient is, and that changes by a factor of ten within a run: with `balance`, the
+coefficient follows the ratio of the two norms, measured at the first update of every step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from rlhf.config.ppo import Ptx
 from rlhf.data.collate import pad_right
@@ -21,9 +27,14 @@ from rlhf.trainers.policy_value import TextBatch
 class TextMix:
     """Which documents take part in which update."""
 
-    def __init__(self, rows: Sequence[Rendered], config: Ptx, *, seed: int, pad_id: int) -> None:
-        """`rows` are rendered documents; batches follow from `seed` and the number of the update."""
-        self.rows, self.config, self.seed, self.pad_id = rows, config, seed, pad_id
+    def __init__(self, rows: Sequence[Rendered], config: Ptx, *, seed: int, pad_id: int, microbatch: int) -> None:
+        """`rows` are rendered documents; batches follow from `seed` and the number of the update.
+
+        Args: microbatch: documents per backward on one process.
+        """
+        self.rows, self.config, self.seed, self.pad_id, self.microbatch = rows, config, seed, pad_id, microbatch
+        self.coef = config.coef
+        self.held: list[Tensor] | None = None
 
     def batch(self, update: int) -> list[Rendered]:
         """The documents of an update, the same on every process: passes over shuffled rows."""
@@ -46,3 +57,51 @@ class TextMix:
                 counts[i, : len(row.mask)] = torch.tensor(row.mask)
             found.append(TextBatch(ids.to(device), mask.to(device), counts.to(device)))
         return found, total
+
+    def accumulate(
+        self, model: nn.Module, accelerator: Any, update: int, computing: Callable[[], torch.autocast],
+        sums: dict[str, Tensor], *, weigh: bool,
+    ) -> None:  # fmt: skip
+        """Backward over this process's share of the documents of an update; adds to sums["ptx_loss"].
+
+        Args:
+            model: `PolicyAndValue` in its engine. computing: the context of its forward.
+            weigh: with `balance`, keep this gradient aside to compare it with that of PPO.
+        """
+        a = accelerator
+        parts, total = self.share(
+            update, process=a.process_index, processes=a.num_processes, microbatch=self.microbatch, device=a.device
+        )
+        weigh = weigh and self.config.balance is not None
+        for i, part in enumerate(parts):
+            # The PPO loss that follows carries the sum to the other processes, unless it must be known before.
+            with nullcontext() if weigh and i == len(parts) - 1 else a.no_sync(model):
+                with computing():
+                    loss = model(part) / total
+                a.backward(self.coef * loss * a.num_processes)
+            sums["ptx_loss"] = sums.get("ptx_loss", torch.zeros((), device=a.device)) + loss.detach()
+        if weigh:
+            self.hold(a.unwrap_model(model).policy)
+
+    def hold(self, policy: nn.Module) -> None:
+        """Remember the gradient of the text term, before that of PPO is added to it (the same on every process)."""
+        self.held = [_gradient(p).clone() for p in policy.parameters() if p.requires_grad]
+
+    def rebalance(self, policy: nn.Module) -> None:
+        """Move the coefficient half of the way (in logs) to where |coef g_text| = balance |g_PPO|; by at most 2 x."""
+        if self.held is None or self.config.balance is None:
+            return
+        both = [_gradient(p) for p in policy.parameters() if p.requires_grad]
+        text = _norm(self.held)
+        ours = _norm([whole - part for whole, part in zip(both, self.held, strict=True)])
+        self.held = None
+        if text > 0.0 and ours > 0.0:
+            self.coef *= min(max(math.sqrt(self.config.balance * ours / text), 0.5), 2.0)
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return float(torch.stack([t.float().square().sum() for t in tensors]).sum().sqrt())

@@ -9,18 +9,15 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from rlhf.config.ppo import KL, PPO, Ptx, RewardSource
-from rlhf.data.render import Rendered
+from rlhf.config.ppo import KL, PPO, RewardSource
 from rlhf.functional import kl_estimate, policy_loss
 from rlhf.models.average import Average
 from rlhf.rollout.score import response_logprobs
 from rlhf.trainers.losses import summed_losses
-from rlhf.trainers.ppo import PPOTrainer
-from rlhf.trainers.ptx import TextMix
 from tests.models import tiny
 from tests.models.fixtures import shake
-from tests.tolerances import GRADIENT, assert_close, distance
-from tests.trainers.setup import config, experienced, gradient, make
+from tests.tolerances import assert_close
+from tests.trainers.setup import config, experienced, make
 
 # The loss
 
@@ -221,70 +218,6 @@ def test_everything_that_a_run_continues_from_is_in_its_state(reward_folder: str
     assert second.average is not None
     for name, value in whole.average.weights.items():
         assert torch.equal(second.average.weights[name], value)
-
-
-# PPO-ptx
-
-
-def documents(count: int = 9) -> list[Rendered]:
-    rows = tiny.rows(7, [5 + 3 * (i % 4) for i in range(count)])
-    return [Rendered(row, [False] + [True] * (len(row) - 1)) for row in rows]
-
-
-def with_text(reward_folder: str, coef: float, microbatch: int = 3, **options: Any) -> PPOTrainer:
-    settings = Ptx(coef=coef, data=({"path": "unused"},), batch_size=4)  # type: ignore[arg-type]
-    text = TextMix(documents(), settings, seed=1, pad_id=tiny.renderer().pad_id)
-    ptx = {"coef": coef, "data": [{"path": "unused"}], "batch_size": 4}
-    return make(reward_folder, text=text, ptx=ptx, optim={"microbatch_size": microbatch}, **options)
-
-
-@pytest.mark.parametrize("microbatch", [1, 3, 8])
-def test_the_text_gradient_is_that_of_the_mean_over_its_tokens(reward_folder: str, microbatch: int) -> None:
-    trainer = with_text(reward_folder, 0.7, microbatch)
-    trainer.accumulate_text(2, {})
-    found = gradient(trainer.model.policy)
-    assert not gradient(trainer.model.value_model).any()
-    trainer.model.zero_grad()
-    assert trainer.text is not None
-    rows = trainer.text.batch(2)
-    count = sum(len(row.ids) - 1 for row in rows)
-    loss = torch.zeros(())
-    for row in rows:
-        ids = torch.tensor([row.ids])
-        loss = loss + trainer.model.policy(ids, labels=ids).loss * (len(row.ids) - 1)
-    (0.7 * loss / count).backward()
-    assert distance(found, gradient(trainer.model.policy)) < GRADIENT
-
-
-def test_documents_are_used_once_a_lap_and_shared_by_processes(reward_folder: str) -> None:
-    mix = with_text(reward_folder, 1.0).text
-    assert mix is not None
-    used = [tuple(row.ids) for update in range(9) for row in mix.batch(update)]
-    assert sorted(used[:9]) == sorted(tuple(row.ids) for row in documents())
-    assert sorted(used[9:18]) == sorted(used[:9])
-    device = torch.device("cpu")
-    parts = [
-        mix.share(1, process=k, processes=2, microbatch=8, device=device) for k in (0, 1)
-    ]  # fmt: skip
-    assert parts[0][1] == parts[1][1] == sum(len(row.ids) - 1 for row in mix.batch(1))
-    assert sum(len(batch.ids) for found, _ in parts for batch in found) == 4
-
-
-def test_text_keeps_the_policy_able_to_predict_it(reward_folder: str) -> None:
-    """Learning: the loss on the documents falls with the term and not without it."""
-
-    def text_loss(coef: float) -> float:
-        options: dict[str, Any] = {"ppo": {"steps": 6}}
-        trainer = with_text(reward_folder, coef, **options) if coef else make(reward_folder, **options)
-        trainer.train()
-        losses = []
-        with torch.no_grad():
-            for row in documents():
-                ids = torch.tensor([row.ids])
-                losses.append(float(trainer.model.policy(ids, labels=ids).loss))
-        return sum(losses) / len(losses)
-
-    assert text_loss(3.0) < text_loss(0.0) - 0.3
 
 
 # Rollouts under a filter
