@@ -135,6 +135,7 @@ class PPOTrainer:
         watch, tried, at = self.config.watch, self.rollbacks, self.step
         if tried >= watch.rollbacks or not self.on_restore(self):
             raise trouble
+        self.optimizer.zero_grad()  # of an update that was broken off
         self.kl_coef *= watch.kl_factor ** (tried + 1 - self.rollbacks)  # the checkpoint may hold earlier ones already
         self.rollbacks = tried + 1
         self.rate = watch.rate_factor**self.rollbacks

@@ -172,8 +172,9 @@ class Watcher:
         )  # fmt: skip
 
     def not_finite(self, what: str, value: float, step: int, batch: Rollout) -> TrainingError:
-        """The error for a loss or gradient that is no finite number."""
-        return TrainingError(
+        """The error for a loss or gradient that is no finite number; a run that may roll back does so."""
+        kind = Unhealthy if self.config.unhealthy == "rollback" else TrainingError
+        return kind(
             f"{what} is {value}", where=f"step {step}, before the optimizer step",
             do=f"lower optim.learning_rate{self._keep(step, batch)}",
         )  # fmt: skip

@@ -28,6 +28,7 @@ from rlhf.rollout.types import Rollout
 from rlhf.trainers.policy_value import PolicyAndValue
 from rlhf.trainers.ppo import PPOTrainer
 from rlhf.trainers.watch import Watcher
+from tests.trainers.setup import memory
 
 SYMBOLS, END, LENGTH = 6, 5, 4
 PROMPTS = [[1, 2], [3, 4, 0]]
@@ -111,7 +112,7 @@ def models(seed: int) -> tuple[Any, Any, Any]:
     return policy, reference.requires_grad_(False), value
 
 
-def config(beta: float, seed: int, steps: int) -> PPOConfig:
+def config(beta: float, seed: int, steps: int, watch: dict[str, Any] | None = None) -> PPOConfig:
     """Fixed KL coefficient beta; nothing else shapes the reward."""
     return PPOConfig.model_validate(
         {
@@ -120,22 +121,25 @@ def config(beta: float, seed: int, steps: int) -> PPOConfig:
             "sampling": {"max_new_tokens": LENGTH, "temperature": 1.0},
             "ppo": {"steps": steps, "rollout_size": 256, "epochs": 2, "minibatches": 2, "lam": 1.0,
                     "missing_end_penalty": 0.0, "value_coef": 0.5, "normalize_scores": "raw"},
-            "kl": {"coef": beta, "target": None},
+            "kl": {"coef": beta, "target": None}, "watch": watch or {},
             "optim": {"learning_rate": 3e-3, "value_learning_rate": 1e-2, "microbatch_size": 256},
         }
     )  # fmt: skip
 
 
-def solve(beta: float, seed: int, *, steps: int = 200, change: Any = None) -> Outcome:
+def solve(
+    beta: float, seed: int, *, steps: int = 200, change: Any = None, watch: dict[str, Any] | None = None
+) -> Outcome:
     """Train and measure. `change` may break the trainer first."""
     policy, reference, value = models(seed)
-    table, settings = Table(seed), config(beta, seed, steps)
+    table, settings = Table(seed), config(beta, seed, steps, watch)
+    _, save, load = memory()
     trainer = PPOTrainer(
         settings, make_accelerator(), PolicyAndValue(policy, value), reference=reference,
         rewards=Rewards(((1.0, table),)),  # type: ignore[arg-type]
         prompts=PROMPTS, records=[Prompt([], "", {"n": n}) for n in range(len(PROMPTS))], end_id=END, pad_id=0,
         text=None, decode=str, watcher=Watcher(settings.watch, None, lambda _: None), report=lambda *_: None,
-        checkpoint=lambda _: None, restore=lambda _: False,
+        checkpoint=save, restore=load,
     )  # fmt: skip
     if change is not None:
         change(trainer)

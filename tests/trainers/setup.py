@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -79,3 +81,40 @@ def experienced(trainer: PPOTrainer) -> Experience:
 def gradient(module: torch.nn.Module) -> Tensor:
     """All gradients as one vector; zero where there is none."""
     return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in module.parameters()])
+
+
+def spiked(trainer: PPOTrainer, at: int, size: float) -> None:
+    """The learning rate is multiplied once, at one step, the first time that it is reached."""
+    original, done = trainer.set_learning_rates, []
+
+    def rates(update: int) -> None:
+        original(update)
+        if trainer.step == at and trainer.rollbacks == 0:
+            done.append(update)
+            for group in trainer.optimizer.param_groups:
+                group["lr"] *= size
+
+    trainer.set_learning_rates = rates  # type: ignore[method-assign]
+
+
+def memory() -> tuple[dict[str, Any], Callable[[PPOTrainer], None], Callable[[PPOTrainer], bool]]:
+    """A checkpoint in memory."""
+    kept: dict[str, Any] = {}
+
+    def save(trainer: PPOTrainer) -> None:
+        state = trainer.state_dict()
+        kept.update({"state": torch.load(_bytes(state), weights_only=True)})
+
+    def load(trainer: PPOTrainer) -> bool:
+        if kept:
+            trainer.load_state_dict(torch.load(_bytes(kept["state"]), weights_only=True))
+        return bool(kept)
+
+    return kept, save, load
+
+
+def _bytes(state: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return buffer

@@ -20,7 +20,7 @@ from rlhf.runs.metrics import METRICS
 from rlhf.trainers.ppo import PPOTrainer
 from rlhf.trainers.watch import VITAL, Unhealthy, unhealthy
 from tests.models import tiny
-from tests.trainers.setup import make, sometimes_ending
+from tests.trainers.setup import make, memory, sometimes_ending, spiked
 
 STOP = {"broken": "stop"}
 
@@ -193,45 +193,6 @@ def test_a_fresh_value_model_may_explain_nothing() -> None:
     assert len(unhealthy(stats, fresh=True)) == 1
 
 
-def spiked(trainer: PPOTrainer, at: int, size: float) -> None:
-    """The learning rate is multiplied once, at one step, the first time that it is reached."""
-    original, done = trainer.set_learning_rates, []
-
-    def rates(update: int) -> None:
-        original(update)
-        if trainer.step == at and trainer.rollbacks == 0:
-            done.append(update)
-            for group in trainer.optimizer.param_groups:
-                group["lr"] *= size
-
-    trainer.set_learning_rates = rates  # type: ignore[method-assign]
-
-
-def memory() -> tuple[dict[str, Any], Callable[[PPOTrainer], None], Callable[[PPOTrainer], bool]]:
-    """A checkpoint in memory."""
-    kept: dict[str, Any] = {}
-
-    def save(trainer: PPOTrainer) -> None:
-        state = trainer.state_dict()
-        kept.update({"state": torch.load(_bytes(state), weights_only=True)})
-
-    def load(trainer: PPOTrainer) -> bool:
-        if kept:
-            trainer.load_state_dict(torch.load(_bytes(kept["state"]), weights_only=True))
-        return bool(kept)
-
-    return kept, save, load
-
-
-def _bytes(state: Any) -> Any:
-    import io
-
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    return buffer
-
-
 def test_a_rollback_returns_to_the_last_good_step_with_a_smaller_rate(reward_folder: str) -> None:
     kept, save, load = memory()
     said: list[str] = []
@@ -296,6 +257,29 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_batch(
         trainer.update(replace(e, returns=e.returns * float("nan")))
     assert "trouble_step0.pt" in str(caught.value)
     assert not trainer.optimizer.state_dict()["state"]
+
+
+def test_a_gradient_that_is_not_finite_is_rolled_back_if_that_is_wanted(reward_folder: str) -> None:
+    _, save, load = memory()
+    said: list[str] = []
+    trainer = sound(
+        reward_folder, watch={"unhealthy": "rollback"}, checkpoint=save, restore=load, say=said.append,
+        ppo={"steps": 2}, sampling={"max_new_tokens": 60}, optim={"learning_rate": 1e-4, "value_learning_rate": 1e-3},
+    )  # fmt: skip
+    original, poisoned = trainer.accumulate, []
+
+    def accumulate(*args: Any) -> float:
+        error = original(*args)
+        if trainer.step == 1 and not poisoned:
+            poisoned.append(True)
+            next(trainer.model.parameters()).grad[0] = torch.inf  # type: ignore[index]
+        return error
+
+    trainer.accumulate = accumulate  # type: ignore[method-assign]
+    trainer.train()
+    assert (trainer.step, trainer.rollbacks) == (2, 1)
+    assert "the gradient norm is" in said[0]
+    assert all(bool(p.isfinite().all()) for p in trainer.model.parameters())
 
 
 def test_the_scorer_in_the_faults_above_is_sound_without_them(reward_folder: str) -> None:
