@@ -123,6 +123,15 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor, prefere
     return _elementwise(one, chosen, rejected, margin, preference)
 
 
+def ensemble_score(scores: Tensor, kind: str, penalty: float) -> Tensor:
+    out = []
+    for column in scores.double().T.tolist():
+        mean = sum(column) / len(column)
+        variance = sum((s - mean) ** 2 for s in column) / len(column)
+        out.append({"mean": mean, "worst": min(column), "uncertainty": mean - penalty * variance}[kind])
+    return torch.tensor(out, dtype=torch.float64)
+
+
 def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
     rewards = torch.zeros(kl.shape, dtype=torch.float64)
     for b in range(kl.shape[0]):

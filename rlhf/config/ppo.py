@@ -12,9 +12,16 @@ Steps = Annotated[int, Field(ge=0)]
 
 
 class RewardSource(Section):
-    """One part of the reward: exactly one of `model`, `classifier` and `function`, times `weight`."""
+    """One part of the reward: exactly one of `model`, `ensemble`, `classifier` and `function`, times `weight`."""
 
     model: ModelSource | None = Field(None, description="a reward model with one output; its stored scale is used")
+    ensemble: tuple[ModelSource, ...] = Field(
+        (), description="several reward models read as one, on their stored scales"
+    )
+    combine: Literal["mean", "worst", "uncertainty"] = Field(
+        "mean", description="of an ensemble: mean, minimum, or mean - uncertainty_penalty x variance (arXiv:2310.02743)"
+    )
+    uncertainty_penalty: NonNegative = Field(0.5, description="weight of the ensemble's variance")
     classifier: ModelSource | None = Field(None, description="a sequence classifier; the reward is P(label)")
     label: str | None = Field(None, description="which label of the classifier, by name")
     function: str | None = Field(
@@ -24,9 +31,12 @@ class RewardSource(Section):
 
     @model_validator(mode="after")
     def _one_kind(self) -> RewardSource:
-        given = [name for name in ("model", "classifier", "function") if getattr(self, name) is not None]
+        kinds = ("model", "ensemble", "classifier", "function")
+        given = [name for name in kinds if getattr(self, name)]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of model, classifier, function; got {', '.join(given) or 'none'}")
+            raise ValueError(f"give exactly one of {', '.join(kinds)}; got {', '.join(given) or 'none'}")
+        if len(self.ensemble) == 1 or (self.combine != "mean" and not self.ensemble):
+            raise ValueError("an ensemble has two members at least, and only an ensemble has a way to combine")
         if (self.label is not None) != (self.classifier is not None):
             raise ValueError("a classifier needs a label, and only a classifier has one")
         return self

@@ -8,13 +8,14 @@ from rlhf.functional.kl import adaptive_kl, kl_estimate
 from rlhf.functional.logprobs import token_entropy, token_logprobs, token_logprobs_from_hidden
 from rlhf.functional.masked import explained_variance, masked_mean, masked_moments, masked_sum, masked_whiten
 from rlhf.functional.ppo import policy_loss, value_loss
-from rlhf.functional.preference import bradley_terry_loss
+from rlhf.functional.preference import bradley_terry_loss, ensemble_score
 from rlhf.functional.reduce import token_mean
 from rlhf.functional.returns import gae, shaped_rewards
 
 __all__ = [
     "adaptive_kl",
     "bradley_terry_loss",
+    "ensemble_score",
     "explained_variance",
     "gae",
     "kl_estimate",

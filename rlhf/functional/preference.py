@@ -1,4 +1,4 @@
-"""The loss of the reward model on pairs of responses."""
+"""The loss of the reward model on pairs of responses, and one score out of several models' scores."""
 
 from __future__ import annotations
 
@@ -46,3 +46,32 @@ def bradley_terry_loss(
     if not bool(((p >= 0) & (p <= 1)).all()):
         raise ValueError(f"bradley_terry_loss: preference must lie in [0, 1] (found: {p.min()} to {p.max()})")
     return -p * logsigmoid(d - m) - (1 - p) * logsigmoid(-d - m)
+
+
+def ensemble_score(scores: Tensor, *, kind: str, penalty: float = 0.5) -> Tensor:
+    """One score out of those of several reward models (Coste et al. 2023, arXiv:2310.02743, section 3).
+
+        mean          1/M sum_m s_m
+        worst         min_m s_m                                       WCO, worst-case optimization
+        uncertainty   mean - penalty 1/M sum_m (s_m - mean)^2         UWO, uncertainty-weighted optimization
+
+    Limits: equal models give their score; penalty 0 makes uncertainty the mean. A number added to all scores is added to
+    the result.
+
+    Args:
+        scores: [M, ...] of M >= 1 models, score units of one common scale.
+        kind: mean, worst or uncertainty.
+        penalty: 1 / score units, >= 0; only for uncertainty.
+    Returns: [...], score units.
+    Does not: bring the models to a common scale.
+    Raises: ValueError for another kind, no models, or a negative penalty.
+    """
+    if not scores.dim() or not len(scores) or penalty < 0:
+        raise ValueError(f"ensemble_score: M >= 1 models and penalty >= 0 (found: {list(scores.shape)}, {penalty})")
+    values = as_float(scores)
+    if kind == "worst":
+        return values.amin(dim=0)
+    if kind not in ("mean", "uncertainty"):
+        raise ValueError(f"ensemble_score: kind is mean, worst or uncertainty (found: {kind})")
+    mean = values.mean(dim=0)
+    return mean if kind == "mean" else mean - penalty * values.var(dim=0, correction=0)

@@ -19,6 +19,7 @@ from rlhf.data.collate import pad_right
 from rlhf.data.records import Messages, Prompt
 from rlhf.data.render import Renderer
 from rlhf.errors import ConfigError, TrainingError
+from rlhf.functional import ensemble_score
 from rlhf.models.heads import sequence_outputs
 from rlhf.rollout.types import Rollout
 
@@ -96,7 +97,26 @@ class FunctionReward:
         return torch.tensor(found, dtype=torch.float32, device=part.response_ids.device)
 
 
-Reward = ModelReward | FunctionReward
+@dataclass(frozen=True)
+class EnsembleReward:
+    """Several reward models read as one (`rlhf.functional.ensemble_score`)."""
+
+    members: tuple[ModelReward, ...]
+    kind: str
+    penalty: float
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        return f"{self.kind} of {', '.join(member.name for member in self.members)}"
+
+    def __call__(self, part: Rollout, prompts: Sequence[Prompt]) -> Tensor:
+        """[B] float32, score units after each member's rescaling."""
+        scores = torch.stack([member(part, prompts) for member in self.members])
+        return ensemble_score(scores, kind=self.kind, penalty=self.penalty)
+
+
+Reward = ModelReward | EnsembleReward | FunctionReward
 
 
 @dataclass(frozen=True)
@@ -112,7 +132,7 @@ class Rewards:
 
     def models_only(self) -> Rewards:
         """The parts that must give the same number twice."""
-        return Rewards(tuple((w, r) for w, r in self.parts if isinstance(r, ModelReward)))
+        return Rewards(tuple((w, r) for w, r in self.parts if not isinstance(r, FunctionReward)))
 
 
 def load_function(name: str, *, what: str, where: str) -> Callable[..., Any]:

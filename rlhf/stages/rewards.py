@@ -13,7 +13,7 @@ from rlhf.data.render import Renderer, prepare_tokenizer, tokenizer_fingerprint
 from rlhf.errors import CheckpointError
 from rlhf.models.heads import load_classifier, load_scorer
 from rlhf.models.load import load_tokenizer, resolve
-from rlhf.rollout.rewards import FunctionReward, ModelReward, Reward, Rewards, load_function
+from rlhf.rollout.rewards import EnsembleReward, FunctionReward, ModelReward, Reward, Rewards, load_function
 from rlhf.runs import handover
 from rlhf.runs.console import Console
 
@@ -31,6 +31,9 @@ def build_rewards(config: PPOConfig, renderer: Renderer, console: Console) -> Re
         part: Reward
         if source.model is not None:
             part = _score(source.model, renderer, stored, console)
+        elif source.ensemble:
+            members = tuple(_score(member, renderer, stored, console) for member in source.ensemble)
+            part = EnsembleReward(members, source.combine, source.uncertainty_penalty)
         elif source.classifier is not None:
             assert source.label is not None
             part = _probability(source.classifier, source.label, renderer, console)
@@ -48,8 +51,10 @@ def build_rewards(config: PPOConfig, renderer: Renderer, console: Console) -> Re
 def to_device(rewards: Rewards, device: torch.device) -> Rewards:
     """The same with every model on a device, in eval mode."""
     for _, part in rewards.parts:
-        if isinstance(part, ModelReward):
-            part.model.to(device).eval()
+        members = part.members if isinstance(part, EnsembleReward) else (part,)
+        for member in members:
+            if isinstance(member, ModelReward):
+                member.model.to(device).eval()
     return rewards
 
 

@@ -279,6 +279,21 @@ def _split(e: SimpleNamespace, sizes: list[int]) -> list[SimpleNamespace]:
     return [SimpleNamespace(**{name: x[k] for name, x in pieces.items()}) for k in range(len(sizes))]
 
 
+def one_number_added_to_all_scores_is_added_to_the_ensemble(f, seed):
+    scores = torch.randn(4, 6, generator=torch.Generator().manual_seed(seed), dtype=F64)
+    for kind in ("mean", "worst", "uncertainty"):
+        assert_close(f.ensemble_score(scores + 3, kind=kind), f.ensemble_score(scores, kind=kind) + 3)
+
+
+def models_that_agree_are_one_and_doubt_never_pays(f, seed):
+    scores = torch.randn(4, 6, generator=torch.Generator().manual_seed(seed), dtype=F64)
+    mean = f.ensemble_score(scores, kind="mean")
+    for kind in ("mean", "worst", "uncertainty"):
+        assert_close(f.ensemble_score(mean.expand(3, -1), kind=kind), mean)
+        assert bool((f.ensemble_score(scores, kind=kind) <= mean + 1e-12).all())
+        assert_close(f.ensemble_score(scores.repeat(2, 1), kind=kind), f.ensemble_score(scores, kind=kind))
+
+
 def moments_add_up_over_parts(f, seed):
     e = experience(seed)
     parts = [f.masked_moments(p.rewards, p.mask) for p in _split(e, [1, 5, 2])]

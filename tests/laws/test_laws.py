@@ -122,6 +122,15 @@ CASES = {
         ("bradley_terry_loss", twins.preference_ignored),
         ("bradley_terry_loss", twins.preference_one_sided_margin),
     ],
+    laws.one_number_added_to_all_scores_is_added_to_the_ensemble: [
+        ("ensemble_score", twins.ensemble_sums),
+    ],
+    laws.models_that_agree_are_one_and_doubt_never_pays: [
+        ("ensemble_score", twins.ensemble_takes_the_best),
+        ("ensemble_score", twins.ensemble_sums),
+        ("ensemble_score", twins.ensemble_rewards_doubt),
+        ("ensemble_score", twins.ensemble_unbiased),
+    ],
     laws.moments_add_up_over_parts: [
         ("masked_moments", twins.moments_are_means),
     ],

@@ -298,3 +298,23 @@ def preference_one_sided_margin(chosen, rejected, *, margin=None, preference=Non
 def preference_floored_sigmoid(chosen, rejected, *, margin=None, preference=None):
     """log(sigma + 1e-5), which stops learning from badly wrong pairs."""
     return -(logsigmoid(chosen - rejected).exp() + 1e-5).log()
+
+
+# ensemble_score
+
+
+def ensemble_takes_the_best(scores, *, kind, penalty=0.5):
+    return scores.amax(dim=0) if kind == "worst" else F.ensemble_score(scores, kind=kind, penalty=penalty)
+
+
+def ensemble_sums(scores, *, kind, penalty=0.5):
+    return scores.sum(dim=0) if kind == "mean" else F.ensemble_score(scores, kind=kind, penalty=penalty)
+
+
+def ensemble_rewards_doubt(scores, *, kind, penalty=0.5):
+    return F.ensemble_score(scores, kind="mean") + penalty * scores.var(dim=0, correction=0) * (kind == "uncertainty")
+
+
+def ensemble_unbiased(scores, *, kind, penalty=0.5):
+    m = len(scores)
+    return F.ensemble_score(scores, kind=kind, penalty=penalty * m / (m - 1))

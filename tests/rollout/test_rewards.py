@@ -12,7 +12,7 @@ from rlhf.data.records import Prompt
 from rlhf.data.render import Renderer
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.models.heads import load_scorer, sequence_scores
-from rlhf.rollout.rewards import FunctionReward, ModelReward, Rewards, load_function
+from rlhf.rollout.rewards import EnsembleReward, FunctionReward, ModelReward, Rewards, load_function
 from rlhf.rollout.types import Rollout
 from rlhf.stages.pretrain import new_tokenizer
 from tests.models import tiny
@@ -102,6 +102,16 @@ def test_a_label_probability_is_the_softmax_or_the_sigmoid(rollout: Rollout, sev
             logits = model(rollout.ids[row][rollout.mask[row]][None]).logits[0]
         found.append(float((logits.sigmoid() if several else logits.softmax(0))[1]))
     assert_close(reward(rollout, RECORDS), found)
+
+
+def test_an_ensemble_combines_its_members_on_their_scales(rollout: Rollout, scorer: Any) -> None:
+    members = tuple(ModelReward("rm", scorer, tiny.renderer(), scale=scale) for scale in ((0.5, 2.0), (0.1, 0.7)))
+    first, second = (member(rollout, RECORDS) for member in members)
+    worst = EnsembleReward(members, "worst", 0.5)
+    assert_close(worst(rollout, RECORDS), torch.minimum(first, second).tolist())
+    doubtful = EnsembleReward(members, "uncertainty", 2.0)
+    assert_close(doubtful(rollout, RECORDS), ((first + second) / 2 - 2.0 * (first - second).square() / 4).tolist())
+    assert Rewards(((1.0, worst),)).models_only().parts
 
 
 def test_a_function_gets_prompt_text_and_record(rollout: Rollout) -> None:

@@ -85,6 +85,14 @@ def test_a_reward_model_with_another_tokenizer_is_read_in_its_own_words(
     assert metrics(tmp_path / "run")[0]["score_std"] > 0
 
 
+def test_an_ensemble_of_one_model_twice_scores_as_the_model_alone(full: Any, run_stage: Any, tmp_path: Path) -> None:
+    model = {"path": str(full.run("reward") / "model")}
+    for name, rewards in (("alone", [{"model": model}]), ("twice", [{"ensemble": [model, model], "combine": "worst"}])):
+        run_stage("ppo", config(full, tmp_path / name, reward_model=None, rewards=rewards, ppo={"steps": 1}))
+    alone, twice = (metrics(tmp_path / name)[0]["score"] for name in ("alone", "twice"))
+    assert twice == alone != 0.0
+
+
 def test_inspect_paints_what_the_stage_wrote(full: Any, call_cli: Any) -> None:
     code, out, _ = call_cli(["inspect", str(full.run("ppo")), "--step", "1", "--row", "0", "--paint", "value"])
     assert code == 0

@@ -260,11 +260,11 @@ def test_stop_strings_end_a_response_and_stay_in_it(reward_folder: str) -> None:
     "wrong",
     [
         {}, {"model": {"path": "a"}, "function": "m:f"}, {"classifier": {"path": "a"}},
-        {"function": "m:f", "label": "good"},
+        {"function": "m:f", "label": "good"}, {"ensemble": [{"path": "a"}]}, {"function": "m:f", "combine": "worst"},
     ],
 )  # fmt: skip
 def test_a_reward_part_is_of_exactly_one_kind(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError, match=r"exactly one of|needs a label"):
+    with pytest.raises(ValidationError, match=r"exactly one of|needs a label|two members"):
         RewardSource.model_validate(wrong)
 
 
