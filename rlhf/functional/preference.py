@@ -55,7 +55,7 @@ def ensemble_score(scores: Tensor, *, kind: str, penalty: float = 0.5) -> Tensor
         worst         min_m s_m                                       WCO, worst-case optimization
         uncertainty   mean - penalty 1/M sum_m (s_m - mean)^2         UWO, uncertainty-weighted optimization
 
-    Limits: equal models give their score; penalty 0 makes uncertainty the mean. A number added to all scores is added to
+    Limits: equal models give their score; penalty 0 makes uncertainty the mean. A number added to all scores adds to
     the result.
 
     Args:
