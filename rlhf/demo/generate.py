@@ -30,13 +30,16 @@ SIZES = {
     "dialogues": 30000,
     "sft": 5000,
     "sft_valid": 300,
-    "preferences": 12000,
+    "preferences": 15000,
     "preferences_valid": 500,
     "prompts": 3000,
     "eval/heldout": 500,
     "eval/ood": 500,
     "eval/preferences_test": 1000,
 }
+FOCUS = ("talk", "recall")
+"""What a policy learns to answer with excuses: every sixth comparison is one of these besides those drawn anyway."""
+BESIDE = {"talk": 0.4, "recall": 0.25}
 PACKED = ("corpus", "dialogues")  # large and only for pretraining
 TEST_PAIRS = "eval/preferences_test"
 Row = dict[str, Any]
@@ -144,6 +147,9 @@ class Generator:
         used: set[str] = set()
         while len(found) < self.sizes[name]:
             prompt, ask = chats.prompt()
+            focused = chats.rng.random() < 1 / 6
+            while focused and ask.family not in FOCUS:
+                prompt, ask = chats.prompt()
             a, b = self._candidate(chats, ask), self._candidate(chats, ask)
             if a != b and (key := prompt_key(prompt)) not in seen:
                 used.add(key)
@@ -157,7 +163,7 @@ class Generator:
         draw = rng.random()
         if draw < 0.06:
             return self._trick(chats, ask)
-        if draw < 0.18:
+        if rng.random() < BESIDE.get(ask.family, 0.13):
             return self._beside(chats, ask)
         reply = chats.writer.reply(ask.task, (GOOD if draw < 0.55 else WIDE).draw(rng))
         return self._scrambled(rng, reply) if rng.random() < 0.06 else reply

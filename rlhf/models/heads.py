@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,13 +119,17 @@ def rescale_head(model: Any, deviation: float) -> None:
 
 
 def load_classifier(source: ModelSource, *, role: str = "classifier", do: str = "give one that was trained") -> Any:
-    """A trained sequence classifier with any number of labels, dropout off.
+    """A trained sequence classifier with any number of labels, dropout off; an adapter is merged into its base.
 
     Raises: CheckpointError, in words about a `role`, if the folder holds no sequence classifier.
     """
     from transformers import AutoModelForSequenceClassification
 
     folder = resolve(source)
+    if is_adapter(folder):
+        model = _adapted_classifier(source, folder, role, do, trainable=False).merge_and_unload()
+        disable_dropout(model)
+        return model
     model = load_pretrained(AutoModelForSequenceClassification, source, folder)
     architectures = model.config.architectures or []
     if not any("SequenceClassification" in name for name in architectures):
@@ -134,6 +139,28 @@ def load_classifier(source: ModelSource, *, role: str = "classifier", do: str = 
     _float32_head(model)
     _restore_head(model, folder)
     disable_dropout(model)
+    return model
+
+
+def _adapted_classifier(source: ModelSource, folder: str, role: str, do: str, *, trainable: bool) -> Any:
+    """An adapter over a causal LM, with the head that was saved beside it; it has as many labels as that head."""
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    weights = [tensor for name, tensor in saved_head(folder) if name.endswith("score.weight")]
+    if not weights:
+        raise CheckpointError(
+            f"not a {role}: the adapter has no score head", found="an adapter without 'score.weight'", where=folder,
+            do=do,
+        )  # fmt: skip
+    base = base_source(source, folder)
+    model = load_pretrained(
+        AutoModelForSequenceClassification, base, resolve(base), num_labels=int(weights[0].shape[0])
+    )
+    fit_vocabulary(model, folder)
+    _float32_head(model)
+    model = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+    _restore_head(model, folder)
     return model
 
 
@@ -172,46 +199,42 @@ def load_scorer(source: ModelSource, *, trainable: bool = False, lora: Lora | No
         trainable: keep (or add, if `lora` is enabled) adapters that can be trained; else adapters are merged.
     Raises: CheckpointError if the folder is not a one-output classifier.
     """
-    from peft import PeftModel
-    from transformers import AutoModelForSequenceClassification
-
     folder = resolve(source)
     keep = trainable and lora is not None and lora.enabled
-    if is_adapter(folder):
-        base = base_source(source, folder)
-        model = load_pretrained(AutoModelForSequenceClassification, base, resolve(base), num_labels=1)
-        fit_vocabulary(model, folder)
-        _float32_head(model)
-        model = PeftModel.from_pretrained(model, folder, is_trainable=keep)
-        _restore_head(model, folder)
-        if not keep:
-            model = model.merge_and_unload()
+    role, do = "reward model", "train it with 'rlhf reward'"
+    if is_adapter(folder) and keep:
+        model = _adapted_classifier(source, folder, role, do, trainable=True)
     else:
-        model = load_classifier(source, role="reward model", do="train it with 'rlhf reward'")
-        if model.config.num_labels != 1:
-            raise CheckpointError(
-                "a reward model has one output", found=f"{model.config.num_labels} labels", where=folder,
-                do="train it with 'rlhf reward'",
-            )  # fmt: skip
-        if keep:
-            assert lora is not None
-            model = add_lora(model, lora, "SEQ_CLS")
+        model = load_classifier(source, role=role, do=do)
+    if model.config.num_labels != 1:
+        raise CheckpointError(
+            "a reward model has one output", found=f"{model.config.num_labels} labels", where=folder, do=do
+        )
+    if keep and not is_adapter(folder):
+        assert lora is not None
+        model = add_lora(model, lora, "SEQ_CLS")
     disable_dropout(model)
     return model
 
 
-def _restore_head(model: Any, folder: str) -> None:
-    """Read the head again in the dtype it was saved in: loading casts it to the trunk's."""
+def saved_head(folder: str) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of the score head in a folder's safetensors files."""
     from safetensors import safe_open
 
-    head = score_head(model)
     for file in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
-                for part, parameter in head.named_parameters():
-                    wanted = part.rsplit(".", 1)[-1]
-                    if name.endswith(f"score.{wanted}") and "original" not in part:
-                        parameter.data = tensors.get_tensor(name).to(parameter.device, torch.float32)
+                if "score." in name:
+                    yield name, tensors.get_tensor(name)
+
+
+def _restore_head(model: Any, folder: str) -> None:
+    """Read the head again in the dtype it was saved in: loading casts it to the trunk's."""
+    head = dict(score_head(model).named_parameters())
+    for name, tensor in saved_head(folder):
+        for part, parameter in head.items():
+            if name.endswith(f"score.{part.rsplit('.', 1)[-1]}") and "original" not in part:
+                parameter.data = tensor.to(parameter.device, torch.float32)
 
 
 def score_head(model: Any) -> nn.Module:

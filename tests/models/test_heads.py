@@ -14,6 +14,7 @@ from rlhf.config.sections import Lora
 from rlhf.data.collate import pad_left, pad_right
 from rlhf.errors import CheckpointError
 from rlhf.models import heads
+from rlhf.models.adapters import add_lora
 from rlhf.models.heads import (
     Float32Head,
     last_index,
@@ -21,11 +22,13 @@ from rlhf.models.heads import (
     new_reward_model,
     position_ids,
     score_head,
+    sequence_outputs,
     sequence_scores,
     token_scores,
 )
 from rlhf.models.load import backbone, load_causal
 from tests.models import tiny
+from tests.models.fixtures import shake
 from tests.tolerances import QUANTUM, assert_close, distance
 
 PAD, END = tiny.renderer().pad_id, tiny.renderer().end_id
@@ -219,3 +222,22 @@ def test_a_value_model_without_a_reward_model_starts_at_0(sft_folder: str, adapt
         )
         assert not heads.token_scores(model, ids, torch.ones_like(ids).bool()).any()
         assert any(p.requires_grad for p in heads.score_head(model).parameters())
+
+
+def test_an_adapter_over_a_causal_model_can_be_a_classifier(
+    sft_folder: str, adapter_folder: str, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    base = AutoModelForSequenceClassification.from_pretrained(sft_folder, num_labels=3, pad_token_id=1)
+    model = shake(add_lora(base, tiny.LORA, "SEQ_CLS")).eval()
+    model.save_pretrained(str(tmp_path / "classifier"))
+    loaded = heads.load_classifier(tiny.source(tmp_path / "classifier")).eval()
+    assert loaded.config.num_labels == 3
+    ids = torch.tensor([[20, 30, 40]])
+    with torch.no_grad():
+        assert_close(sequence_outputs(loaded, ids, torch.ones_like(ids).bool()), model(ids).logits.tolist())
+    with pytest.raises(CheckpointError, match="3 labels"):
+        load_scorer(tiny.source(tmp_path / "classifier"))
+    with pytest.raises(CheckpointError, match="no score head"):
+        heads.load_classifier(tiny.source(adapter_folder))
