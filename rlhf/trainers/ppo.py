@@ -213,7 +213,7 @@ class PPOTrainer:
                 self.text.accumulate(self.model, a, update, self.computing, sums, weigh=number == 0)
             error = self.accumulate(experience, minibatch, total, sums)
             if self.text is not None:
-                self.text.rebalance(a.unwrap_model(self.model).policy)
+                self.text.rebalance(a.unwrap_model(self.model).policy, a)
             if number == 0:
                 first_error = float(a.gather(torch.tensor([error], device=a.device)).max())
                 self.check_first_ratio(first_error, experience)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -73,9 +72,8 @@ class TextMix:
             update, process=a.process_index, processes=a.num_processes, microbatch=self.microbatch, device=a.device
         )
         weigh = weigh and self.config.balance is not None
-        for i, part in enumerate(parts):
-            # The PPO loss that follows carries the sum to the other processes, unless it must be known before.
-            with nullcontext() if weigh and i == len(parts) - 1 else a.no_sync(model):
+        for part in parts:
+            with a.no_sync(model):  # the PPO loss that follows carries the sum to the other processes
                 with computing():
                     loss = model(part) / total
                 a.backward(self.coef * loss * a.num_processes)
@@ -84,16 +82,20 @@ class TextMix:
             self.hold(a.unwrap_model(model).policy)
 
     def hold(self, policy: nn.Module) -> None:
-        """Remember the gradient of the text term, before that of PPO is added to it (the same on every process)."""
+        """Remember this process's gradient of the text term, before that of PPO is added to it."""
         self.held = [_gradient(p).clone() for p in policy.parameters() if p.requires_grad]
 
-    def rebalance(self, policy: nn.Module) -> None:
-        """Move the coefficient half of the way (in logs) to where |coef g_text| = balance |g_PPO|; by at most 2 x."""
+    def rebalance(self, policy: nn.Module, accelerator: Any) -> None:
+        """Move the coefficient half of the way (in logs) to where |coef g_text| = balance |g_PPO|; by at most 2 x.
+
+        By now gradients are means over processes. An engine cannot make that of the text term alone (it waits for the
+        value model, which text does not pass through), so what was held is averaged here.
+        """
         if self.held is None or self.config.balance is None:
             return
         both = [_gradient(p) for p in policy.parameters() if p.requires_grad]
-        text = _norm(self.held)
-        ours = _norm([whole - part for whole, part in zip(both, self.held, strict=True)])
+        held = [accelerator.reduce(gradient, "mean") for gradient in self.held]
+        text, ours = _norm(held), _norm([whole - part for whole, part in zip(both, held, strict=True)])
         self.held = None
         if text > 0.0 and ours > 0.0:
             self.coef *= min(max(math.sqrt(self.config.balance * ours / text), 0.5), 2.0)

@@ -22,6 +22,8 @@ from tests.tolerances import PROCESSES, PROCESSES_PPO, distance
 pytestmark = pytest.mark.slow
 ACCELERATE = Path(__file__).parents[2] / "configs" / "accelerate"
 STAGES = ("sft", "reward", "ppo")
+OPTIONS = "options"
+"""PPO again, with a shared trunk and with text whose weight follows the gradients."""
 
 
 def launched(launcher: str, arguments: Sequence[str], **environment: str) -> subprocess.Popen[str]:
@@ -56,9 +58,15 @@ def runs(tiny_model_dir: Path, files: Any, run_stage: Any, tmp_path_factory: Any
     for stage in STAGES:
         run_stage(stage, one[stage])
         running.append(launched("ddp", [stage, setup.write(top, stage, two[stage])]))
+    ptx = {"coef": 0.5, "balance": 0.5, "data": [{"path": files["text"]}], "batch_size": 4}
+    for name, configs in (("one", one), ("two", two)):
+        options = configs["ppo"] | {"output_dir": str(top / name / "options"), "ptx": ptx}
+        configs[OPTIONS] = options | {"ppo": options["ppo"] | {"value_model": "shared", "value_warmup": 1}}
+    run_stage("ppo", one[OPTIONS])
+    running.append(launched("ddp", ["ppo", setup.write(top, OPTIONS, two[OPTIONS])]))
     for process in running:
         finished(process)
-    return {stage: (Path(one[stage]["output_dir"]), Path(two[stage]["output_dir"])) for stage in STAGES}
+    return {name: (Path(one[name]["output_dir"]), Path(two[name]["output_dir"])) for name in (*STAGES, OPTIONS)}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -76,17 +84,19 @@ def test_two_processes_log_the_losses_of_one(stage: str, runs: Any) -> None:
             assert ours[name] == pytest.approx(theirs[name], abs=PROCESSES, rel=PROCESSES), (theirs["step"], name)
 
 
-def test_two_processes_do_the_ppo_of_one(runs: Any) -> None:
-    one, two = (metrics(run) for run in runs["ppo"])
+@pytest.mark.parametrize("name", ["ppo", OPTIONS])
+def test_two_processes_do_the_ppo_of_one(name: str, runs: Any) -> None:
+    one, two = (metrics(run) for run in runs[name])
+    assert ("ptx_coef" in one[-1]) is (name == OPTIONS)
     assert len(one) == len(two) == 3
     for ours, theirs in zip(two, one, strict=True):
-        for name, value in theirs.items():
-            if name != "first_ratio_error":
-                assert ours[name] == pytest.approx(value, abs=PROCESSES_PPO, rel=PROCESSES_PPO), (theirs["step"], name)
+        for metric, value in theirs.items():
+            if metric != "first_ratio_error":
+                assert ours[metric] == pytest.approx(value, abs=PROCESSES_PPO, rel=PROCESSES_PPO), metric
         assert ours["first_ratio_error"] < PROCESSES_PPO
     said = [
         [(line["step"], line["prompt"], line["response"]) for line in read_lines(run / "samples.jsonl")]
-        for run in runs["ppo"]
+        for run in runs[name]
     ]
     assert said[0] == said[1]
 
