@@ -119,8 +119,8 @@ def config(beta: float, seed: int, steps: int, watch: dict[str, Any] | None = No
             "output_dir": "unused", "policy": {"path": "unused"}, "reward_model": {"path": "unused"}, "seed": seed,
             "data": {"prompts": [{"path": "unused"}]},
             "sampling": {"max_new_tokens": LENGTH, "temperature": 1.0},
-            "ppo": {"steps": steps, "rollout_size": 256, "epochs": 2, "minibatches": 2, "lam": 1.0,
-                    "missing_end_penalty": 0.0, "value_coef": 0.5, "normalize_scores": "raw"},
+            "ppo": {"steps": steps, "rollout_size": 256, "epochs": 4, "minibatches": 2, "lam": 1.0,
+                    "missing_end_penalty": 0.0, "value_coef": 0.5, "value_clip_range": None, "normalize_scores": "raw"},
             "kl": {"coef": beta, "target": None}, "watch": watch or {},
             "optim": {"learning_rate": 3e-3, "value_learning_rate": 1e-2, "microbatch_size": 256},
         }
@@ -128,7 +128,7 @@ def config(beta: float, seed: int, steps: int, watch: dict[str, Any] | None = No
 
 
 def solve(
-    beta: float, seed: int, *, steps: int = 200, change: Any = None, watch: dict[str, Any] | None = None
+    beta: float, seed: int, *, steps: int = 300, change: Any = None, watch: dict[str, Any] | None = None
 ) -> Outcome:
     """Train and measure. `change` may break the trainer first."""
     policy, reference, value = models(seed)
