@@ -53,7 +53,7 @@ METRICS: dict[str, Metric] = {
     "sampling_mismatch": Metric("nats", "largest gap of log-probs while sampling and teacher-forced", 0.0, 0.5),
     "finished": Metric("share", "responses that ended with the end token", 0.5, 1.0),
     "policy_loss": Metric("1", "clipped surrogate, mean over response tokens"),
-    "ptx_coef": Metric("", "weight of the ptx loss", 0.0),
+    "ptx_coef": Metric("1", "weight of the ptx loss", 0.0),
     "ptx_loss": Metric("nats", "mean negative log-likelihood of the ptx documents, per token", 0.0),
     "value_loss": Metric("score^2", "clipped value loss, mean over response tokens", 0.0),
     "clip_fraction": Metric("share", "tokens whose ratio left the clip range", 0.0, 0.4),
