@@ -123,3 +123,15 @@ def test_a_value_model_from_a_reward_model_that_is_not_there_is_refused(
     assert code == 2
     assert "no value model can start from the reward model" in err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_text_weight_that_follows_gradients_is_refused_under_deepspeed(
+    full: Any, files: setup.Files, call_cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ptx = {"coef": 0.5, "balance": 0.5, "data": [{"path": files["text"]}]}
+    path = setup.write(tmp_path, "ppo", config(full, tmp_path / "run", ptx=ptx))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    code, _, err = call_cli(["ppo", path])
+    assert code == 2
+    assert "ptx.balance" in err
+    assert not (tmp_path / "run").exists()
