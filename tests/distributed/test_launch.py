@@ -62,10 +62,10 @@ def runs(tiny_model_dir: Path, files: Any, run_stage: Any, tmp_path_factory: Any
     for name, configs in (("one", one), ("two", two)):
         options = configs["ppo"] | {"output_dir": str(top / name / "options"), "ptx": ptx}
         configs[OPTIONS] = options | {"ppo": options["ppo"] | {"value_model": "shared", "value_warmup": 1}}
-    run_stage("ppo", one[OPTIONS])
-    running.append(launched("ddp", ["ppo", setup.write(top, OPTIONS, two[OPTIONS])]))
     for process in running:
         finished(process)
+    run_stage("ppo", one[OPTIONS])
+    finished(launched("ddp", ["ppo", setup.write(top, OPTIONS, two[OPTIONS])]))
     return {name: (Path(one[name]["output_dir"]), Path(two[name]["output_dir"])) for name in (*STAGES, OPTIONS)}
 
 
