@@ -32,7 +32,7 @@ def build_rewards(config: PPOConfig, renderer: Renderer, console: Console) -> Re
         if source.model is not None:
             part = _score(source.model, renderer, stored, console)
         elif source.ensemble:
-            members = tuple(_score(member, renderer, stored, console) for member in source.ensemble)
+            members = tuple(_score(m, renderer, True, console) for m in source.ensemble)  # one scale for all
             part = EnsembleReward(members, source.combine, source.uncertainty_penalty)
         elif source.classifier is not None:
             assert source.label is not None

@@ -212,7 +212,7 @@ class PPOTrainer:
             if self.text is not None and not self.warming:
                 self.text.accumulate(self.model, a, update, self.computing, sums, weigh=number == 0)
             error = self.accumulate(experience, minibatch, total, sums)
-            if self.text is not None:
+            if self.text is not None and not self.warming:
                 self.text.rebalance(a.unwrap_model(self.model).policy, a)
             if number == 0:
                 first_error = float(a.gather(torch.tensor([error], device=a.device)).max())
