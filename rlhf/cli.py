@@ -21,7 +21,8 @@ app = typer.Typer(
     name="rlhf", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="From a pretrained language model and human preferences to an aligned chat model.\n\n"
-    "The stages in order: pretrain (optional), sft, reward, ppo, evaluate; 'run' chains them. Each takes a YAML file "
+    "The stages in order: pretrain (optional), sft, reward, ppo, evaluate; 'run' chains them, 'classify' stands "
+    "beside. Each takes a YAML file "
     "and key=value overrides:\n\n"
     "  rlhf run configs/demo/pipeline.yaml\n\n"
     "  rlhf ppo configs/demo/ppo.yaml kl.target=2.5 seed=2\n\n"
@@ -93,6 +94,15 @@ def reward(
 
 
 @app.command()
+def classify(
+    config: ConfigArg, overrides: OverridesArg = None, launcher: LauncherOpt = None, quiet: QuietOpt = False,
+    as_json: JsonOpt = False,
+) -> None:  # fmt: skip
+    """A classifier with any labels, on any causal LM; a label's probability can be a reward of PPO."""
+    _stage("classify", config, overrides, launcher, quiet, as_json)
+
+
+@app.command()
 def ppo(
     config: ConfigArg, overrides: OverridesArg = None, launcher: LauncherOpt = None, quiet: QuietOpt = False,
     as_json: JsonOpt = False,
@@ -156,6 +166,18 @@ def inspect(
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="run directories of evaluate stages, or of pipelines")],
+    output: Annotated[Path | None, typer.Option(help="HTML page to write, with all runs in one picture")] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Several evaluations side by side, such as the seeds of one experiment: each, their mean and the worst."""
+    from rlhf.runs.compare import compare as run_compare
+
+    run_compare(runs, _console(False, as_json), output=output)
+
+
+@app.command()
 def chat(
     model: Annotated[str, typer.Argument(help="run directory, model folder or hub id")],
     temperature: TemperatureOpt = 0.7,
@@ -188,20 +210,39 @@ def generate(
 
 
 @app.command()
+def rate(
+    model: Annotated[str, typer.Argument(help="run directory, model folder or hub id")],
+    output: Annotated[Path, typer.Argument(help="JSONL file of comparisons to write; must not exist")],
+    rows: Annotated[int, typer.Option(min=1, help="prompts to ask, twice each")] = 16000,
+    max_new_tokens: NewTokensOpt = 48,
+    seed: Annotated[int, typer.Option(help="seed of prompts, replies and labels")] = 1,
+    quiet: QuietOpt = False,
+) -> None:
+    """Have the demo world's simulated rater compare a model's own replies: pairs for the next reward model."""
+    from rlhf.stages.rate import rate as run_rate
+
+    run_rate(model, output, rows=rows, max_new_tokens=max_new_tokens, seed=seed, console=_console(quiet, False))
+
+
+@app.command()
 def data(
-    what: Annotated[str, typer.Argument(help="demo")] = "demo",
-    output: Annotated[Path, typer.Option(help="folder to write; existing files of the same names are replaced")] = Path(
-        "data/demo"
+    what: Annotated[str, typer.Argument(help="demo, or rules: comparisons by answer alone, and replies with rules")] = (
+        "demo"
     ),
+    output: Annotated[
+        Path | None, typer.Option(help="folder to write, data/WHAT by default; files of the same names are replaced")
+    ] = None,
     seed: Annotated[int, typer.Option(help="0 gives the shipped files byte for byte")] = 0,
 ) -> None:
     """Regenerate embedded data."""
-    if what != "demo":
-        raise ConfigError(f"no embedded data called '{what}'", where="command line", do="the only one is 'demo'")
+    if what not in ("demo", "rules"):
+        raise ConfigError(f"no embedded data called '{what}'", where="command line", do="there are 'demo' and 'rules'")
     from rlhf.demo.generate import generate as generate_demo
+    from rlhf.demo.rules import generate_rules
 
-    for name, count in generate_demo(output, seed=seed).items():
-        typer.echo(f"{output / name}: {count} records")
+    folder = output or Path("data") / what
+    for name, count in (generate_demo if what == "demo" else generate_rules)(folder, seed=seed).items():
+        typer.echo(f"{folder / name}: {count} records")
 
 
 def main() -> None:

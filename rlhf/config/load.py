@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from rlhf.config.schema import STAGES, PipelineConfig, PipelineStage, Stage
+from rlhf.config.schema import CHAIN, STAGES, PipelineConfig, PipelineStage, Stage
 from rlhf.errors import ConfigError, collect
 
 T = TypeVar("T", bound=BaseModel)
@@ -74,14 +74,14 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
     own: dict[str, Any] = {}
     inline: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
-        if key in STAGES and isinstance(value, dict):
+        if key in CHAIN and isinstance(value, dict):
             own[key] = {k: v for k, v in value.items() if k in PipelineStage.model_fields}
             inline[key] = {k: v for k, v in value.items() if k not in PipelineStage.model_fields}
         else:
             own[key] = value
     pipeline = validate(PipelineConfig, own, origins, str(path)).config
     stages = []
-    for name, schema in STAGES.items():
+    for name in CHAIN:
         entry: PipelineStage | None = getattr(pipeline, name)
         if entry is None or not entry.enabled:
             continue
@@ -94,14 +94,14 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
             _forget_below(key, stage_origins)
             stage_origins |= {k: v for k, v in nested.items() if k.startswith(key + ".")}
             stage_origins[key] = nested.get(key, str(path))
-        loaded = validate(schema, stage_values, stage_origins, str(path.parent / entry.config))
+        loaded = validate(STAGES[name], stage_values, stage_origins, str(path.parent / entry.config))
         stages.append(Stanza(name, entry.launcher, loaded))
     return Pipeline(pipeline, tuple(stages))
 
 
 def wiring(stage: str, pipeline: PipelineConfig) -> dict[str, Any]:
     """The values that follow from a stage's place in the pipeline: seed, output folder, what earlier stages made."""
-    folder = {name: f"{pipeline.output_dir}/{i}-{name}" for i, name in enumerate(STAGES)}
+    folder = {name: f"{pipeline.output_dir}/{i}-{name}" for i, name in enumerate(CHAIN)}
 
     def made(name: str) -> str | None:
         entry = getattr(pipeline, name)

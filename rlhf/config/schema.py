@@ -14,6 +14,7 @@ from rlhf.config.sections import (
     ModelSource,
     NonNegative,
     Optim,
+    Positive,
     Sampling,
     Section,
     Source,
@@ -72,6 +73,21 @@ class RewardConfig(Stage):
     evaluations: Count = Field(5, description="how often held-out accuracy is measured; the best checkpoint is kept")
 
 
+class ClassifyConfig(Stage):
+    """A classifier with N labels: a causal LM's trunk with a new output layer."""
+
+    model: ModelSource = Field(description="causal LM to start from, e.g. the SFT model; all but its output layer")
+    labels: tuple[str, ...] = Field((), description="names, in order; empty = those of the training records, sorted")
+    several: bool = Field(False, description="any number of labels may hold at once, instead of exactly one")
+    class_weights: Literal["equal", "balanced"] | dict[str, Positive] = Field(
+        "equal", description="of each label in the loss: equal, balanced (rare labels have as much say), or by name"
+    )
+    data: Data
+    optim: Optim = Optim(learning_rate=1e-5, epochs=1, schedule="linear")
+    lora: Lora = Lora()
+    evaluations: Count = Field(5, description="how often held-out loss is measured; the best checkpoint is kept")
+
+
 class PromptData(Section):
     """Prompts for PPO."""
 
@@ -123,6 +139,9 @@ class EvaluateConfig(Stage):
     judge: str | None = Field(
         None, description="module:function(prompt, response, record, finished) -> utility; your own code is run"
     )
+    measures: dict[str, str] = Field(
+        default_factory=dict, description="name -> a function like judge; its mean over the responses is a column"
+    )
     reward_model: ModelSource | None = Field(None, description="scored on `preferences`")
     preferences: tuple[Source, ...] = Field((), description="held-out pairs for reward-model accuracy")
     preferences_train: tuple[Source, ...] = Field((), description="pairs to fit the tf-idf baseline on")
@@ -164,6 +183,8 @@ STAGES: dict[str, type[Stage]] = {
     "pretrain": PretrainConfig,
     "sft": SFTConfig,
     "reward": RewardConfig,
+    "classify": ClassifyConfig,
     "ppo": PPOConfig,
     "evaluate": EvaluateConfig,
 }
+CHAIN = tuple(name for name in STAGES if name in PipelineConfig.model_fields)  # the stages of a pipeline, in order

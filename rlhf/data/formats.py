@@ -4,7 +4,6 @@ when no format fits, or more than one does, the user is asked for `columns:` or 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
@@ -13,19 +12,22 @@ from rlhf.data.records import (
     BadRow,
     Comparison,
     Demonstration,
+    Labelled,
     Messages,
     Prompt,
     Record,
     Text,
     check_comparison,
     check_demonstration,
+    check_labelled,
     check_prompt,
     check_string,
     check_text,
 )
+from rlhf.data.turns import is_transcript, read_transcript, read_turns
 from rlhf.errors import DataError
 
-Kind = Literal["text", "demonstration", "comparison", "prompt", "document"]
+Kind = Literal["text", "demonstration", "comparison", "prompt", "document", "labelled"]
 Row = Mapping[str, Any]
 
 # Columns that a format needs, by what is to be read from it. "document" is text or demonstration.
@@ -46,6 +48,7 @@ FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
     "demonstration": _TALK,
     "document": {"text": ("text",)} | _TALK,
     "comparison": _PAIR,
+    "labelled": {name: (*need, "label") for name, need in ({"text": ("text",)} | _TALK).items()},
     "prompt": {
         "prompt": ("prompt",),
         "messages": ("messages",),
@@ -63,10 +66,6 @@ _BY_NAME: dict[str, dict[str, tuple[str, ...]]] = {
 # chosen/rejected hold the prompt only if nothing else does.
 _PROMPT_COLUMNS = {"prompt", "instruction"}
 _NOT_EXTRA = {"prompt", "chosen", "rejected", "instruction", "input", "preference", "margin"}
-
-_SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-_TURN = re.compile(r"\n\n(Human|Assistant):")
-_TAG = re.compile(r"(?<!\w)(?:Human|Assistant):")
 
 
 def recognise(columns: Iterable[str], kind: str, where: str = "") -> str:
@@ -151,6 +150,9 @@ def convert(row: Row, format: str, kind: str, where: str) -> Record:
         where: e.g. "data/x.jsonl row 118".
     Raises: BadRow (a DataError) with the reason, if the row breaks the contract.
     """
+    if kind == "labelled":
+        said = _get(row, "text", where) if format == "text" else _TALKERS[format](row, where)
+        return check_labelled(Labelled(said, _labels(_get(row, "label", where), where), where))
     if format == "text":
         return check_text(Text(_get(row, "text", where), where))
     if kind == "comparison":
@@ -185,12 +187,12 @@ def _shared_prompt(row: Row, format: str, where: str) -> tuple[Messages, str, st
         value = _get(row, name, where)
         if isinstance(value, str) and not value.strip():
             raise BadRow(f"empty {name}", f"{name} is empty", where=where)
-        if isinstance(value, str) and not _is_transcript(value):
+        if isinstance(value, str) and not is_transcript(value):
             raise BadRow(
                 "no prompt", f"'{name}' is plain text and there is no prompt", where=where,
                 do=f"name the prompt column, e.g. columns: {{prompt: THEIR_NAME}}; otherwise {DROP}",
             )  # fmt: skip
-        turns = _transcript(value, where) if isinstance(value, str) else _turns(value, name, where)
+        turns = read_transcript(value, where) if isinstance(value, str) else read_turns(value, name, where)
         if len(turns) < 2 or turns[-1]["role"] != "assistant":
             raise BadRow("role order", f"'{name}' must be a prompt and then an assistant turn", where=where)
         sides.append(turns)
@@ -214,14 +216,14 @@ def _prompt_only(row: Row, format: str, where: str) -> Messages:
 def _prompt_completion(row: Row, where: str) -> Messages:
     prompt, completion = _prompt(row, where), _get(row, "completion", where)
     if isinstance(completion, list | tuple):
-        return prompt + _turns(completion, "completion", where)
+        return prompt + read_turns(completion, "completion", where)
     return [*prompt, {"role": "assistant", "content": completion}]
 
 
 _TALKERS: dict[str, Callable[[Row, str], Messages]] = {
-    "messages": lambda row, where: _turns(_get(row, "messages", where), "messages", where),
-    "sharegpt": lambda row, where: _turns(_get(row, "conversations", where), "conversations", where),
-    "transcript": lambda row, where: _transcript(_get(row, "transcript", where), where),
+    "messages": lambda row, where: read_turns(_get(row, "messages", where), "messages", where),
+    "sharegpt": lambda row, where: read_turns(_get(row, "conversations", where), "conversations", where),
+    "transcript": lambda row, where: read_transcript(_get(row, "transcript", where), where),
     "prompt-completion": _prompt_completion,
     "alpaca": lambda row, where: [
         *_instruction(row, where), {"role": "assistant", "content": _get(row, "output", where)}
@@ -232,13 +234,13 @@ _TALKERS: dict[str, Callable[[Row, str], Messages]] = {
 def _prompt(row: Row, where: str, *, transcript: bool = False) -> Messages:
     value = _get(row, "prompt", where)
     if isinstance(value, list | tuple):
-        return _turns(value, "prompt", where)
+        return read_turns(value, "prompt", where)
     text = check_string(value, "prompt", where, empty="empty prompt")
     if transcript:
-        messages = _transcript(text, where)
+        messages = read_transcript(text, where)
         open_turn = messages[-1]["role"] == "assistant" and not messages[-1]["content"]
         return messages[:-1] if open_turn else messages
-    if _is_transcript(text):
+    if is_transcript(text):
         raise BadRow(
             "transcript in prompt", "the prompt is a Human/Assistant transcript", where=where,
             do=f"set format: transcript (or map it: columns: {{transcript: prompt}}); otherwise {DROP}",
@@ -261,10 +263,10 @@ def _reply(row: Row, name: str, prompt: Messages, where: str) -> Any:
     """Text of one response, given as text, as one assistant turn, or as the prompt followed by one assistant turn."""
     value = _get(row, name, where)
     if isinstance(value, str) and value.startswith("\n\nHuman:"):
-        value = _transcript(value, where)
+        value = read_transcript(value, where)
     if not isinstance(value, list | tuple):
         return value
-    turns = _turns(value, name, where)
+    turns = read_turns(value, name, where)
     rest = turns[len(prompt) :] if turns[: len(prompt)] == prompt else turns
     if len(rest) != 1 or rest[0]["role"] != "assistant":
         if rest and rest is turns and rest[0]["role"] != "assistant":
@@ -273,55 +275,26 @@ def _reply(row: Row, name: str, prompt: Messages, where: str) -> Any:
     return rest[0]["content"]
 
 
-def _turns(value: Any, name: str, where: str) -> Messages:
-    """A list of {role, content} or {from, value}; JSON text of such a list, which CSV needs, is read too."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except ValueError as exc:
-            what = f"'{name}' is not valid JSON: {exc}"
-            raise BadRow(f"{name} is not a message list", what, found=value[:40], where=where) from None
-    if not isinstance(value, list | tuple):
-        what = f"'{name}' must be a list of messages"
-        raise BadRow(f"{name} is not a message list", what, found=f"{type(value).__name__} {value!r:.40}", where=where)
-    messages: Messages = []
-    for i, turn in enumerate(value):
-        if isinstance(turn, Mapping) and "role" in turn and "content" in turn:
-            messages.append({"role": turn["role"], "content": turn["content"]})
-        elif isinstance(turn, Mapping) and "from" in turn and "value" in turn:
-            speaker = turn["from"]
-            role = _SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
-            messages.append({"role": role, "content": turn["value"]})
-        else:
-            what = f"turn {i + 1} of '{name}' has neither role/content nor from/value"
-            raise BadRow("malformed turn", what, found=f"{turn!r:.60}", where=where)
-    return messages
-
-
-def _is_transcript(text: str) -> bool:
-    return text.lstrip("\n").startswith(("Human:", "Assistant:")) and "\n\nAssistant:" in text
-
-
-def _transcript(text: Any, where: str) -> Messages:
-    """'\\n\\nHuman: a\\n\\nAssistant: b' to messages; blanks around a turn are notation and are removed."""
-    check_string(text, "transcript", where, empty="empty prompt")
-    before, *parts = _TURN.split("\n\n" + text.lstrip("\n"))
-    if before.strip() or not parts:
-        raise BadRow("not a transcript", "text before the first speaker tag", found=f"{text!r:.60}", where=where)
-    messages: Messages = []
-    for speaker, said in zip(parts[::2], parts[1::2], strict=True):
-        tag = _TAG.search(said)
-        if tag:
-            found = said[max(0, tag.start() - 20) : tag.end() + 20]
-            raise BadRow("speaker tag inside a turn", "a speaker tag stands inside a turn", found=found, where=where)
-        messages.append({"role": "user" if speaker == "Human" else "assistant", "content": said.strip()})
-    return messages
-
-
 def _get(row: Row, name: str, where: str) -> Any:
     if name not in row:
         raise BadRow(f"missing '{name}'", f"the row has no '{name}'", found=_listed(map(str, row)), where=where)
     return row[name]
+
+
+def _labels(value: Any, where: str) -> dict[str, float]:
+    """One label, a list of those that hold, or {label: probability}; a table's cell holds the last two as JSON text."""
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        try:
+            value = json.loads(value)
+        except ValueError as exc:
+            raise BadRow("broken label", f"'label' is not valid JSON: {exc}", found=value[:40], where=where) from None
+    if isinstance(value, Mapping):
+        return {str(name): _number(p) for name, p in value.items() if p is not None}
+    names = value if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(name, str | int) and not isinstance(name, bool) for name in names):
+        what = "a label is text or a whole number; several are a list, probabilities a mapping"
+        raise BadRow("broken label", what, found=f"{value!r:.40}", where=where)
+    return {str(name): 1.0 for name in names}
 
 
 def _number(value: Any) -> Any:

@@ -1,5 +1,4 @@
-"""The record contract: what one example is after reading, whatever file format it came from;
-and what is done with lists of them: shuffle, mix, split, fingerprint.
+"""The record contract: what one example is after reading, whatever file format it came from.
 
 Every record says where it came from (`where`, e.g. "data/x.jsonl row 118"). Fingerprints and duplicate detection ignore
 `where`, so that moving a file changes nothing.
@@ -7,11 +6,7 @@ Every record says where it came from (`where`, e.g. "data/x.jsonl row 118"). Fin
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import random
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,7 +72,21 @@ class Prompt:
     record: dict[str, Any] = field(default_factory=dict)
 
 
-Record = Text | Demonstration | Comparison | Prompt
+@dataclass(frozen=True)
+class Labelled:
+    """A document or a conversation with what is known about its labels.
+
+    Attributes:
+        content: text, or messages that end with the turn that the labels are about.
+        labels: label -> P(it holds), in [0, 1]; labels that are not named do not hold.
+    """
+
+    content: str | Messages
+    labels: dict[str, float]
+    where: str
+
+
+Record = Text | Demonstration | Comparison | Prompt | Labelled
 
 
 @dataclass(frozen=True)
@@ -181,132 +190,19 @@ def check_comparison(record: Comparison) -> Comparison:
     return record
 
 
-def content(record: Record) -> dict[str, Any]:
-    """The record without `where`, in a form that JSON can hold."""
-    if isinstance(record, Text):
-        return {"text": record.text}
-    if isinstance(record, Demonstration):
-        return {"messages": record.messages}
-    if isinstance(record, Prompt):
-        return {"messages": record.messages, "record": record.record}
-    names = ("prompt", "chosen", "rejected", "preference", "margin", "extra")
-    return {name: getattr(record, name) for name in names}
-
-
-def identity_key(record: Record) -> str:
-    """Equal for exact repeats: the whole content, but for a Prompt only its messages."""
-    value = {"messages": record.messages} if isinstance(record, Prompt) else content(record)
-    return hashlib.sha256(_canonical(value)).hexdigest()
-
-
-def group_keys(record: Record) -> list[str]:
-    """Keys of the groups that a split must keep whole: the first user turn (for Text the text itself), and the extra
-    column 'tree' or 'group' of a Comparison or Prompt. The first turn rather than the whole prompt, because two depths
-    of one dialogue tell each other's answers."""
-    if isinstance(record, Text):
-        return [f"text {record.text}"]
-    messages = record.prompt if isinstance(record, Comparison) else record.messages
-    first = next((m["content"] for m in messages if m["role"] == "user"), "")
-    keys = [f"user {first.strip()}"]
-    columns = record.extra if isinstance(record, Comparison) else record.record if isinstance(record, Prompt) else {}
-    keys += [f"{name} {columns[name]}" for name in ("tree", "group") if columns.get(name) is not None]
-    return keys
-
-
-def fingerprint(records: Iterable[Record]) -> str:
-    """16 hex digits of SHA-256 over the content of `records` in order; `where` does not count."""
-    digest = hashlib.sha256()
-    for record in records:
-        digest.update(type(record).__name__.encode() + b"\0" + _canonical(content(record)) + b"\n")
-    return digest.hexdigest()[:16]
-
-
-def shuffled(records: Sequence[Record], seed: str) -> list[Record]:
-    """A copy in an order that depends on the seed text alone."""
-    copy = list(records)
-    random.Random(seed).shuffle(copy)
-    return copy
-
-
-def without_repeats(parts: Sequence[Sequence[Record]]) -> list[list[Record]]:
-    """The same parts without exact repeats (`identity_key`) within or across parts; the first one stays."""
-    seen: set[str] = set()
-    kept: list[list[Record]] = []
-    for part in parts:
-        fresh: dict[str, Record] = {}
-        for record in part:
-            fresh.setdefault(identity_key(record), record)
-        kept.append([record for key, record in fresh.items() if key not in seen])
-        seen.update(fresh)
-    return kept
-
-
-def mix(parts: Sequence[list[Record]], weights: Sequence[float], seed: int) -> list[list[Record]]:
-    """How much of each part goes into the mixture; rule in `sources.load_records`."""
-    if len(set(weights)) == 1:
-        return list(parts)
-    # A part emptied by deduplication has nothing to give and must not scale the others down to nothing.
-    total = min((len(part) / weight for part, weight in zip(parts, weights, strict=True) if part), default=0.0)
-    counts = [min(len(part), max(1, int(weight * total + 1e-9))) for part, weight in zip(parts, weights, strict=True)]
-    return [
-        part if count == len(part) else shuffled(part, f"{seed} mix {i}")[:count]
-        for i, (part, count) in enumerate(zip(parts, counts, strict=True))
-    ]
-
-
-def split(records: Sequence[Record], fraction: float, seed: int) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
-    """Train and validation records; no prompt, and no 'tree' or 'group', is on both sides.
-
-    Groups are put in the order of a seeded hash of their smallest key and taken into validation while they fit into
-    round(fraction * records), so membership depends neither on file order nor on the number of processes. The order
-    of records is kept.
-
-    Args:
-        records: any one kind.
-        fraction: share of records for validation, in [0, 1); 0 gives an empty validation set.
-        seed: of the hash.
-    Raises: DataError if there is only one group, or fraction is outside [0, 1).
-    """
-    if not 0.0 <= fraction < 1.0:
-        raise DataError("the validation fraction must be in [0, 1)", found=str(fraction), where="split")
-    if fraction == 0.0:
-        return tuple(records), ()
-    groups = _groups(records)
-    if len(groups) < 2:
-        raise DataError(
-            f"{len(records)} records form {len(groups)} group(s) of one prompt and cannot be split", where="split",
-            do="name a file under data.validation, or set data.validation_fraction=0",
-        )  # fmt: skip
-    ordered = sorted(groups, key=lambda key: hashlib.sha256(f"{seed}\0{key}".encode()).digest())
-    target, taken = max(1, round(fraction * len(records))), set[int]()
-    for key in ordered:
-        if len(taken) + len(groups[key]) <= target:
-            taken.update(groups[key])
-    if not taken:
-        taken.update(groups[min(ordered, key=lambda key: len(groups[key]))])
-    train = tuple(r for i, r in enumerate(records) if i not in taken)
-    return train, tuple(r for i, r in enumerate(records) if i in taken)
-
-
-def _groups(records: Sequence[Record]) -> dict[str, list[int]]:
-    """Connected components of records that share any group key: smallest key -> indices."""
-    parent: dict[str, str] = {}
-
-    def root(key: str) -> str:
-        while parent.setdefault(key, key) != key:
-            parent[key] = parent[parent[key]]
-            key = parent[key]
-        return key
-
-    keys = [group_keys(record) for record in records]
-    for several in keys:
-        for other in several:
-            low, high = sorted((root(several[0]), root(other)))
-            parent[high] = low
-    groups: dict[str, list[int]] = {}
-    for i, several in enumerate(keys):
-        groups.setdefault(root(several[0]), []).append(i)
-    return groups
+def check_labelled(record: Labelled) -> Labelled:
+    """Raises: BadRow for a malformed content, a blank label or a probability outside [0, 1]."""
+    where = record.where
+    if isinstance(record.content, str):
+        check_string(record.content, "text", where, empty="empty text")
+    else:
+        check_turns(record.content, where, last=record.content[-1]["role"] if record.content else "user")
+    for name, p in record.labels.items():
+        check_string(name, "label", where, empty="empty label")
+        if not (_is_number(p) and 0.0 <= p <= 1.0):
+            what = f"label '{name}' must hold with a probability in [0, 1]"
+            raise BadRow("probability outside [0, 1]", what, found=_short(p), where=where)
+    return record
 
 
 def _is_number(value: Any) -> bool:
@@ -316,7 +212,3 @@ def _is_number(value: Any) -> bool:
 def _short(value: Any) -> str:
     text = f"{type(value).__name__} {value!r}"
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, ensure_ascii=True, default=str).encode()

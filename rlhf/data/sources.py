@@ -21,7 +21,8 @@ from typing import Any, Literal
 
 from rlhf.config.sections import Source
 from rlhf.data.formats import Kind, check_format, convert, describe, recognise, rename
-from rlhf.data.records import DROP, BadRow, Record, RecordSet, fingerprint, mix, shuffled, split, without_repeats
+from rlhf.data.records import DROP, BadRow, Record, RecordSet
+from rlhf.data.sets import fingerprint, mix, shuffled, split, without_repeats
 from rlhf.errors import DataError, collect
 
 __all__ = ["RecordSet", "fingerprint", "load_records", "split"]
@@ -63,7 +64,7 @@ def load_records(
     gives at least one record. Duplicates are exact repeats, over all sources; the first is kept.
 
     Args:
-        kind: "text", "demonstration", "comparison", "prompt", or "document" (text or demonstration).
+        kind: "text", "demonstration", "comparison", "prompt", "labelled", or "document" (text or demonstration).
         sources: at least one.
         seed: of the samples and of the final order.
         on_bad_row: "error" reports the bad rows of all sources at once; "drop" counts them by reason.

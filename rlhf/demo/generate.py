@@ -9,12 +9,12 @@ from __future__ import annotations
 import gzip
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from . import phrases
-from .asks import Ask, normalise
+from .asks import Ask, Task, normalise
 from .chats import Chats, Message
 from .corpus import Corpus
 from .gold import utility
@@ -62,9 +62,14 @@ def prompt_key(messages: list[Message]) -> str:
 class Generator:
     """All files of one seed and scale."""
 
-    def __init__(self, seed: int, scale: float) -> None:
-        """`scale` multiplies the number of rows of every file (at least ten each)."""
-        self.seed = seed
+    def __init__(self, seed: int, scale: float, judge: Callable[[str, Task], float] = utility) -> None:
+        """Set the sizes.
+
+        Args:
+            scale: multiplies the number of rows of every file (at least ten each).
+            judge: what the rater of comparisons goes by, noise aside.
+        """
+        self.seed, self.judge = seed, judge
         self.sizes = {name: max(10, round(size * scale)) for name, size in SIZES.items()}
 
     def _rng(self, name: str) -> random.Random:
@@ -121,11 +126,8 @@ class Generator:
 
     def comparisons(self) -> dict[str, list[Row]]:
         """Labelled pairs; the rater is fitted on the training pairs and then used for all."""
-        seen: set[str] = set()
-        files = ("preferences", "preferences_valid", TEST_PAIRS)
-        drawn = {name: self._pairs(name, seen) for name in files}
-        gaps = [utility(a, ask.task) - utility(b, ask.task) for _, ask, a, b in drawn["preferences"]]
-        rater = Rater.fitted(gaps)
+        drawn = self._drawn()
+        rater = self._rater(drawn)
         found: dict[str, list[Row]] = {}
         for name, pairs in drawn.items():
             rng = self._rng(name + ":rater")
@@ -135,8 +137,39 @@ class Generator:
         found[TEST_PAIRS] = [row | {"task": task} for row, task in zip(found[TEST_PAIRS], tasks, strict=True)]
         return found
 
+    def _drawn(self) -> dict[str, list[tuple[list[Message], Ask, str, str]]]:
+        seen: set[str] = set()
+        return {name: self._pairs(name, seen) for name in ("preferences", "preferences_valid", TEST_PAIRS)}
+
+    def _rater(self, drawn: dict[str, list[tuple[list[Message], Ask, str, str]]]) -> Rater:
+        return Rater.fitted(
+            [self.judge(a, ask.task) - self.judge(b, ask.task) for _, ask, a, b in drawn["preferences"]]
+        )
+
+    def rated(self, rows: int, name: str, answer: Callable[[list[list[Message]]], list[list[str]]]) -> list[Row]:
+        """Pairs of a model's own replies to fresh prompts, labelled by the rater of `comparisons`.
+
+        Args:
+            rows: prompts asked; equal or blank replies make no pair.
+            name: of the draw; another one gives other prompts.
+            answer: prompts to two replies each.
+        """
+        drawn = self._drawn()
+        rater, seen = self._rater(drawn), {prompt_key(p) for pairs in drawn.values() for p, *_ in pairs}
+        chats, rng, asked = Chats(self._rng(name)), self._rng(name + ":rater"), list[tuple[list[Message], Ask]]()
+        while len(asked) < rows:
+            prompt, ask = chats.prompt()
+            if (key := prompt_key(prompt)) not in seen:
+                seen.add(key)
+                asked.append((prompt, ask))
+        found = []
+        for (prompt, ask), (a, b) in zip(asked, answer([prompt for prompt, _ in asked]), strict=True):
+            if a.strip() and b.strip() and a.strip() != b.strip():
+                found.append(self._labelled(rng, rater, prompt, ask, a, b))
+        return found
+
     def _labelled(self, rng: random.Random, rater: Rater, prompt: list[Message], ask: Ask, a: str, b: str) -> Row:
-        label = rater.label(rng, utility(a, ask.task), utility(b, ask.task))
+        label = rater.label(rng, self.judge(a, ask.task), self.judge(b, ask.task))
         # The two replies are exchangeable, so keeping their order in a tie reveals nothing.
         chosen, rejected = (a, b) if label > 0 else (b, a)
         return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "preference": 0.5 if label == 0.5 else 1.0}
@@ -150,14 +183,14 @@ class Generator:
             focused = chats.rng.random() < 1 / 6
             while focused and ask.family not in FOCUS:
                 prompt, ask = chats.prompt()
-            a, b = self._candidate(chats, ask), self._candidate(chats, ask)
+            a, b = self.candidate(chats, ask), self.candidate(chats, ask)
             if a != b and (key := prompt_key(prompt)) not in seen:
                 used.add(key)
                 found.append((prompt, ask, a, b))
         seen |= used
         return found
 
-    def _candidate(self, chats: Chats, ask: Ask) -> str:
+    def candidate(self, chats: Chats, ask: Ask) -> str:
         """A reply for comparison: decent, careless, or something empty that a policy might discover."""
         rng = chats.rng
         draw = rng.random()

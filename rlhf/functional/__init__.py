@@ -4,6 +4,7 @@ No file access, no modules, no devices, no configuration, no process groups. Sha
 nothing broadcasts silently, and every mask is bool with True = counts.
 """
 
+from rlhf.functional.classify import balanced_weights, classification_loss
 from rlhf.functional.kl import adaptive_kl, kl_estimate
 from rlhf.functional.logprobs import token_entropy, token_logprobs, token_logprobs_from_hidden
 from rlhf.functional.masked import explained_variance, masked_mean, masked_moments, masked_sum, masked_whiten
@@ -14,7 +15,9 @@ from rlhf.functional.returns import gae, shaped_rewards
 
 __all__ = [
     "adaptive_kl",
+    "balanced_weights",
     "bradley_terry_loss",
+    "classification_loss",
     "ensemble_score",
     "explained_variance",
     "gae",

@@ -1,4 +1,4 @@
-"""Scalar heads: a causal LM's trunk with one new output. Scores are read by mask, never by token id, in float32."""
+"""New heads: a causal LM's trunk with one or N new outputs. They are read by mask, never by token id, in float32."""
 
 from __future__ import annotations
 
@@ -46,7 +46,12 @@ def _float32_head(model: Any) -> None:
 
 
 def new_reward_model(source: ModelSource, lora: Lora, *, pad_id: int, vocab_size: int, seed: int) -> Any:
-    """A reward model that starts from an SFT model: its trunk bit for bit, its output layer replaced by one scalar.
+    """A reward model that starts from an SFT model: a `new_classifier` with one output, the score."""
+    return new_classifier(source, lora, outputs=1, pad_id=pad_id, vocab_size=vocab_size, seed=seed)
+
+
+def new_classifier(source: ModelSource, lora: Lora, *, outputs: int, pad_id: int, vocab_size: int, seed: int) -> Any:
+    """A causal LM's trunk, bit for bit, with its output layer replaced by one of N outputs.
 
     The head is drawn from N(0, 1/(H+1)), bias-free (Stiennon et al. 2020, arXiv:2009.01325; std 1/sqrt(H+1) as in
     arXiv:2403.17031). With LoRA and an SFT adapter, that adapter continues; the head is trained and saved with it.
@@ -57,7 +62,7 @@ def new_reward_model(source: ModelSource, lora: Lora, *, pad_id: int, vocab_size
     if is_adapter(folder) and lora.enabled:
         check_same_shape(lora, folder)
         base = base_source(source, folder)
-        model = load_pretrained(AutoModelForSequenceClassification, base, resolve(base), num_labels=1)
+        model = load_pretrained(AutoModelForSequenceClassification, base, resolve(base), num_labels=outputs)
         fit_vocabulary(model, folder)
         model.config.pad_token_id = pad_id
         _float32_head(model)
@@ -66,11 +71,11 @@ def new_reward_model(source: ModelSource, lora: Lora, *, pad_id: int, vocab_size
     if is_adapter(folder):
         merged = load_causal(source)
         config = merged.config
-        config.num_labels = 1
+        config.num_labels = outputs
         model = AutoModelForSequenceClassification.from_config(config, dtype=merged.dtype)
         backbone(model).load_state_dict(backbone(merged).state_dict())
     else:
-        model = load_pretrained(AutoModelForSequenceClassification, source, folder, num_labels=1)
+        model = load_pretrained(AutoModelForSequenceClassification, source, folder, num_labels=outputs)
     grow_embeddings(model, vocab_size)
     model.config.pad_token_id = pad_id  # only now: the id of a new token would not fit the embeddings before
     disable_dropout(model)
@@ -241,6 +246,11 @@ def score_head(model: Any) -> nn.Module:
     """The output layer of a scorer, adapter wrapping included."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return inner.score
+
+
+def head_dtype(model: Any) -> str:
+    """Name of the dtype that a scorer's head is kept in."""
+    return str(next(score_head(model).parameters()).dtype).removeprefix("torch.")
 
 
 def token_outputs(model: Any, ids: Tensor, mask: Tensor) -> Tensor:

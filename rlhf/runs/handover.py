@@ -36,6 +36,8 @@ class Handover:
     head_dtype: str | None = None  # dtype of the score head
     score_mean: float | None = None  # of the reward model on held-out responses
     score_std: float | None = None
+    labels: list[str] | None = None  # of a classifier, in the order of its outputs
+    several: bool | None = None  # whether they may hold at once
 
     def write(self, folder: Path) -> None:
         """Write the record into a model folder."""

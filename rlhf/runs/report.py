@@ -53,23 +53,25 @@ def write_report(path: Path, results: Mapping[str, Any], runs: Mapping[str, Path
     path.write_text(page, encoding="utf-8")
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
+    """An HTML table; cells are HTML already."""
     head = "".join(f"<th>{html.escape(h)}</th>" for h in header)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table class='{kind}'><tr>{head}</tr>{body}</table>"
 
 
 def _models(rows: Sequence[Mapping[str, Any]], reference: str) -> str:
-    cells = []
+    cells, measures = [], list(rows[0].get("measures", {}))
     for r in rows:
         win = f"{100 * r['win']:.1f} % [{100 * r['low']:.1f}, {100 * r['high']:.1f}]" if "win" in r else "–"
         cells.append(
             [html.escape(r["split"]), html.escape(r["model"]), win, _number(r.get("utility")), _number(r["kl"]),
-             _number(r["length"], 1), f"{100 * r['ended']:.0f} %", _number(r.get("perplexity"))]
+             _number(r["length"], 1), f"{100 * r['ended']:.0f} %", _number(r.get("perplexity")),
+             *(_number(r["measures"][m], 3) for m in measures)]
         )  # fmt: skip
     win = f"win rate vs {reference} [95 %]"
     header = ["split", "model", win, "utility", "KL (nats)", "tokens", "ended", "perplexity"]
-    return _table(header, cells)
+    return table([*header, *map(html.escape, measures)], cells)
 
 
 def _number(value: float | None, digits: int = 2) -> str:
@@ -84,7 +86,7 @@ def _reward(row: Mapping[str, Any]) -> str:
         if key in row:
             interval = f" [{100 * row['low']:.1f}, {100 * row['high']:.1f}]" if key == "accuracy" else ""
             cells.append([words, f"{100 * row[key]:.1f} %{interval}"])
-    return _table(["", f"accuracy on {row['pairs']} held-out pairs"], cells)
+    return table(["", f"accuracy on {row['pairs']} held-out pairs"], cells)
 
 
 def _curves(name: str, folder: Path) -> str:
@@ -123,4 +125,4 @@ def _side_by_side(items: Sequence[Mapping[str, Any]]) -> str:
         talk = "\n".join(f"{m['role']}: {m['content']}" for m in item["prompt"])
         replies = "".join(f"<p><b>{html.escape(n)}</b>: {html.escape(t)}</p>" for n, t in item["replies"].items())
         rows.append([html.escape(item["split"]), f"<div class='prompt'>{html.escape(talk)}</div>", replies])
-    return _table(["split", "prompt", "replies"], rows, "talk")
+    return table(["split", "prompt", "replies"], rows, "talk")

@@ -41,6 +41,7 @@ class Bench:
     ids: dict[str, list[list[int]]]
     text: list[list[int]]
     judge: Judge | None
+    measures: dict[str, Judge]
     reward_model: Any
     renderer: Renderer
     device: torch.device
@@ -85,7 +86,8 @@ def _prepare(config: EvaluateConfig, console: Console) -> Bench:
         text = [renderer.text(r.text).ids[: config.max_prompt_tokens * 4] for r in loaded.records]
     reward_model = load_scorer(config.reward_model).to(device).eval() if config.reward_model else None
     judge = load_judge(config.judge) if config.judge else None
-    return Bench(records, ids, text, judge, reward_model, renderer, device)
+    measures = {name: load_judge(function, where=f"measures.{name}") for name, function in config.measures.items()}
+    return Bench(records, ids, text, judge, measures, reward_model, renderer, device)
 
 
 def _load(source: ModelSource, bench: Bench) -> Any:
@@ -146,6 +148,10 @@ def _table(config: EvaluateConfig, bench: Bench, answers: dict[str, dict[str, An
             }  # fmt: skip
             if bench.reward_model is not None:
                 row["score"] = float(np.mean([a.score for a in drawn]))
+            for measure, function in bench.measures.items():
+                row.setdefault("measures", {})[measure] = float(
+                    np.mean([_judge(function, r, a) for r, a in zip(records, drawn, strict=True)])
+                )
             if bench.judge is not None:
                 win = bootstrap(
                     wins(judged[name], judged[config.reference]), resamples=config.bootstrap, seed=config.seed
@@ -233,15 +239,16 @@ def show(results: dict[str, Any], console: Console) -> None:
     """Print the tables and the side-by-side answers."""
     win = f"win rate vs {results['reference']} [95 %]"
     header = ["split", "model", win, "utility", "KL nats", "tokens", "ended", "perplexity"]
+    measures = list(results["models"][0].get("measures", {}))
     rows = []
     for r in results["models"]:
         win = f"{100 * r['win']:.1f} % [{100 * r['low']:.1f}, {100 * r['high']:.1f}]" if "win" in r else "-"
         text = f"{r['perplexity']:.2f}" if r.get("perplexity") else "-"
         rows.append(
             [r["split"], r["model"], win, f"{r['utility']:.2f}" if "utility" in r else "-", f"{r['kl']:.2f}",
-             f"{r['length']:.1f}", f"{100 * r['ended']:.0f} %", text]
+             f"{r['length']:.1f}", f"{100 * r['ended']:.0f} %", text, *(f"{r['measures'][m]:.3f}" for m in measures)]
         )  # fmt: skip
-    console.table("Models", header, rows)
+    console.table("Models", [*header, *measures], rows)
     if "reward_model" in results:
         r = results["reward_model"]
         cells = [["reward model", f"{100 * r['accuracy']:.1f} % [{100 * r['low']:.1f}, {100 * r['high']:.1f}]"]]

@@ -1,12 +1,13 @@
-"""The part that pretraining and SFT share: train on rendered rows, save the model with its record."""
+"""The part that the stages on a transformers Trainer share: train with checkpoints, write `model/`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from rlhf.config.sections import Optim
-from rlhf.data.render import Rendered, Renderer
+from rlhf.data.render import Renderer
 from rlhf.models.distributed import check_world, is_main, save_model
 from rlhf.runs.console import Console
 from rlhf.runs.metrics import MetricsWriter
@@ -16,21 +17,25 @@ from rlhf.trainers.hf import Report, arguments, last_checkpoint, silence, tokens
 
 
 def fit(
-    stage: str, model: Any, tokenizer: Any, renderer: Renderer, train: Sequence[Rendered],
-    validation: Sequence[Rendered], optim: Optim, directory: RunDir, seed: int, console: Console, *,
-    build: Callable[..., Any], rows: int | None = None, resume: bool = False,
-) -> dict[str, Any]:  # fmt: skip
-    """Train and write `model/`.
+    stage: str, directory: RunDir, optim: Optim, seed: int, console: Console, *, records: int, evaluate: bool,
+    build: Callable[[dict[str, Any], Report], Any], save: Callable[[Any, Path], dict[str, Any]], resume: bool,
+    what: str = "sequences", shown: tuple[str, ...] = ("loss", "eval_loss"), evaluations: int = 5,
+) -> tuple[dict[str, Any], dict[str, float]]:  # fmt: skip
+    """Train, or go on from the newest checkpoint, and write the model.
 
     Args:
-        build: makes the trainer; see rlhf.trainers.sft.
-        rows: sequences that packing leaves of `train`; None = not packed.
-    Returns: the run's summary (updates, last losses).
+        records: rows of one epoch, of the kind called `what`.
+        evaluate: whether there are held-out records.
+        build: from training arguments and the report to the trainer.
+        save: writes the model of the trainer into a folder; what it returns joins the summary.
+        shown: metrics on the progress bar.
+        evaluations: how often held-out records are read, and checkpoints written.
+    Returns: the run's summary so far (updates and what `save` returned), and the numbers of the last evaluation.
     """
     world = processes()
-    updates = updates_of(optim, rows or len(train))
+    updates = updates_of(optim, records)
     accumulation = optim.accumulation(world)
-    say_batch(world, optim.batch_size // world // accumulation, accumulation, updates, "sequences", console)
+    say_batch(world, optim.batch_size // world // accumulation, accumulation, updates, what, console)
     checkpoint = last_checkpoint(directory) if resume else None
     if checkpoint:
         console.note(f"continuing from {checkpoint}")
@@ -38,21 +43,48 @@ def fit(
     writer = MetricsWriter(
         directory.path / "metrics.jsonl", main=is_main(), keep_until=checkpoint.step if checkpoint else None
     )
-    args = arguments(optim, directory, seed=seed, processes=world, updates=updates, evaluate=bool(validation))
+    args = arguments(
+        optim, directory, seed=seed, processes=world, updates=updates, evaluate=evaluate, evaluations=evaluations
+    )
     with directory.guard(), console.progress(stage, updates, "update") as bar:
-        report = Report(writer, bar, ("loss", "eval_loss", "token_accuracy"), tokens=before)
-        trainer = build(model, tokenizer, train, validation, args, report)
+        trainer = build(args, Report(writer, bar, shown, tokens=before))
         silence(trainer)
         check_world(trainer.accelerator.num_processes)
         trainer.train(resume_from_checkpoint=checkpoint.path if checkpoint else None)
-        final = trainer.evaluate() if validation else {}
+        final = trainer.evaluate() if evaluate else {}
         with directory.new_model() as folder:
-            stop_at(model, renderer)
-            save_model(trainer.model_wrapped, str(folder), accelerator=trainer.accelerator)
-            if is_main():
-                seal(folder, stage, renderer, tokenizer)
+            more = save(trainer, folder)
     writer.close()
-    summary = {"updates": updates, "records": len(train)}
+    return {"updates": updates, **more}, final
+
+
+def save_trained(trainer: Any, folder: Path, stage: str, renderer: Renderer, tokenizer: Any, **record: Any) -> None:
+    """Weights, tokenizer and hand-over record; `record` adds to the last. Collective."""
+    save_model(trainer.model_wrapped, str(folder), accelerator=trainer.accelerator)
+    if is_main():
+        seal(folder, stage, renderer, tokenizer, **record)
+
+
+def fit_lm(
+    stage: str, model: Any, tokenizer: Any, renderer: Renderer, directory: RunDir, optim: Optim, seed: int,
+    console: Console, *, rows: int, records: int, evaluate: bool, build: Callable[[dict[str, Any], Report], Any],
+    resume: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """`fit` for a language model, to the end of the run. Returns: the summary.
+
+    Args:
+        rows: sequences of one epoch; fewer than `records` if they are packed.
+    """
+
+    def save(trainer: Any, folder: Path) -> dict[str, Any]:
+        stop_at(model, renderer)
+        save_trained(trainer, folder, stage, renderer, tokenizer)
+        return {"records": records}
+
+    summary, final = fit(
+        stage, directory, optim, seed, console, records=rows, evaluate=evaluate, build=build, save=save, resume=resume,
+        shown=("loss", "eval_loss", "token_accuracy"),
+    )  # fmt: skip
     if final:
         summary["eval_loss"] = round(final["eval_loss"], 6)
         console.note(f"{stage}: validation loss {final['eval_loss']:.4f} nats per token")

@@ -21,7 +21,8 @@ from rlhf.stages import rendering
 from rlhf.stages.common import check_context, open_tokenizer
 
 
-def _open(model: str, console: Console) -> tuple[Any, Renderer]:
+def open_model(model: str, console: Console) -> tuple[Any, Renderer]:
+    """A causal LM for sampling, with its renderer."""
     source = ModelSource(path=model)
     resolve(source)
     quiet_libraries(telemetry=False)
@@ -43,7 +44,7 @@ def generate(
     if not output.parent.is_dir():
         raise ConfigError("no such folder to write into", where=str(output.parent), do="make it first")
     records = load_records("prompt", [Source(path=prompts)], seed=seed, on_bad_row="error", deduplicate=False).records
-    loaded, renderer = _open(model, console)
+    loaded, renderer = open_model(model, console)
     context = context_length(loaded)
     room = (context or 1 << 30) - max_new_tokens
     check_context(max_new_tokens + 1, context, "--max-new-tokens")
@@ -67,7 +68,7 @@ def generate(
 def chat(model: str, *, temperature: float, max_new_tokens: int, seed: int) -> None:
     """Read a line, answer it, remember the conversation."""
     console = Console()
-    loaded, renderer = _open(model, console)
+    loaded, renderer = open_model(model, console)
     room = (context_length(loaded) or 1 << 30) - max_new_tokens
     settings = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
     messages: list[dict[str, str]] = []

@@ -12,7 +12,7 @@ from rlhf.models.distributed import use_cpu
 from rlhf.runs.console import Console
 from rlhf.stages import rendering
 from rlhf.stages.common import RunResult, begin, check_context, read_data, say_model, start
-from rlhf.stages.fit import fit
+from rlhf.stages.fit import fit_lm
 
 PAD, EOS, USER, ASSISTANT, END = "<|pad|>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"
 # One special token a turn keeps sequences short. The user's next words follow the end of a reply at once, so a language
@@ -41,10 +41,11 @@ def run(config: PretrainConfig, console: Console) -> RunResult:
     directory.note(data=prints)
     from rlhf.trainers.sft import build_lm
 
-    summary = fit(
-        "pretrain", model, tokenizer, renderer, blocks(train, renderer, length), blocks(validation, renderer, length),
-        config.optim, directory, config.seed, console, build=build_lm,
-        resume=state == "interrupted",
+    train_rows, valid_rows = (blocks(documents, renderer, length) for documents in (train, validation))
+    summary = fit_lm(
+        "pretrain", model, tokenizer, renderer, directory, config.optim, config.seed, console, rows=len(train_rows),
+        records=len(train_rows), evaluate=bool(valid_rows), resume=state == "interrupted",
+        build=lambda args, report: build_lm(model, tokenizer, train_rows, valid_rows, args, report),
     )  # fmt: skip
     return RunResult(directory.path, summary)
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar
 
 from rlhf.config.sections import Data
 from rlhf.data.collate import LengthReport, TooLong, fit, fit_pair
-from rlhf.data.records import BadRow, Comparison, Demonstration, Prompt, Text
+from rlhf.data.records import BadRow, Comparison, Demonstration, Labelled, Prompt, Text
 from rlhf.data.render import Rendered, Renderer
 from rlhf.errors import DataError
 from rlhf.runs.console import Console
@@ -67,6 +67,44 @@ def pairs(
     rows = list(_each(records, one, data.on_bad_row, what, console))
     _say(report, data.max_length, what, console)
     return _some(rows, records, what)
+
+
+def labelled(
+    records: Sequence[Labelled], renderer: Renderer, data: Data, labels: Sequence[str], several: bool, what: str,
+    console: Console,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Labelled records as input_ids and target, P(label holds) in the order of `labels`.
+
+    A conversation is read at its last turn's end; one that ends with the user, where a response would begin.
+
+    Raises: DataError as `conversations`, and if labels exclude each other but a record's do not sum to 1.
+    """
+    report = LengthReport()
+
+    def one(record: Labelled) -> dict[str, Any] | None:
+        target = [float(record.labels.get(name, 0.0)) for name in labels]
+        if not several and abs(sum(target) - 1.0) > 1e-4:
+            raise BadRow(
+                "not one label", "a record must have exactly one label, or probabilities that sum to 1",
+                found=", ".join(f"{k} {v:g}" for k, v in record.labels.items()) or "none", where=record.where,
+                do="set several=true if any number may hold",
+            )  # fmt: skip
+        ids = _content(record, renderer)
+        fitted = fit(Rendered(ids, [True] * len(ids)), data.max_length, data.too_long, report, where=record.where)
+        return None if fitted is None else {"input_ids": fitted.ids, "target": target}
+
+    rows = list(_each(records, one, data.on_bad_row, what, console))
+    _say(report, data.max_length, what, console)
+    return _some(rows, records, what)
+
+
+def _content(record: Labelled, renderer: Renderer) -> list[int]:
+    if isinstance(record.content, str):
+        return renderer.text(record.content, where=record.where).ids
+    *before, last = record.content
+    if last["role"] != "assistant":
+        return renderer.prompt(record.content, where=record.where)
+    return renderer.prompt(before, where=record.where) + renderer.response(last["content"], where=record.where)
 
 
 def prompts(

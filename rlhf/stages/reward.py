@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from rlhf.config.schema import RewardConfig
 from rlhf.data.collate import pad_right
-from rlhf.data.render import Renderer
-from rlhf.models.distributed import check_world, is_main, save_model, unsharded
-from rlhf.models.heads import new_reward_model, score_head, sequence_scores
+from rlhf.models.distributed import unsharded
+from rlhf.models.heads import head_dtype, new_reward_model, sequence_scores
 from rlhf.models.load import context_length
 from rlhf.runs.console import Console
-from rlhf.runs.metrics import MetricsWriter
 from rlhf.stages import rendering
-from rlhf.stages.common import (
-    RunResult,
-    begin,
-    check_context,
-    open_tokenizer,
-    processes,
-    read_data,
-    say_batch,
-    say_model,
-    seal,
-    start,
-)
-from rlhf.trainers.hf import Report, arguments, last_checkpoint, silence, updates_of
+from rlhf.stages.common import RunResult, begin, check_context, open_tokenizer, read_data, say_model, start
+from rlhf.stages.fit import fit, save_trained
 
 
 def run(config: RewardConfig, console: Console) -> RunResult:
@@ -47,49 +35,29 @@ def run(config: RewardConfig, console: Console) -> RunResult:
     say_model(model, console)
     start(directory, "reward", config)
     directory.note(data=prints)
-    summary = _train(config, model, tokenizer, renderer, train_pairs, valid_pairs, directory, console, state)
-    directory.note(summary=summary)
-    directory.finish()
-    return RunResult(directory.path, summary)
-
-
-def _train(
-    config: RewardConfig, model: Any, tokenizer: Any, renderer: Renderer, train: list[dict[str, Any]],
-    validation: list[dict[str, Any]], directory: Any, console: Console, state: str,
-) -> dict[str, Any]:  # fmt: skip
     from rlhf.trainers.reward import build
 
-    optim, world = config.optim, processes()
-    updates, accumulation = updates_of(optim, len(train)), optim.accumulation(world)
-    say_batch(world, optim.batch_size // world // accumulation, accumulation, updates, "pairs", console)
-    checkpoint = last_checkpoint(directory) if state == "interrupted" else None
-    writer = MetricsWriter(
-        directory.path / "metrics.jsonl", main=is_main(), keep_until=checkpoint.step if checkpoint else None
-    )
-    args = arguments(
-        optim, directory, seed=config.seed, processes=world, updates=updates, evaluate=bool(validation),
+    def save(trainer: Any, folder: Path) -> dict[str, Any]:
+        with unsharded(trainer.model_wrapped, trainer.accelerator) as whole:
+            mean, deviation = score_statistics(whole, valid_pairs or train_pairs[:512], renderer.pad_id)
+        scale = {"score_mean": mean, "score_std": deviation}
+        save_trained(trainer, folder, "reward", renderer, tokenizer, head_dtype=head_dtype(model), **scale)
+        return {"pairs": len(train_pairs), **scale}
+
+    summary, final = fit(
+        "reward", directory, config.optim, config.seed, console, records=len(train_pairs), evaluate=bool(valid_pairs),
+        build=lambda args, report: build(
+            model, tokenizer, train_pairs, valid_pairs, args, report, center=config.center
+        ),
+        save=save, resume=state == "interrupted", what="pairs", shown=("loss", "accuracy", "eval_accuracy"),
         evaluations=config.evaluations,
     )  # fmt: skip
-    with directory.guard(), console.progress("reward", updates, "update") as bar:
-        report = Report(writer, bar, ("loss", "accuracy", "eval_accuracy"))
-        trainer = build(model, tokenizer, train, validation, args, report, center=config.center)
-        silence(trainer)
-        check_world(trainer.accelerator.num_processes)
-        trainer.train(resume_from_checkpoint=checkpoint.path if checkpoint else None)
-        final = trainer.evaluate() if validation else {}
-        with unsharded(trainer.model_wrapped, trainer.accelerator) as whole:
-            mean, deviation = score_statistics(whole, validation or train[:512], renderer.pad_id)
-        with directory.new_model() as folder:
-            save_model(trainer.model_wrapped, str(folder), accelerator=trainer.accelerator)
-            if is_main():
-                dtype = str(next(score_head(model).parameters()).dtype).removeprefix("torch.")
-                seal(folder, "reward", renderer, tokenizer, head_dtype=dtype, score_mean=mean, score_std=deviation)
-    writer.close()
-    summary: dict[str, Any] = {"updates": updates, "pairs": len(train), "score_mean": mean, "score_std": deviation}
     if final:
         summary |= {"eval_accuracy": final["eval_accuracy"], "eval_loss": final["eval_loss"]}
         console.note(f"reward: held-out accuracy {final['eval_accuracy']:.3f}, loss {final['eval_loss']:.4f} nats")
-    return summary
+    directory.note(summary=summary)
+    directory.finish()
+    return RunResult(directory.path, summary)
 
 
 @torch.no_grad()

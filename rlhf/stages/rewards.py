@@ -111,13 +111,16 @@ def _score(source: ModelSource, renderer: Renderer, stored: bool, console: Conso
 
 def _probability(source: ModelSource, label: str, renderer: Renderer, console: Console) -> ModelReward:
     model = _frozen(load_classifier(source))
+    record = handover.read(resolve(source))
     names = {str(name): int(index) for index, name in model.config.id2label.items()}
+    several = model.config.problem_type == "multi_label_classification"
+    if record is not None and record.labels is not None:  # an adapter's folder has no config.json to say it
+        names, several = {name: index for index, name in enumerate(record.labels)}, bool(record.several)
     if label not in names:
         raise CheckpointError(
             f"the classifier has no label '{label}'", found=", ".join(names), where=source.path,
             do="name one of them as label",
         )  # fmt: skip
-    several = model.config.problem_type == "multi_label_classification"
     theirs = _reader(source, renderer, console)
     return ModelReward(
         f"P({label}) of {source.path}", model, renderer, theirs, label=names[label], several=several

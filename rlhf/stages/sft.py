@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from rlhf.config.schema import SFTConfig
@@ -20,7 +19,7 @@ from rlhf.stages.common import (
     say_model,
     start,
 )
-from rlhf.stages.fit import fit
+from rlhf.stages.fit import fit_lm
 
 
 def run(config: SFTConfig, console: Console) -> RunResult:
@@ -40,10 +39,11 @@ def run(config: SFTConfig, console: Console) -> RunResult:
     from rlhf.trainers.sft import build, packed_rows
 
     length = config.data.max_length if config.packing else None
-    rows = None if length is None else packed_rows(train_rows, length)
-    summary = fit(
-        "sft", model, tokenizer, renderer, train_rows, valid_rows, config.optim, directory, config.seed, console,
-        build=partial(build, packing=length), rows=rows, resume=state == "interrupted",
+    summary = fit_lm(
+        "sft", model, tokenizer, renderer, directory, config.optim, config.seed, console,
+        rows=len(train_rows) if length is None else packed_rows(train_rows, length), records=len(train_rows),
+        evaluate=bool(valid_rows), resume=state == "interrupted",
+        build=lambda args, report: build(model, tokenizer, train_rows, valid_rows, args, report, packing=length),
     )  # fmt: skip
     return RunResult(directory.path, summary)
 

@@ -19,12 +19,8 @@ from rlhf.data.records import (
     check_demonstration,
     check_prompt,
     check_text,
-    fingerprint,
-    group_keys,
-    mix,
-    split,
-    without_repeats,
 )
+from rlhf.data.sets import fingerprint, group_keys, mix, split, without_repeats
 from rlhf.errors import DataError
 
 W = "data/x.jsonl row 118"

@@ -14,10 +14,11 @@ import itertools
 import sys
 from dataclasses import dataclass
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf.config.schema import PPOConfig
 from rlhf.data.records import Prompt
@@ -95,21 +96,86 @@ class Table:
         return torch.stack(found).float()
 
 
-def models(seed: int) -> tuple[Any, Any, Any]:
-    """Policy, reference (its copy) and value model."""
-    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+class Prefixes:
+    """Stands in for a key-value cache: the tokens read so far, -1 where there is padding."""
 
+    def __init__(self, ids: Tensor) -> None:
+        self.ids = ids
+
+    def batch_select_indices(self, rows: Tensor) -> None:
+        """Keep some rows."""
+        self.ids = self.ids[rows]
+
+
+class Lookup(nn.Module):
+    """A vector of its own for every prefix of a response: any distribution over responses can be written down.
+
+    A transformer of this size cannot be told apart from a wrong trainer here: it reached 0.77 on average.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        prefixes = [
+            (*p, *body)
+            for p in PROMPTS
+            for n in range(LENGTH + 1)
+            for body in itertools.product(range(END + 1), repeat=n)
+        ]
+        index = torch.zeros((SYMBOLS + 1) ** (LENGTH + max(map(len, PROMPTS))), dtype=torch.long)
+        for row, prefix in enumerate(prefixes, 1):
+            index[sum((token + 1) * (SYMBOLS + 1) ** (len(prefix) - 1 - i) for i, token in enumerate(prefix))] = row
+        self.register_buffer("index", index)
+        self.weight = nn.Parameter(torch.zeros(len(prefixes) + 1, width))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> Any:
+        """Vectors at every position: last_hidden_state [B, T, width]."""
+        return SimpleNamespace(last_hidden_state=self.read(input_ids.masked_fill(attention_mask == 0, -1)))
+
+    def read(self, ids: Tensor) -> Tensor:
+        """ids [B, T], -1 on padding."""
+        codes, code = [], torch.zeros_like(ids[:, 0])
+        for column in ids.T:
+            code = torch.where(column < 0, code, code * (SYMBOLS + 1) + column + 1)
+            codes.append(code)
+        rows = torch.stack(codes, dim=1).clamp_max(len(self.index) - 1)  # padding after a full response leads nowhere
+        return self.weight[self.index[rows]]
+
+
+class TablePolicy(nn.Module):
+    """A causal LM whose logits are looked up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = Lookup(SYMBOLS)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, past_key_values: Prefixes | None = None,
+        logits_to_keep: int = 0, **_: Any,
+    ) -> Any:  # fmt: skip
+        """As a transformers model."""
+        fresh = input_ids.masked_fill(attention_mask[:, -input_ids.shape[1] :] == 0, -1)
+        ids = fresh if past_key_values is None else torch.cat([past_key_values.ids, fresh], dim=1)
+        return SimpleNamespace(logits=self.table.read(ids)[:, -logits_to_keep:], past_key_values=Prefixes(ids))
+
+
+class TableValue(nn.Module):
+    """A scorer whose outputs are looked up, 0 at first."""
+
+    base_model_prefix = "table"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.score = Lookup(1), nn.Identity()
+
+
+def models(seed: int) -> tuple[Any, Any, Any]:
+    """Policy, reference (its copy; logits of deviation 0.5) and value model."""
     torch.manual_seed(seed)
-    size = {
-        "vocab_size": SYMBOLS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "intermediate_size": 64, "max_position_embeddings": 16, "initializer_range": 0.3,
-    }  # fmt: skip
-    policy, reference = (LlamaForCausalLM(LlamaConfig(**size)) for _ in range(2))
-    reference.load_state_dict(policy.state_dict())
-    value = LlamaForSequenceClassification(LlamaConfig(**size, num_labels=1, pad_token_id=0))
+    policy, reference = TablePolicy(), TablePolicy()
     with torch.no_grad():
-        value.score.weight.zero_()
-    return policy, reference.requires_grad_(False), value
+        policy.table.weight.normal_(std=0.5)
+    reference.load_state_dict(policy.state_dict())
+    return policy, reference.requires_grad_(False), TableValue()
 
 
 def config(beta: float, seed: int, steps: int, watch: dict[str, Any] | None = None) -> PPOConfig:
@@ -119,10 +185,10 @@ def config(beta: float, seed: int, steps: int, watch: dict[str, Any] | None = No
             "output_dir": "unused", "policy": {"path": "unused"}, "reward_model": {"path": "unused"}, "seed": seed,
             "data": {"prompts": [{"path": "unused"}]},
             "sampling": {"max_new_tokens": LENGTH, "temperature": 1.0},
-            "ppo": {"steps": steps, "rollout_size": 256, "epochs": 4, "minibatches": 2, "lam": 1.0,
+            "ppo": {"steps": steps, "rollout_size": 1024, "epochs": 4, "minibatches": 2, "lam": 1.0,
                     "missing_end_penalty": 0.0, "value_coef": 0.5, "value_clip_range": None, "normalize_scores": "raw"},
             "kl": {"coef": beta, "target": None}, "watch": watch or {},
-            "optim": {"learning_rate": 3e-3, "value_learning_rate": 1e-2, "microbatch_size": 256},
+            "optim": {"learning_rate": 2e-2, "value_learning_rate": 1e-1, "microbatch_size": 512},
         }
     )  # fmt: skip
 

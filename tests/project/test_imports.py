@@ -12,7 +12,7 @@ FLOORS = (
     ("rlhf.cli",), ("rlhf.__main__",),
 )  # fmt: skip
 DEMO = "rlhf.demo"
-DEMO_USERS = ("rlhf.evaluation.judge", "rlhf.cli", DEMO)
+DEMO_USERS = ("rlhf.evaluation.judge", "rlhf.stages.rate", "rlhf.cli", DEMO)
 INTERNALS = (
     "accelerate",
     "deepspeed",
@@ -24,7 +24,14 @@ INTERNALS = (
 )
 DOOR = "rlhf.models.distributed"
 NO_TORCH = ("rlhf.errors", "rlhf.config", "rlhf.cli", "rlhf.stages.launch", "rlhf.__main__")
-TRAINING = ("rlhf.stages.pretrain", "rlhf.stages.sft", "rlhf.stages.reward", "rlhf.stages.ppo", "rlhf.trainers")
+TRAINING = (
+    "rlhf.stages.pretrain",
+    "rlhf.stages.sft",
+    "rlhf.stages.reward",
+    "rlhf.stages.classify",
+    "rlhf.stages.ppo",
+    "rlhf.trainers",
+)
 
 
 def home(module: str) -> tuple[int, str]:

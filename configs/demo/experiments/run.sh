@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# The demo's experiments, one seed after the other; finished stages are skipped. Results and their reading: README.md here.
+#   on-policy  reward model that has also seen the SFT model's own replies, PPO against it      10 minutes a seed
+#   tax        PPO-ptx against a higher KL penalty: gold utility and perplexity (after on-policy)  9 minutes a seed
+#   rules      preference reward with and without rule classifiers (after on-policy)              10 minutes a seed
+# Run: bash configs/demo/experiments/run.sh on-policy 1 2 3      2 CPU cores, no GPU, no network
+set -euo pipefail
+here=configs/demo/experiments
+what=$1
+shift
+
+on_policy() {
+  rlhf sft configs/demo/sft.yaml seed="$1" output_dir="$top/sft"
+  [ -f "$top/rated.jsonl" ] || rlhf rate "$top/sft" "$top/rated.jsonl" --seed "$1" --rows 12000
+  rlhf reward $here/reward-on-policy.yaml seed="$1" model.path="$top/sft/model" data.train.1.path="$top/rated.jsonl" \
+    output_dir="$top/reward"
+  rlhf ppo $here/ppo-on-policy.yaml seed="$1" "${models[@]}" output_dir="$top/ppo"
+  judge evaluate models.ppo.path="$top/ppo/model" "$1"
+}
+
+tax() {
+  rlhf ppo configs/demo/ppo.yaml seed="$1" "${models[@]}" kl.target=1.2 output_dir="$top/tax-higher-penalty"
+  rlhf ppo $here/ppo-ptx.yaml seed="$1" "${models[@]}" output_dir="$top/tax-ptx"
+  for name in higher-penalty ptx; do
+    judge "evaluate-tax-$name" models.ppo.path="$top/tax-$name/model" "$1"
+  done
+}
+
+rules() {
+  [ -f data/rules/replies.jsonl ] || rlhf data rules
+  rlhf reward $here/reward-answers.yaml seed="$1" model.path="$top/sft/model" output_dir="$top/reward-answers"
+  rlhf classify $here/classify-rules.yaml seed="$1" model.path="$top/sft/model" output_dir="$top/classify-rules"
+  for name in preference rules; do
+    classifier=()
+    if [ $name = rules ]; then
+      classifier=(rewards.0.classifier.path="$top/classify-rules/model" rewards.1.classifier.path="$top/classify-rules/model")
+    fi
+    rlhf ppo $here/ppo-$name.yaml seed="$1" policy.path="$top/sft/model" reward_model.path="$top/reward-answers/model" \
+      "${classifier[@]}" output_dir="$top/ppo-$name"
+  done
+  rlhf evaluate $here/evaluate-rules.yaml seed="$1" models.sft.path="$top/sft/model" \
+    models.preference.path="$top/ppo-preference/model" models.rules.path="$top/ppo-rules/model" \
+    output_dir="$top/evaluate-rules"
+}
+
+judge() {
+  rlhf evaluate configs/demo/evaluate.yaml seed="$3" models.sft.path="$top/sft/model" "$2" best_of=0 \
+    reward_model.path="$top/reward/model" output_dir="$top/$1"
+}
+
+for seed in "$@"; do
+  top=runs/experiments/seed$seed
+  mkdir -p "$top"
+  models=(policy.path="$top/sft/model" reward_model.path="$top/reward/model")
+  case $what in
+    on-policy) on_policy "$seed" ;;
+    tax) tax "$seed" ;;
+    rules) rules "$seed" ;;
+    *) echo "no experiment called $what: on-policy, tax or rules" >&2; exit 2 ;;
+  esac
+done

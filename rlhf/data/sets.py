@@ -1,0 +1,151 @@
+"""What is done with lists of records: shuffle, mix, split by group, drop repeats, fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rlhf.data.records import Comparison, Demonstration, Labelled, Prompt, Record, Text
+from rlhf.errors import DataError
+
+
+def content(record: Record) -> dict[str, Any]:
+    """The record without `where`, in a form that JSON can hold."""
+    if isinstance(record, Text):
+        return {"text": record.text}
+    if isinstance(record, Demonstration):
+        return {"messages": record.messages}
+    if isinstance(record, Prompt):
+        return {"messages": record.messages, "record": record.record}
+    if isinstance(record, Labelled):
+        return {"content": record.content, "labels": record.labels}
+    names = ("prompt", "chosen", "rejected", "preference", "margin", "extra")
+    return {name: getattr(record, name) for name in names}
+
+
+def identity_key(record: Record) -> str:
+    """Equal for exact repeats: the whole content, but for a Prompt only its messages."""
+    value = {"messages": record.messages} if isinstance(record, Prompt) else content(record)
+    return hashlib.sha256(_canonical(value)).hexdigest()
+
+
+def group_keys(record: Record) -> list[str]:
+    """Keys of the groups that a split must keep whole: the first user turn (for Text the text itself), and the extra
+    column 'tree' or 'group' of a Comparison or Prompt. The first turn rather than the whole prompt, because two depths
+    of one dialogue tell each other's answers."""
+    if isinstance(record, Text):
+        return [f"text {record.text}"]
+    if isinstance(record, Labelled):
+        if isinstance(record.content, str):
+            return [f"text {record.content}"]
+        messages = record.content
+    else:
+        messages = record.prompt if isinstance(record, Comparison) else record.messages
+    first = next((m["content"] for m in messages if m["role"] == "user"), "")
+    keys = [f"user {first.strip()}"]
+    columns = record.extra if isinstance(record, Comparison) else record.record if isinstance(record, Prompt) else {}
+    keys += [f"{name} {columns[name]}" for name in ("tree", "group") if columns.get(name) is not None]
+    return keys
+
+
+def fingerprint(records: Iterable[Record]) -> str:
+    """16 hex digits of SHA-256 over the content of `records` in order; `where` does not count."""
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(type(record).__name__.encode() + b"\0" + _canonical(content(record)) + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def shuffled(records: Sequence[Record], seed: str) -> list[Record]:
+    """A copy in an order that depends on the seed text alone."""
+    copy = list(records)
+    random.Random(seed).shuffle(copy)
+    return copy
+
+
+def without_repeats(parts: Sequence[Sequence[Record]]) -> list[list[Record]]:
+    """The same parts without exact repeats (`identity_key`) within or across parts; the first one stays."""
+    seen: set[str] = set()
+    kept: list[list[Record]] = []
+    for part in parts:
+        fresh: dict[str, Record] = {}
+        for record in part:
+            fresh.setdefault(identity_key(record), record)
+        kept.append([record for key, record in fresh.items() if key not in seen])
+        seen.update(fresh)
+    return kept
+
+
+def mix(parts: Sequence[list[Record]], weights: Sequence[float], seed: int) -> list[list[Record]]:
+    """How much of each part goes into the mixture; rule in `sources.load_records`."""
+    if len(set(weights)) == 1:
+        return list(parts)
+    # A part emptied by deduplication has nothing to give and must not scale the others down to nothing.
+    total = min((len(part) / weight for part, weight in zip(parts, weights, strict=True) if part), default=0.0)
+    counts = [min(len(part), max(1, int(weight * total + 1e-9))) for part, weight in zip(parts, weights, strict=True)]
+    return [
+        part if count == len(part) else shuffled(part, f"{seed} mix {i}")[:count]
+        for i, (part, count) in enumerate(zip(parts, counts, strict=True))
+    ]
+
+
+def split(records: Sequence[Record], fraction: float, seed: int) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
+    """Train and validation records; no prompt, and no 'tree' or 'group', is on both sides.
+
+    Groups are put in the order of a seeded hash of their smallest key and taken into validation while they fit into
+    round(fraction * records), so membership depends neither on file order nor on the number of processes. The order
+    of records is kept.
+
+    Args:
+        records: any one kind.
+        fraction: share of records for validation, in [0, 1); 0 gives an empty validation set.
+        seed: of the hash.
+    Raises: DataError if there is only one group, or fraction is outside [0, 1).
+    """
+    if not 0.0 <= fraction < 1.0:
+        raise DataError("the validation fraction must be in [0, 1)", found=str(fraction), where="split")
+    if fraction == 0.0:
+        return tuple(records), ()
+    groups = _groups(records)
+    if len(groups) < 2:
+        raise DataError(
+            f"{len(records)} records form {len(groups)} group(s) of one prompt and cannot be split", where="split",
+            do="name a file under data.validation, or set data.validation_fraction=0",
+        )  # fmt: skip
+    ordered = sorted(groups, key=lambda key: hashlib.sha256(f"{seed}\0{key}".encode()).digest())
+    target, taken = max(1, round(fraction * len(records))), set[int]()
+    for key in ordered:
+        if len(taken) + len(groups[key]) <= target:
+            taken.update(groups[key])
+    if not taken:
+        taken.update(groups[min(ordered, key=lambda key: len(groups[key]))])
+    train = tuple(r for i, r in enumerate(records) if i not in taken)
+    return train, tuple(r for i, r in enumerate(records) if i in taken)
+
+
+def _groups(records: Sequence[Record]) -> dict[str, list[int]]:
+    """Connected components of records that share any group key: smallest key -> indices."""
+    parent: dict[str, str] = {}
+
+    def root(key: str) -> str:
+        while parent.setdefault(key, key) != key:
+            parent[key] = parent[parent[key]]
+            key = parent[key]
+        return key
+
+    keys = [group_keys(record) for record in records]
+    for several in keys:
+        for other in several:
+            low, high = sorted((root(several[0]), root(other)))
+            parent[high] = low
+    groups: dict[str, list[int]] = {}
+    for i, several in enumerate(keys):
+        groups.setdefault(root(several[0]), []).append(i)
+    return groups
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, ensure_ascii=True, default=str).encode()

@@ -1,0 +1,60 @@
+"""Data for an experiment with rules (after Sparrow, arXiv:2209.14375): a rater who looks at the answer and at nothing
+else, and replies labelled with the rules that they break. Same seed, same bytes."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+from .asks import Task
+from .chats import Chats
+from .generate import Generator, Row, prompt_key, write_rows
+from .gold import WEIGHTS, explain
+
+RULES = ("rambles", "rude")
+PAIRS = {"preferences": 12000, "preferences_valid": 500, "eval/preferences_test": 1000}
+REPLIES = {"replies": 4000, "replies_valid": 500}
+SLIPS = 0.03  # share of labels that the reader gets wrong
+
+
+def answer_utility(response: str, task: Task, finished: bool = True) -> float:
+    """The part of the gold utility that a reader of the answer alone sees: right or wrong, readable, ended."""
+    found = explain(response, task, finished)
+    total = WEIGHTS[found["verdict"]] if response.strip() else WEIGHTS["empty"]
+    return total + WEIGHTS["garbled"] * found["garbled"] + WEIGHTS["unfinished"] * found["unfinished"]
+
+
+def broken_rules(response: str, task: Task, finished: bool = True) -> list[str]:
+    """rambles: says what nobody asked for, or something twice. rude: what it says."""
+    found = explain(response, task, finished)
+    breaks = {"rambles": found["off_topic"] + found["repeated"] > 0, "rude": found["rude"] > 0}
+    return [rule for rule in RULES if breaks[rule]]
+
+
+def generate_rules(out_dir: Path, seed: int = 0, scale: float = 1.0) -> dict[str, int]:
+    """Write comparisons of the answer-only rater and labelled replies; returns the number of rows by file name."""
+    maker = Generator(seed, scale, judge=answer_utility)
+    maker.sizes |= {name: max(10, round(size * scale)) for name, size in PAIRS.items()}
+    files = maker.comparisons()
+    seen: set[str] = set()
+    for name, size in REPLIES.items():
+        files[name] = _replies(maker, random.Random(f"{seed}:rules:{name}"), max(10, round(size * scale)), seen)
+    named = {f"{name}.jsonl": rows for name, rows in files.items()}
+    return {name: write_rows(out_dir / name, rows) for name, rows in named.items()}
+
+
+def _replies(maker: Generator, rng: random.Random, size: int, seen: set[str]) -> list[Row]:
+    """Replies with the rules that they break; a prompt of an earlier file (`seen`) is not used again."""
+    chats, rows, used = Chats(rng), list[Row](), set[str]()
+    while len(rows) < size:
+        prompt, ask = chats.prompt()
+        key = prompt_key(prompt)
+        if key in seen:
+            continue
+        used.add(key)
+        reply = maker.candidate(chats, ask)
+        broken = set(broken_rules(reply, ask.task))
+        label = [rule for rule in RULES if (rule in broken) != (rng.random() < SLIPS)]
+        rows.append({"prompt": prompt, "completion": reply, "label": label})
+    seen |= used
+    return rows

@@ -1,0 +1,143 @@
+"""A classifier with N labels on any causal LM: its trunk with a new output layer. A label's probability can be a
+reward of PPO (`rewards: [{classifier: …, label: …}]`)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf.config.schema import ClassifyConfig
+from rlhf.data.records import Labelled
+from rlhf.errors import ConfigError, DataError
+from rlhf.functional import balanced_weights
+from rlhf.models.heads import head_dtype, new_classifier
+from rlhf.models.load import context_length
+from rlhf.runs.console import Console
+from rlhf.stages import rendering
+from rlhf.stages.common import RunResult, begin, check_context, open_tokenizer, read_data, say_model, start
+from rlhf.stages.fit import fit, save_trained
+
+
+def run(config: ClassifyConfig, console: Console) -> RunResult:
+    """Train; writes the run directory and prints how well each label is recognised on held-out records."""
+    directory, state = begin("classify", config, console)
+    if state == "finished":
+        return RunResult(directory.path, directory.info.get("summary", {}), skipped=True)
+    tokenizer, renderer = open_tokenizer(config.model, console)
+    train, validation, prints = read_data("labelled", config.data, config.seed, console)
+    labels = label_names(config, train, validation)
+    rows, held_out = (
+        rendering.labelled(records, renderer, config.data, labels, config.several, what, console)
+        for records, what in ((train, "training"), (validation, "validation"))
+    )
+    target = torch.tensor([row["target"] for row in rows])
+    weight = _weight(config, labels, target)
+    model = new_classifier(
+        config.model, config.lora, outputs=len(labels), pad_id=renderer.pad_id, vocab_size=len(tokenizer),
+        seed=config.seed,
+    )  # fmt: skip
+    model.config.id2label, model.config.label2id = dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}
+    model.config.problem_type = "multi_label_classification" if config.several else "single_label_classification"
+    check_context(config.data.max_length, context_length(model), "data.max_length")
+    say_model(model, console)
+    start(directory, "classify", config)
+    directory.note(data=prints)
+    from rlhf.trainers.classify import Counts, build
+
+    counts: list[Counts] = []
+
+    def save(trainer: Any, folder: Path) -> dict[str, Any]:
+        counts.extend(trainer.counts[mode] for mode in ("eval",) if mode in trainer.counts)
+        named = {"labels": list(labels), "several": config.several}
+        save_trained(trainer, folder, "classify", renderer, tokenizer, head_dtype=head_dtype(model), **named)
+        return {"records": len(rows), **named}
+
+    summary, final = fit(
+        "classify", directory, config.optim, config.seed, console, records=len(rows), evaluate=bool(held_out),
+        build=lambda args, report: build(
+            model, tokenizer, rows, held_out, args, report, several=config.several, weight=weight
+        ),
+        save=save, resume=state == "interrupted", what="records", shown=("loss", "eval_loss", "eval_label_accuracy"),
+        evaluations=config.evaluations,
+    )  # fmt: skip
+    if final:
+        names = ("eval_loss", "eval_label_accuracy", "eval_macro_f1")
+        summary |= {name: final[name] for name in names} | {"baseline_accuracy": guess(target, held_out, config)}
+        _say(labels, counts[-1], summary, console)
+    directory.note(summary=summary)
+    directory.finish()
+    return RunResult(directory.path, summary)
+
+
+def label_names(config: ClassifyConfig, train: Sequence[Labelled], validation: Sequence[Labelled]) -> tuple[str, ...]:
+    """The labels in their order: those of the configuration, or else those of the training records, sorted.
+
+    Raises: DataError for a record with another label, or labels that no training record has; ConfigError for too few.
+    """
+    met = Counter(name for record in train for name, p in record.labels.items() if p > 0)
+    labels = config.labels or tuple(sorted(met))
+    fewest = 1 if config.several else 2
+    if len(labels) < fewest:
+        raise ConfigError(
+            f"a classifier needs {fewest} labels at least", found=", ".join(labels) or "none", where="labels",
+            do="check the column 'label', or set several=true for one label that may hold or not",
+        )  # fmt: skip
+    for record in (*train, *validation):
+        other = sorted(set(record.labels) - set(labels))
+        if other:
+            raise DataError(
+                f"label '{other[0]}' is not one of the classifier's", found=f"labels {', '.join(labels)}",
+                where=record.where, do="name it in labels, or correct the row",
+            )  # fmt: skip
+    missing = [name for name in labels if not met[name]]
+    if missing:
+        raise DataError(
+            f"no training record has the label '{missing[0]}'",
+            where="data.train",
+            do="add some, or drop it from labels",
+        )
+    return labels
+
+
+def _weight(config: ClassifyConfig, labels: tuple[str, ...], target: torch.Tensor) -> torch.Tensor | None:
+    if isinstance(config.class_weights, dict):
+        other = sorted(set(config.class_weights) ^ set(labels))
+        if other:
+            raise ConfigError(
+                "class_weights must name every label once", found=f"'{other[0]}' is in one of the two only",
+                where="class_weights", do=f"labels: {', '.join(labels)}",
+            )  # fmt: skip
+        return torch.tensor([config.class_weights[name] for name in labels])
+    if config.class_weights == "equal":
+        return None
+    try:
+        return balanced_weights(target, several=config.several)
+    except ValueError as error:
+        raise DataError("the labels cannot be balanced", found=str(error), where="class_weights") from None
+
+
+def guess(target: torch.Tensor, held_out: Sequence[dict[str, Any]], config: ClassifyConfig) -> float:
+    """Accuracy on the held-out records of what needs no model: the training records' commonest answer."""
+    held = torch.tensor([row["target"] for row in held_out])
+    if config.several:
+        return float(((held > 0.5) == (target.mean(dim=0) > 0.5)).float().mean())
+    return float((held.argmax(dim=1) == target.sum(dim=0).argmax()).float().mean())
+
+
+def _say(labels: tuple[str, ...], counts: Any, summary: dict[str, Any], console: Console) -> None:
+    rows = [
+        [name, f"{int(held)}", f"{100 * precision:.1f} %", f"{100 * recall:.1f} %"]
+        for name, held, precision, recall in zip(
+            labels, counts.both + counts.held_only, counts.precision, counts.recall, strict=True
+        )
+    ]
+    console.table("Held-out records", ["label", "records", "precision", "recall"], rows)
+    console.note(
+        f"classify: held-out accuracy {summary['eval_label_accuracy']:.3f} (always the commonest answer: "
+        f"{summary['baseline_accuracy']:.3f}), macro F1 {summary['eval_macro_f1']:.3f}, loss {summary['eval_loss']:.4f}"
+        " nats"
+    )
