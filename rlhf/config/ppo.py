@@ -21,7 +21,9 @@ class RewardSource(Section):
     combine: Literal["mean", "worst", "uncertainty"] = Field(
         "mean", description="of an ensemble: mean, minimum, or mean - uncertainty_penalty x variance (arXiv:2310.02743)"
     )
-    uncertainty_penalty: NonNegative = Field(0.5, description="weight of the ensemble's variance")
+    uncertainty_penalty: NonNegative | None = Field(
+        None, description="weight of the ensemble's variance where combine=uncertainty; null = 0.5"
+    )
     classifier: ModelSource | None = Field(None, description="a sequence classifier; the reward is P(label)")
     label: str | None = Field(None, description="which label of the classifier, by name")
     function: str | None = Field(
@@ -37,6 +39,8 @@ class RewardSource(Section):
             raise ValueError(f"give exactly one of {', '.join(kinds)}; got {', '.join(given) or 'none'}")
         if len(self.ensemble) == 1 or (self.combine != "mean" and not self.ensemble):
             raise ValueError("an ensemble has two members at least, and only an ensemble has a way to combine")
+        if self.uncertainty_penalty is not None and self.combine != "uncertainty":
+            raise ValueError(f"uncertainty_penalty has no effect with combine={self.combine}: set combine=uncertainty")
         if (self.label is not None) != (self.classifier is not None):
             raise ValueError("a classifier needs a label, and only a classifier has one")
         return self

@@ -36,7 +36,7 @@ def rate(model: str, output: Path, *, rows: int, max_new_tokens: int, seed: int,
         ids = [renderer.prompt(prompt) for prompt in prompts]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # little padding
         found: list[list[str]] = [[] for _ in ids]
-        with console.progress("rate", 2 * len(ids), "reply") as bar:
+        with console.progress("rate", 2 * len(ids), "response") as bar:
             for start in range(0, len(order), CHUNK):
                 chunk = order[start : start + CHUNK]
                 for draw in (2 * start, 2 * start + 1):

@@ -33,7 +33,8 @@ def build_rewards(config: PPOConfig, renderer: Renderer, console: Console) -> Re
             part = _score(source.model, renderer, stored, console)
         elif source.ensemble:
             members = tuple(_score(m, renderer, True, console) for m in source.ensemble)  # one scale for all
-            part = EnsembleReward(members, source.combine, source.uncertainty_penalty)
+            penalty = 0.5 if source.uncertainty_penalty is None else source.uncertainty_penalty
+            part = EnsembleReward(members, source.combine, penalty)
         elif source.classifier is not None:
             assert source.label is not None
             part = _probability(source.classifier, source.label, renderer, console)

@@ -60,3 +60,31 @@ def test_a_configuration_is_frozen() -> None:
     config = SFTConfig.model_validate({"output_dir": "x", "model": {"path": "m"}, "data": {"train": [{"path": "d"}]}})
     with pytest.raises(ValidationError, match="frozen"):
         config.seed = 2
+
+
+MODEL = {"path": "m"}
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ({}, "exactly one of"),
+        ({"model": MODEL, "function": "a:b"}, "exactly one of"),
+        ({"ensemble": [MODEL]}, "two members"),
+        ({"model": MODEL, "combine": "worst"}, "only an ensemble"),
+        ({"classifier": MODEL}, "needs a label"),
+        ({"model": MODEL, "label": "yes"}, "only a classifier"),
+        ({"ensemble": [MODEL, MODEL], "uncertainty_penalty": 0.3}, "has no effect"),
+    ],
+)
+def test_a_part_of_the_reward_says_one_thing(source: dict[str, object], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        PPOConfig.model_validate(PPO | {"rewards": [source]})
+
+
+def test_parts_of_the_reward_that_are_whole_pass() -> None:
+    sources = [
+        {"model": MODEL}, {"function": "a:b", "weight": -1.0}, {"classifier": MODEL, "label": "yes"},
+        {"ensemble": [MODEL, MODEL], "combine": "uncertainty", "uncertainty_penalty": 0.3},
+    ]  # fmt: skip
+    assert len(PPOConfig.model_validate(PPO | {"rewards": sources}).rewards) == 4

@@ -178,27 +178,46 @@ def models(seed: int) -> tuple[Any, Any, Any]:
     return policy, reference.requires_grad_(False), TableValue()
 
 
-def config(beta: float, seed: int, steps: int, watch: dict[str, Any] | None = None) -> PPOConfig:
+def small_models(seed: int) -> tuple[Any, Any, Any]:
+    """The same as transformers, which are easier to ruin."""
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+    torch.manual_seed(seed)
+    size = {
+        "vocab_size": SYMBOLS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": 64, "max_position_embeddings": 16, "initializer_range": 0.3,
+    }  # fmt: skip
+    policy, reference = (LlamaForCausalLM(LlamaConfig(**size)) for _ in range(2))
+    reference.load_state_dict(policy.state_dict())
+    value = LlamaForSequenceClassification(LlamaConfig(**size, num_labels=1, pad_token_id=0))
+    with torch.no_grad():
+        value.score.weight.zero_()
+    return policy, reference.requires_grad_(False), value
+
+
+def config(beta: float, seed: int, steps: int, watch: dict[str, Any], tables: bool) -> PPOConfig:
     """Fixed KL coefficient beta; nothing else shapes the reward."""
+    size, rate, value_rate = (1024, 2e-2, 1e-1) if tables else (256, 3e-3, 1e-2)
     return PPOConfig.model_validate(
         {
             "output_dir": "unused", "policy": {"path": "unused"}, "reward_model": {"path": "unused"}, "seed": seed,
             "data": {"prompts": [{"path": "unused"}]},
             "sampling": {"max_new_tokens": LENGTH, "temperature": 1.0},
-            "ppo": {"steps": steps, "rollout_size": 1024, "epochs": 4, "minibatches": 2, "lam": 1.0,
+            "ppo": {"steps": steps, "rollout_size": size, "epochs": 4, "minibatches": 2, "lam": 1.0,
                     "missing_end_penalty": 0.0, "value_coef": 0.5, "value_clip_range": None, "normalize_scores": "raw"},
-            "kl": {"coef": beta, "target": None}, "watch": watch or {},
-            "optim": {"learning_rate": 2e-2, "value_learning_rate": 1e-1, "microbatch_size": 512},
+            "kl": {"coef": beta, "target": None}, "watch": watch,
+            "optim": {"learning_rate": rate, "value_learning_rate": value_rate, "microbatch_size": size // 2},
         }
     )  # fmt: skip
 
 
 def solve(
-    beta: float, seed: int, *, steps: int = 300, change: Any = None, watch: dict[str, Any] | None = None
-) -> Outcome:
-    """Train and measure. `change` may break the trainer first."""
-    policy, reference, value = models(seed)
-    table, settings = Table(seed), config(beta, seed, steps, watch)
+    beta: float, seed: int, *, steps: int = 200, change: Any = None, watch: dict[str, Any] | None = None,
+    tables: bool = True,
+) -> Outcome:  # fmt: skip
+    """Train and measure. `change` may break the trainer first; without `tables` small transformers stand for them."""
+    policy, reference, value = models(seed) if tables else small_models(seed)
+    table, settings = Table(seed), config(beta, seed, steps, watch or {}, tables)
     _, save, load = memory()
     trainer = PPOTrainer(
         settings, make_accelerator(), PolicyAndValue(policy, value), reference=reference,

@@ -19,13 +19,12 @@ def test_the_enumeration_is_complete() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("beta", "least"), [(0.1, 0.75), (0.3, 0.8), (1.0, 0.8)])
-def test_most_of_the_achievable_improvement_is_reached(beta: float, least: float) -> None:
-    """At 0.1 the optimum is nearly one response and 6.4 nats away: few runs get all the way (configs/LOG.md)."""
-    found = optimum.solve(beta, 1)
-    assert found.share > least
-    if beta == 1.0:
-        assert abs(found.kl / found.best_kl - 1) < 0.2
+@pytest.mark.parametrize("beta", optimum.BETAS)
+def test_most_of_the_achievable_improvement_is_reached(beta: float) -> None:
+    """A third of the steps of the table in configs/LOG.md, one of its seeds."""
+    found = optimum.solve(beta, 1, steps=60)
+    assert found.share > 0.9
+    assert abs(found.kl / found.best_kl - 1) < 0.2
 
 
 @pytest.mark.slow
@@ -33,7 +32,7 @@ def test_a_penalty_of_the_wrong_sign_does_not_get_there() -> None:
     def turn(trainer: PPOTrainer) -> None:
         trainer.kl_coef = -1.0
 
-    assert optimum.solve(1.0, 1, steps=100, change=turn).share < 0.3
+    assert optimum.solve(1.0, 1, steps=40, change=turn).share < 0.3
 
 
 def test_the_optimum_is_no_less_than_any_policy() -> None:

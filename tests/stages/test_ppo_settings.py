@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from rlhf.data.render import Renderer
+from rlhf.models.heads import load_scorer
 from rlhf.models.load import load_causal, load_tokenizer
 from rlhf.stages.common import seal
 from rlhf.stages.pretrain import new_tokenizer
@@ -91,6 +93,30 @@ def test_an_ensemble_of_one_model_twice_scores_as_the_model_alone(full: Any, run
         run_stage("ppo", config(full, tmp_path / name, reward_model=None, rewards=rewards, ppo={"steps": 1}))
     alone, twice = (metrics(tmp_path / name)[0]["score"] for name in ("alone", "twice"))
     assert twice == alone != 0.0
+
+
+@pytest.mark.parametrize("scale", ["raw", "running"])
+def test_members_of_an_ensemble_share_a_scale_whatever_else_is_rescaled(
+    scale: str, full: Any, run_stage: Any, tmp_path: Path
+) -> None:
+    """Two copies, one with scores ten times as large and a record that says so: their minimum is neither's alone."""
+    folder = tmp_path / "reward"
+    shutil.copytree(full.run("reward") / "model", folder)
+    large = load_scorer(tiny.source(folder))
+    with torch.no_grad():
+        large.score.weight.mul_(10.0)
+    large.save_pretrained(folder)
+    record = json.loads((folder / "handover.json").read_text())
+    record |= {"score_mean": 10 * record["score_mean"], "score_std": 10 * record["score_std"]}
+    (folder / "handover.json").write_text(json.dumps(record))
+    model = str(full.run("reward") / "model")
+    scores = []
+    for name, other in (("same", model), ("larger", str(folder))):
+        rewards = [{"ensemble": [{"path": model}, {"path": other}], "combine": "worst"}]
+        settings = {"steps": 1, "normalize_scores": scale}
+        run_stage("ppo", config(full, tmp_path / name, reward_model=None, rewards=rewards, ppo=settings))
+        scores.append(metrics(tmp_path / name)[0]["score"])
+    assert scores[1] == pytest.approx(scores[0], abs=1e-5)
 
 
 def test_inspect_paints_what_the_stage_wrote(full: Any, call_cli: Any) -> None:
