@@ -123,6 +123,32 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor, prefere
     return _elementwise(one, chosen, rejected, margin, preference)
 
 
+def classification_loss(logits: Tensor, target: Tensor, several: bool, weight: Tensor) -> Tensor:
+    losses = []
+    for z, t in zip(logits.double().tolist(), target.double().tolist(), strict=True):
+        loss = 0.0
+        if several:
+            for z_n, t_n, w_n in zip(z, t, weight.tolist(), strict=True):
+                yes = math.log1p(math.exp(-abs(z_n))) + max(-z_n, 0.0)  # - log sigma(z), without overflow
+                loss += (w_n * t_n * yes + (1 - t_n) * (yes + z_n)) / len(z)  # - log sigma(-z) = - log sigma(z) + z
+        else:
+            largest = max(z)
+            total = largest + math.log(sum(math.exp(z_n - largest) for z_n in z))
+            for z_n, t_n, w_n in zip(z, t, weight.tolist(), strict=True):
+                loss += w_n * t_n * (total - z_n)
+        losses.append(loss)
+    return torch.tensor(losses, dtype=torch.float64)
+
+
+def balanced_weights(target: Tensor, several: bool) -> Tensor:
+    rows = target.double().tolist()
+    weights = []
+    for n in range(len(rows[0])):
+        holds = sum(row[n] for row in rows)
+        weights.append((len(rows) - holds) / holds if several else len(rows) / (len(rows[0]) * holds))
+    return torch.tensor(weights, dtype=torch.float64)
+
+
 def ensemble_score(scores: Tensor, kind: str, penalty: float) -> Tensor:
     out = []
     for column in scores.double().T.tolist():

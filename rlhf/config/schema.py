@@ -87,6 +87,13 @@ class ClassifyConfig(Stage):
     lora: Lora = Lora()
     evaluations: Count = Field(5, description="how often held-out loss is measured; the best checkpoint is kept")
 
+    @model_validator(mode="after")
+    def _labels_differ(self) -> ClassifyConfig:
+        twice = sorted({name for name in self.labels if self.labels.count(name) > 1})
+        if twice:
+            raise ValueError(f"labels: '{twice[0]}' is named twice")
+        return self
+
 
 class PromptData(Section):
     """Prompts for PPO."""

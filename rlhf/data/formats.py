@@ -122,7 +122,7 @@ def _no_fit(names: set[str], kind: str, where: str) -> DataError:
     known = "; ".join(f"{name} ({', '.join(need)})" for name, need in FORMATS[kind].items())
     ours = next(iter(FORMATS[kind].values()))[0]
     return DataError(
-        f"no format for a {kind} fits", found=f"columns {_listed(names)}", where=where,
+        f"no format of the kind '{kind}' fits", found=f"columns {_listed(names)}", where=where,
         do=f"known: {known}. Name the file's columns, e.g. columns: {{{ours}: THEIR_NAME}}",
     )  # fmt: skip
 
@@ -151,7 +151,10 @@ def convert(row: Row, format: str, kind: str, where: str) -> Record:
     Raises: BadRow (a DataError) with the reason, if the row breaks the contract.
     """
     if kind == "labelled":
-        said = _get(row, "text", where) if format == "text" else _TALKERS[format](row, where)
+        if format == "text":
+            said: str | Messages = check_string(_get(row, "text", where), "text", where, empty="empty text")
+        else:
+            said = _TALKERS[format](row, where)
         return check_labelled(Labelled(said, _labels(_get(row, "label", where), where), where))
     if format == "text":
         return check_text(Text(_get(row, "text", where), where))

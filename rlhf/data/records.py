@@ -7,6 +7,8 @@ Every record says where it came from (`where`, e.g. "data/x.jsonl row 118"). Fin
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +16,7 @@ from rlhf.errors import DataError
 
 Messages = list[dict[str, str]]
 ROLES = ("system", "user", "assistant")
+SHOWN = 20  # bad rows spelt out in one error
 DROP = "fix or remove the row, or set data.on_bad_row=drop"
 
 
@@ -212,3 +215,20 @@ def _is_number(value: Any) -> bool:
 def _short(value: Any) -> str:
     text = f"{type(value).__name__} {value!r}"
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def spelt_out(bad: Sequence[BadRow]) -> list[str]:
+    """The first bad rows in words; the remedy that all share comes once."""
+    if len(bad) < 2:
+        return [str(row) for row in bad]
+    lines = [str(DataError(r.what, found=r.found, where=r.where, do=r.do.removesuffix(DROP))) for r in bad[:SHOWN]]
+    more = f"and {len(bad) - SHOWN} more bad rows; " if len(bad) > SHOWN else ""
+    return [
+        *lines,
+        f"{more}{len(bad)} bad rows in all ({reasons(bad)}): fix or remove them, or set data.on_bad_row=drop",
+    ]
+
+
+def reasons(bad: Sequence[BadRow]) -> str:
+    """Counts by reason, the commonest first."""
+    return ", ".join(f"{n} {reason}" for reason, n in Counter(row.reason for row in bad).most_common())

@@ -21,14 +21,13 @@ from typing import Any, Literal
 
 from rlhf.config.sections import Source
 from rlhf.data.formats import Kind, check_format, convert, describe, recognise, rename
-from rlhf.data.records import DROP, BadRow, Record, RecordSet
+from rlhf.data.records import SHOWN, BadRow, Record, RecordSet, reasons, spelt_out
 from rlhf.data.sets import fingerprint, mix, shuffled, split, without_repeats
 from rlhf.errors import DataError, collect
 
 __all__ = ["RecordSet", "fingerprint", "load_records", "split"]
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
-SHOWN = 20  # bad rows spelt out in one error
 _NUMBERED = re.compile(r"column (\d+)")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SAVED = ("state.json", "dataset_dict.json")
@@ -80,10 +79,10 @@ def load_records(
             problems.append(str(exc))
     bad = [row for part in loaded for row in part.bad]
     if on_bad_row == "error":
-        problems += _spelt_out(bad)
+        problems += spelt_out(bad)
     else:
         empty = [part for part in loaded if not part.records]
-        problems += [f"{p.path}: no record is left ({_reasons(p.bad)}; first: {p.bad[0]})" for p in empty]
+        problems += [f"{p.path}: no record is left ({reasons(p.bad)}; first: {p.bad[0]})" for p in empty]
     error = collect(DataError, problems)
     if error:
         raise error
@@ -141,28 +140,12 @@ def _note(part: _Loaded, used: int, sources: int) -> str:
     if part.limited:
         text += " (limit)"
     if part.bad:
-        text += f", {len(part.bad)} dropped ({_reasons(part.bad)})"
+        text += f", {len(part.bad)} dropped ({reasons(part.bad)})"
     if part.duplicates:
         text += f", {part.duplicates} duplicate{'s' if part.duplicates > 1 else ''}"
     if sources > 1:
         text += f", {used} used" + (" (all)" if used == len(part.records) else " (by weight)")
     return text
-
-
-def _spelt_out(bad: Sequence[BadRow]) -> list[str]:
-    """The first bad rows in words; the remedy that all share comes once."""
-    if len(bad) < 2:
-        return [str(row) for row in bad]
-    lines = [str(DataError(r.what, found=r.found, where=r.where, do=r.do.removesuffix(DROP))) for r in bad[:SHOWN]]
-    more = f"and {len(bad) - SHOWN} more bad rows; " if len(bad) > SHOWN else ""
-    return [
-        *lines,
-        f"{more}{len(bad)} bad rows in all ({_reasons(bad)}): fix or remove them, or set data.on_bad_row=drop",
-    ]
-
-
-def _reasons(bad: Sequence[BadRow]) -> str:
-    return ", ".join(f"{n} {reason}" for reason, n in Counter(row.reason for row in bad).most_common())
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

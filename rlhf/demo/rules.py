@@ -9,7 +9,7 @@ from pathlib import Path
 from .asks import Task
 from .chats import Chats
 from .generate import Generator, Row, prompt_key, write_rows
-from .gold import WEIGHTS, explain
+from .gold import WEIGHTS, explain, split_sentences
 
 RULES = ("rambles", "rude")
 PAIRS = {"preferences": 12000, "preferences_valid": 500, "eval/preferences_test": 1000}
@@ -20,7 +20,7 @@ SLIPS = 0.03  # share of labels that the reader gets wrong
 def answer_utility(response: str, task: Task, finished: bool = True) -> float:
     """The part of the gold utility that a reader of the answer alone sees: right or wrong, readable, ended."""
     found = explain(response, task, finished)
-    total = WEIGHTS[found["verdict"]] if response.strip() else WEIGHTS["empty"]
+    total = WEIGHTS[found["verdict"]] if split_sentences(response) else WEIGHTS["empty"]
     return total + WEIGHTS["garbled"] * found["garbled"] + WEIGHTS["unfinished"] * found["unfinished"]
 
 

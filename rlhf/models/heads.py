@@ -22,6 +22,7 @@ from rlhf.models.load import (
     load_pretrained,
     resolve,
 )
+from rlhf.models.packing import trunk_states
 
 
 class Float32Head(nn.Linear):
@@ -253,29 +254,26 @@ def head_dtype(model: Any) -> str:
     return str(next(score_head(model).parameters()).dtype).removeprefix("torch.")
 
 
-def token_outputs(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
-    """The head's N outputs at every position.
+def token_outputs(model: Any, ids: Tensor, mask: Tensor, where: Tensor | None = None) -> Tensor:
+    """The head's N outputs at positions of each sequence.
 
     Args:
         ids: [B, T] int64. mask: [B, T] bool, True on real tokens (padding on either side).
-    Returns: [B, T, N] float32; meaningless where mask is False.
+        where: [B, M] int64, columns to read; None = all T.
+    Returns: [B, M, N] float32; meaningless where mask is False.
     """
-    hidden = backbone(model)(
-        input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False
-    ).last_hidden_state
-    outputs: Tensor = score_head(model)(hidden)
+    outputs: Tensor = score_head(model)(trunk_states(model, ids, mask, where))
     return outputs
 
 
-def token_scores(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
-    """`token_outputs` of a head with one output: [B, T] float32, score units."""
-    return token_outputs(model, ids, mask).squeeze(-1)
+def token_scores(model: Any, ids: Tensor, mask: Tensor, where: Tensor | None = None) -> Tensor:
+    """`token_outputs` of a head with one output: [B, M] float32, score units."""
+    return token_outputs(model, ids, mask, where).squeeze(-1)
 
 
 def sequence_outputs(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     """The N outputs of each sequence, read at its last real token: [B, N] float32."""
-    outputs = token_outputs(model, ids, mask)
-    return outputs[torch.arange(len(ids), device=ids.device), last_index(mask)]
+    return token_outputs(model, ids, mask, last_index(mask)[:, None]).squeeze(1)
 
 
 def sequence_scores(model: Any, ids: Tensor, mask: Tensor) -> Tensor:

@@ -12,7 +12,16 @@ from torch import Tensor
 from rlhf.config.schema import PPO
 from rlhf.functional import gae, masked_whiten, shaped_rewards, token_entropy, token_logprobs
 from rlhf.models.heads import position_ids, token_scores
+from rlhf.models.packing import can_pack, head_reads, microbatches, pack
 from rlhf.rollout.types import Experience, Measured, Rollout, unpack_bits
+
+
+class Read(NamedTuple):
+    """What a policy says about a rollout: [B, R] nats, 0 off-mask; entropy or None; states [B, R, H] or None."""
+
+    logprobs: Tensor
+    entropy: Tensor | None
+    states: Tensor | None
 
 
 def response_logprobs(
@@ -24,41 +33,56 @@ def response_logprobs(
 
     Returns: ([B, R] nats, 0 off-mask; [B, R] nats of entropy or None).
     """
-    return read_logits(run_policy(policy, rollout).logits, rollout, temperature, entropy=entropy)
+    read = read_policy(policy, rollout, temperature, entropy=entropy)
+    return read.logprobs, read.entropy
 
 
-def run_policy(policy: Any, rollout: Rollout, **options: Any) -> Any:
-    """The policy's forward on prompt and response; the output layer sees only the last R+1 positions."""
-    mask = rollout.mask
-    return policy(
-        input_ids=rollout.ids, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False,
-        logits_to_keep=rollout.response_ids.shape[1] + 1, **options,
-    )  # fmt: skip
+def read_policy(
+    policy: Any, rollout: Rollout, temperature: float, *, entropy: bool = False, states: bool = False
+) -> Read:
+    """The policy's forward on prompt and response. The output layer sees the response positions only.
 
-
-def read_logits(
-    logits: Tensor, rollout: Rollout, temperature: float, *, entropy: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """Logits [B, R+1, V] of the last positions to log-probs and entropy; position t scores response token t."""
-    logits = logits[:, :-1]
+    Args:
+        states: also return the last hidden states before each response token.
+    """
+    mask, width = rollout.mask, rollout.response_ids.shape[1]
+    real = rollout.response_mask
+    if not can_pack(policy):
+        output = policy(
+            input_ids=rollout.ids, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False,
+            logits_to_keep=width + 1, output_hidden_states=states,
+        )  # fmt: skip
+        logits = output.logits[:, :-1][real]
+        hidden = output.hidden_states[-1][:, -width - 1 : -1] if states else None
+    else:
+        packing = pack(rollout.ids, mask)
+        before = packing.slot[:, -width - 1 : -1]  # the position that each response token is predicted from
+        with head_reads(policy, before[real]):
+            output = policy(
+                input_ids=packing.ids, position_ids=packing.positions, use_cache=False, output_hidden_states=states
+            )
+        logits = output.logits[0]
+        hidden = output.hidden_states[-1].flatten(0, 1)[before] if states else None
     if rollout.support.shape[-1]:
-        logits = logits.masked_fill(~unpack_bits(rollout.support, logits.shape[-1]), -torch.inf)
-    logprobs = token_logprobs(logits, rollout.response_ids, temperature=temperature)
-    logprobs = logprobs.masked_fill(~rollout.response_mask, 0.0)
-    if not entropy:
-        return logprobs, None
-    with torch.no_grad():
-        return logprobs, token_entropy(logits.detach() / temperature).masked_fill(~rollout.response_mask, 0.0)
+        logits = logits.masked_fill(~unpack_bits(rollout.support[real], logits.shape[-1]), -torch.inf)
+    flat = token_logprobs(logits, rollout.response_ids[real], temperature=temperature)
+    spread = None
+    if entropy:
+        with torch.no_grad():
+            spread = _unflatten(token_entropy(logits.detach() / temperature), real)
+    return Read(_unflatten(flat, real), spread, hidden)
+
+
+def _unflatten(flat: Tensor, mask: Tensor) -> Tensor:
+    """[n] values of the real tokens to [B, R], 0 off-mask. Differentiable."""
+    return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
 
 
 def response_values(value_model: Any, rollout: Rollout) -> Tensor:
-    """V before each response token, [B, R] score units, 0 off-mask."""
-    return align_values(token_scores(value_model, rollout.ids, rollout.mask), rollout)
-
-
-def align_values(outputs: Tensor, rollout: Rollout) -> Tensor:
-    """Outputs at every position [B, P+R] to [B, R]: the value before response token t is read at position P-1+t."""
-    return outputs[:, rollout.prompt_ids.shape[1] - 1 : -1].masked_fill(~rollout.response_mask, 0.0)
+    """V before each response token, [B, R] score units, 0 off-mask: token t's is read at position P-1+t."""
+    prompt, (size, width) = rollout.prompt_ids.shape[1], rollout.response_ids.shape
+    before = torch.arange(prompt - 1, prompt - 1 + width, device=rollout.response_ids.device).expand(size, -1)
+    return token_scores(value_model, rollout.ids, rollout.mask, before).masked_fill(~rollout.response_mask, 0.0)
 
 
 class Spread(NamedTuple):
@@ -85,7 +109,7 @@ class Spread(NamedTuple):
 @torch.no_grad()
 def measure(
     rollout: Rollout, *, read: Callable[[Rollout], tuple[Tensor, Any, Tensor]],
-    reference: Callable[[Rollout], Tensor], rewards: Callable[[Rollout], Tensor], microbatch: int,
+    reference: Callable[[Rollout], Tensor], rewards: Callable[[Rollout], Tensor], microbatch: int, packed: bool,
 ) -> Measured:  # fmt: skip
     """What policy, reference, value model and rewards say about a rollout; rows do not depend on each other.
 
@@ -93,11 +117,11 @@ def measure(
         read: rollout -> log-probs, entropy and values of the trained models, [B, R] each.
         reference: rollout -> [B, R] log-probs under the reference. rewards: rollout -> [B] raw scores.
         microbatch: rows per forward.
+        packed: rows will be packed rather than padded.
     """
-    order = (rollout.mask.sum(dim=1)).argsort()
     old = torch.zeros(rollout.response_ids.shape, device=rollout.response_ids.device)
     ref, values, raw = torch.zeros_like(old), torch.zeros_like(old), torch.zeros_like(old[:, 0])
-    for rows in order.split(microbatch):
+    for rows in microbatches(rollout.mask.sum(dim=1), microbatch, packed=packed):
         part = rollout.select(rows)
         width = part.response_ids.shape[1]
         old[rows, :width], _, values[rows, :width] = read(part)

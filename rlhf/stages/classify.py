@@ -35,6 +35,7 @@ def run(config: ClassifyConfig, console: Console) -> RunResult:
         for records, what in ((train, "training"), (validation, "validation"))
     )
     target = torch.tensor([row["target"] for row in rows])
+    _check_shares(config, labels, target)
     weight = _weight(config, labels, target)
     model = new_classifier(
         config.model, config.lora, outputs=len(labels), pad_id=renderer.pad_id, vocab_size=len(tokenizer),
@@ -76,7 +77,7 @@ def run(config: ClassifyConfig, console: Console) -> RunResult:
 def label_names(config: ClassifyConfig, train: Sequence[Labelled], validation: Sequence[Labelled]) -> tuple[str, ...]:
     """The labels in their order: those of the configuration, or else those of the training records, sorted.
 
-    Raises: DataError for a record with another label, or labels that no training record has; ConfigError for too few.
+    Raises: DataError for a record with another label; ConfigError for too few.
     """
     met = Counter(name for record in train for name, p in record.labels.items() if p > 0)
     labels = config.labels or tuple(sorted(met))
@@ -93,14 +94,27 @@ def label_names(config: ClassifyConfig, train: Sequence[Labelled], validation: S
                 f"label '{other[0]}' is not one of the classifier's", found=f"labels {', '.join(labels)}",
                 where=record.where, do="name it in labels, or correct the row",
             )  # fmt: skip
-    missing = [name for name in labels if not met[name]]
+    return labels
+
+
+def _check_shares(config: ClassifyConfig, labels: tuple[str, ...], target: torch.Tensor) -> None:
+    """Refuse a label that no training record has, and one that all have if it is to be balanced.
+
+    Raises: DataError.
+    """
+    shares = dict(zip(labels, target.mean(dim=0).tolist(), strict=True))
+    missing = [name for name, share in shares.items() if share <= 0]
+    always = [name for name, share in shares.items() if share >= 1]
     if missing:
         raise DataError(
-            f"no training record has the label '{missing[0]}'",
-            where="data.train",
-            do="add some, or drop it from labels",
-        )
-    return labels
+            f"no training record has the label '{missing[0]}'", found=f"{len(target)} records that were rendered",
+            where="data.train", do="add some, or drop the label",
+        )  # fmt: skip
+    if always and config.class_weights == "balanced":
+        raise DataError(
+            f"every training record has the label '{always[0]}'", where="data.train",
+            do="add records without it, drop the label, or set class_weights=equal",
+        )  # fmt: skip
 
 
 def _weight(config: ClassifyConfig, labels: tuple[str, ...], target: torch.Tensor) -> torch.Tensor | None:
@@ -114,10 +128,7 @@ def _weight(config: ClassifyConfig, labels: tuple[str, ...], target: torch.Tenso
         return torch.tensor([config.class_weights[name] for name in labels])
     if config.class_weights == "equal":
         return None
-    try:
-        return balanced_weights(target, several=config.several)
-    except ValueError as error:
-        raise DataError("the labels cannot be balanced", found=str(error), where="class_weights") from None
+    return balanced_weights(target, several=config.several)
 
 
 def guess(target: torch.Tensor, held_out: Sequence[dict[str, Any]], config: ClassifyConfig) -> float:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
 from rlhf.config.sections import Data
 from rlhf.data.collate import LengthReport, TooLong, fit, fit_pair
-from rlhf.data.records import BadRow, Comparison, Demonstration, Labelled, Prompt, Text
+from rlhf.data.records import BadRow, Comparison, Demonstration, Labelled, Prompt, Text, reasons, spelt_out
 from rlhf.data.render import Rendered, Renderer
-from rlhf.errors import DataError
+from rlhf.errors import DataError, collect
 from rlhf.runs.console import Console
 
 OnBadRow = Literal["error", "drop"]
@@ -144,20 +143,20 @@ def prompts_with_records(
 def _each(
     records: Sequence[Any], one: Callable[[Any], T | None], on_bad_row: OnBadRow, what: str, console: Console
 ) -> Iterator[T]:
-    dropped: Counter[str] = Counter()
+    bad: list[BadRow] = []
     for record in records:
         try:
             row = one(record)
         except BadRow as error:
-            if on_bad_row == "error":
-                raise
-            dropped[error.reason] += 1
+            bad.append(error)
             continue
         if row is not None:
             yield row
-    if dropped:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.most_common())
-        console.note(f"{what}: {sum(dropped.values())} of {len(records)} records dropped ({reasons})")
+    problem = collect(DataError, spelt_out(bad)) if on_bad_row == "error" else None
+    if problem:
+        raise problem
+    if bad:
+        console.note(f"{what}: {len(bad)} of {len(records)} records dropped ({reasons(bad)})")
 
 
 def _say(report: LengthReport, limit: int, what: str, console: Console) -> None:

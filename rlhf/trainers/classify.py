@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 from rlhf.data.collate import pad_right
 from rlhf.functional import classification_loss
-from rlhf.trainers.hf import Report, StopOnBadLoss, group_by_length
+from rlhf.trainers.hf import Report, StopOnBadLoss
 
 Row = dict[str, Any]  # input_ids, and target: for each label the probability that it holds
 
@@ -96,7 +96,6 @@ class LabelTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = False  # the loss is a mean over records: the Trainer averages microbatches
         self._sums: dict[str, Tensor] = {}
         self.counts: dict[str, Counts] = {}
 
@@ -150,8 +149,7 @@ def build(
         data_collator=Collator(tokenizer.pad_token_id), callbacks=[report, StopOnBadLoss()],
     )  # fmt: skip
     trainer.several, trainer.weight = several, weight
-    group_by_length(trainer, [_length(row) for row in train])
-    return trainer
+    return trainer  # batches are not grouped by length: where length tells the label, each would hold one label only
 
 
 def _length(row: Row) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rlhf.models.distributed import everybody
 from rlhf.models.heads import SharedValue, position_ids
-from rlhf.rollout.score import align_values, read_logits, response_logprobs, response_values, run_policy
+from rlhf.rollout.score import read_policy, response_logprobs, response_values
 from rlhf.rollout.types import Measured, Rollout, merge
 
 
@@ -50,10 +50,9 @@ class PolicyAndValue(nn.Module):
         if not isinstance(self.value_model, SharedValue):
             logprobs, spread = response_logprobs(self.policy, rollout, temperature, entropy=entropy)
             return logprobs, spread, response_values(self.value_model, rollout)
-        output = run_policy(self.policy, rollout, output_hidden_states=True)
-        logprobs, spread = read_logits(output.logits, rollout, temperature, entropy=entropy)
-        values = self.value_model.score(output.hidden_states[-1]).squeeze(-1)
-        return logprobs, spread, align_values(values, rollout)
+        read = read_policy(self.policy, rollout, temperature, entropy=entropy, states=True)
+        values = self.value_model.score(read.states).squeeze(-1).masked_fill(~rollout.response_mask, 0.0)
+        return read.logprobs, read.entropy, values
 
 
 def _text_loss(policy: Any, text: TextBatch) -> Tensor:

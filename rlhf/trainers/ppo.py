@@ -23,6 +23,7 @@ from rlhf.functional import adaptive_kl
 from rlhf.models.adapters import reference_policy
 from rlhf.models.average import Average
 from rlhf.models.distributed import unsharded, wants_bfloat16
+from rlhf.models.packing import can_pack, microbatches
 from rlhf.rollout.rewards import Rewards
 from rlhf.rollout.sample import sample
 from rlhf.rollout.score import Spread, measure, response_logprobs, shape
@@ -177,7 +178,7 @@ class PPOTrainer:
             measured = measure(
                 rollout, read=lambda part: trained.read(part, config.sampling.temperature),
                 reference=self.reference_logprobs, rewards=lambda part: self.rewards(part, records(part)),
-                microbatch=config.optim.microbatch_size,
+                microbatch=config.optim.microbatch_size, packed=can_pack(trained.policy),
             )  # fmt: skip
         measured = gather(measured, self.accelerator, self.pad_id)
         self.spread = self.spread.seen(measured.raw_scores)
@@ -255,8 +256,8 @@ class PPOTrainer:
         """Backward over this process's share of a minibatch; returns the largest |ratio - 1| seen."""
         a, config = self.accelerator, self.config
         mine = minibatch[a.process_index :: a.num_processes]
-        mine = mine[experience.mask[mine].sum(dim=1).argsort()]  # rows of like length together: less padding
-        parts = mine.split(config.optim.microbatch_size)
+        lengths, packed = experience.mask[mine].sum(dim=1), can_pack(a.unwrap_model(self.model).policy)
+        parts = [mine[part] for part in microbatches(lengths, config.optim.microbatch_size, packed=packed)]
         worst = 0.0
         for i, rows in enumerate(parts):
             part = experience.select(rows)

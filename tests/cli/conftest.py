@@ -19,12 +19,17 @@ DEMOS = [
     {"messages": [{"role": "user", "content": f"name {w}"}, {"role": "assistant", "content": f"a {w}"}]} for w in WORDS
 ]
 PAIRS = [{"prompt": f"name {w}", "chosen": f"a {w}", "rejected": "no"} for w in WORDS]
+LABELS = [
+    {"prompt": f"name {w}", "completion": f"a {w}" if i % 2 else "no", "label": "kind" if i % 2 else "short"}
+    for i, w in enumerate(WORDS)
+]
 PROMPTS = [{"prompt": f"name {w}"} for w in WORDS]
 DATA = "data: {{train: [{{path: {}.jsonl}}], validation_fraction: 0.2, max_length: 64}}\n"
 OPTIM = "optim: {batch_size: 4, microbatch_size: 4, max_updates: 2}\n"
 CONFIGS = {
     "sft.yaml": "output_dir: out\nmodel: {path: tiny}\n" + DATA.format("demos") + OPTIM,
     "reward.yaml": "output_dir: out\nmodel: {path: sft}\n" + DATA.format("pairs") + OPTIM,
+    "classify.yaml": "output_dir: out\nmodel: {path: sft}\n" + DATA.format("labels") + OPTIM,
     "ppo.yaml": "output_dir: out\npolicy: {path: sft}\nreward_model: {path: reward}\n"
     "data: {prompts: [{path: prompts.jsonl}], max_prompt_tokens: 64}\nsampling: {max_new_tokens: 8}\n"
     "ppo: {steps: 1, rollout_size: 4, epochs: 1}\noptim: {microbatch_size: 4}\n",
@@ -73,7 +78,7 @@ def place(tmp_path: Path, models: Path, write_jsonl: Callable[..., Path]) -> Pat
     """The current folder of a command: configurations, data, and copies of the models."""
     for name, text in CONFIGS.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
-    for name, rows in (("demos", DEMOS), ("pairs", PAIRS), ("prompts", PROMPTS)):
+    for name, rows in (("demos", DEMOS), ("pairs", PAIRS), ("labels", LABELS), ("prompts", PROMPTS)):
         write_jsonl(tmp_path / f"{name}.jsonl", rows)
     shutil.copytree(models, tmp_path, dirs_exist_ok=True)
     return tmp_path

@@ -70,6 +70,7 @@ def other_run(place: Path) -> None:
 TALK = {"role": "user", "content": "hi"}
 PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
 LONG = "a very long question " * 40
+SPAM, HAM = ({"text": f"some {name}", "label": name} for name in ("spam", "ham"))
 
 DATA = [
     Case("missing", "sft sft.yaml data.train.0.path=demo.jsonl",
@@ -98,6 +99,30 @@ DATA = [
     Case("prompt too long (generate)", "generate sft prompts.jsonl out.jsonl --max-new-tokens 8",
          ("prompts.jsonl row 1: the prompt is longer than 120 tokens", "shorten it"),
          rows("prompts.jsonl", {"prompt": LONG})),
+    Case("a label without a training record", "classify classify.yaml labels=[short,kind,rude]",
+         ("data.train: no training record has the label 'rude'", "add some, or drop the label")),
+    Case("a label that never holds", "classify classify.yaml labels=[ham,spam,kind] data.validation_fraction=0",
+         ("data.train: no training record has the label 'kind'", "add some, or drop the label"),
+         rows("labels.jsonl", SPAM, HAM | {"label": {"ham": 1, "kind": 0}})),
+    Case("a label that is not the classifier's", "classify classify.yaml labels=[short,rude]",
+         ("labels.jsonl row ", ": label 'kind' is not one of the classifier's (found: labels short, rude)",
+          "name it in labels, or correct the row")),
+    Case("a label that is not the classifier's, held out",
+         "classify classify.yaml data.validation=[{'path':'other.jsonl'}]",
+         ("other.jsonl row 1: label 'rude' is not one of the classifier's (found: labels kind, short)", "name it in"),
+         rows("other.jsonl", {"text": "a", "label": "rude"})),
+    Case("a broken label", "classify classify.yaml",
+         ("labels.jsonl row 2: a label is text or a whole number", "(found: True)", "on_bad_row=drop"),
+         rows("labels.jsonl", SPAM, HAM | {"label": True})),
+    Case("a label that always holds, balanced",
+         "classify classify.yaml several=true class_weights=balanced labels=[ham] data.validation_fraction=0",
+         ("data.train: every training record has the label 'ham'", "class_weights=equal"),
+         rows("labels.jsonl", HAM, HAM | {"text": "other"})),
+    Case("two labels where one may hold", "classify classify.yaml data.validation_fraction=0",
+         ("DataError: labels.jsonl row 2: a record must have exactly one label", "set several=true"),
+         rows("labels.jsonl", SPAM, HAM | {"label": ["ham", "spam"]})),
+    Case("no label column", "classify classify.yaml data.train.0.path=demos.jsonl",
+         ("demos.jsonl: no format of the kind 'labelled' fits (found: columns messages)", "text (text, label)")),
     Case("no prompts", "generate sft nope.jsonl out.jsonl", ("nope.jsonl: no such file", "did you mean '")),
 ]  # fmt: skip
 CONFIG = [
@@ -108,6 +133,8 @@ CONFIG = [
          "data: {train: [{path: demos.jsonl}]}\n")),
     Case("wrong type", "ppo ppo.yaml ppo.gamma=one",
          ("command line: 'ppo.gamma': expected a valid number", "got 'one'")),
+    Case("a label that is named twice", "classify classify.yaml labels=[kind,short,kind]",
+         ("labels: 'kind' is named twice",)),
     Case("negative", "ppo ppo.yaml kl.coef=-1",
          ("command line: 'kl.coef': expected greater than or equal to 0", "got -1")),
     Case("override syntax", "sft sft.yaml epochs", ("command line: expected section.key=value, got 'epochs'",)),
@@ -140,7 +167,24 @@ CONFIG = [
     Case("judge", "evaluate evaluate.yaml judge=no.module:f",
          ("judge: the judge does not import", "give module:function")),
     Case("reference", "evaluate evaluate.yaml reference=ppo", ("reference 'ppo' is not one of models: sft",)),
-    Case("demo data", "data dmeo", ("no embedded data called 'dmeo'", "the only one is 'demo'")),
+    Case("one label", "classify classify.yaml",
+         ("labels: a classifier needs 2 labels at least (found: spam)", "set several=true for one label"),
+         rows("labels.jsonl", SPAM, SPAM | {"text": "more"})),
+    Case("one label named", "classify classify.yaml labels=[kind]",
+         ("labels: a classifier needs 2 labels at least (found: kind)", "check the column 'label'")),
+    Case("no label at all", "classify classify.yaml several=true",
+         ("labels: a classifier needs 1 labels at least (found: none)", "check the column 'label'"),
+         rows("labels.jsonl", SPAM | {"label": []}, HAM | {"label": {}})),
+    Case("a class weight too few", "classify classify.yaml class_weights={'kind':2.0}",
+         ("class_weights: class_weights must name every label once (found: 'short' is in one of the two only)",
+          "labels: kind, short")),
+    Case("a class weight too many", "classify classify.yaml class_weights={'kind':2.0,'short':1,'rude':1}",
+         ("class_weights must name every label once (found: 'rude' is in", "labels: kind, short")),
+    Case("a class weight of 0", "classify classify.yaml class_weights={'kind':0,'short':1}",
+         ("command line: 'class_weights", "expected greater than 0")),
+    Case("context (classify)", "classify classify.yaml data.max_length=129",
+         ("data.max_length: sequences of 129", "at most 128")),
+    Case("demo data", "data dmeo", ("no embedded data called 'dmeo'", "there are 'demo' and 'rules'")),
 ]  # fmt: skip
 MODELS = [
     Case("absent", "sft sft.yaml model.path=tny", ("tny: no such model", "train the stage that makes it first")),
@@ -242,7 +286,7 @@ def test_wrong_usage_shows_the_usage(
 
 def test_the_place_itself_is_good(place: Path, call_cli: Run) -> None:
     """Without a planted fault the same commands work, so that each case fails for its own reason."""
-    stages = [f"{name} {name}.yaml output_dir=out-{name}" for name in ("sft", "reward", "ppo", "evaluate")]
+    stages = [f"{name} {name}.yaml output_dir=out-{name}" for name in ("sft", "reward", "classify", "ppo", "evaluate")]
     for command in (*stages, "generate sft prompts.jsonl out.jsonl --max-new-tokens 8"):
         code, _, err = call_cli([*command.split(), "--quiet"], cwd=place)
         assert (code, err) == (0, ""), command

@@ -21,7 +21,8 @@ from tests.tolerances import PROCESSES, PROCESSES_PPO, distance
 
 pytestmark = pytest.mark.slow
 ACCELERATE = Path(__file__).parents[2] / "configs" / "accelerate"
-STAGES = ("sft", "reward", "ppo")
+STAGES = ("sft", "reward", "classify", "ppo")
+TRAINERS = ("sft", "reward", "classify")
 OPTIONS = "options"
 """PPO again, with a shared trunk and with text whose weight follows the gradients."""
 
@@ -51,7 +52,7 @@ def runs(tiny_model_dir: Path, files: Any, run_stage: Any, tmp_path_factory: Any
     """stage -> (run of one process, run of two), each stage on what one process made before."""
     top = tmp_path_factory.mktemp("one")
     one = setup.configs(top, str(tiny_model_dir), files)
-    for stage in ("sft", "reward"):
+    for stage in TRAINERS:
         one[stage]["data"]["validation_fraction"] = 1 / 3  # 16 and 8 records: no batch is incomplete
     two = {name: config | {"output_dir": str(top / "two" / name)} for name, config in one.items()}
     running = []
@@ -75,12 +76,13 @@ def test_the_run_says_how_many_processes_it_had(stage: str, runs: Any) -> None:
     assert [info(run)["status"] for run in runs[stage]] == ["finished", "finished"]
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward"])
+@pytest.mark.parametrize("stage", TRAINERS)
 def test_two_processes_log_the_losses_of_one(stage: str, runs: Any) -> None:
     one, two = (metrics(run) for run in runs[stage])
     assert [line["step"] for line in one] == [line["step"] for line in two]
+    counted = {"accuracy", "eval_accuracy", "margin", "label_accuracy", "eval_label_accuracy", "macro_f1"}
     for ours, theirs in zip(two, one, strict=True):
-        for name in {"loss", "eval_loss", "grad_norm", "accuracy", "eval_accuracy", "margin"} & set(theirs):
+        for name in ({"loss", "eval_loss", "grad_norm", "eval_macro_f1"} | counted) & set(theirs):
             assert ours[name] == pytest.approx(theirs[name], abs=PROCESSES, rel=PROCESSES), (theirs["step"], name)
 
 

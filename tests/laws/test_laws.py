@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlhf import functional as F
-from tests.laws import laws, twins
+from tests.laws import label_laws, label_twins, laws, twins
 
 CASES = {
     laws.whitened_advantages_have_mean_0_and_variance_1: [
@@ -146,6 +146,56 @@ CASES = {
         ("token_mean", twins.token_mean_is_mean_of_means),
         ("token_mean", twins.token_mean_divides_by_all),
     ],
+    label_laws.shifting_all_logits_changes_nothing_if_labels_exclude_each_other: [
+        ("classification_loss", label_twins.labels_always_independent),
+        ("classification_loss", label_twins.labels_without_normaliser),
+    ],
+    label_laws.equal_logits_cost_ln_n_or_ln_2: [
+        ("classification_loss", label_twins.labels_always_independent),
+        ("classification_loss", label_twins.labels_summed),
+        ("classification_loss", label_twins.labels_averaged),
+        ("classification_loss", label_twins.labels_in_bits),
+    ],
+    label_laws.the_loss_is_least_where_probabilities_equal_the_target: [
+        ("classification_loss", label_twins.labels_rounded),
+        ("classification_loss", label_twins.labels_smoothed),
+        ("classification_loss", label_twins.labels_without_normaliser),
+    ],
+    label_laws.the_label_gradient_is_probability_minus_target: [
+        ("classification_loss", label_twins.labels_squared),
+        ("classification_loss", label_twins.labels_floored),
+        ("classification_loss", label_twins.labels_summed),
+        ("classification_loss", label_twins.labels_in_bits),
+    ],
+    label_laws.any_split_of_a_batch_has_its_loss_and_gradient: [
+        ("classification_loss", label_twins.labels_weights_divided_out),
+    ],
+    label_laws.a_weight_multiplies_what_its_label_costs: [
+        ("classification_loss", label_twins.labels_weights_ignored),
+        ("classification_loss", label_twins.labels_weights_normalised),
+        ("classification_loss", label_twins.labels_weights_in_another_order),
+        ("classification_loss", label_twins.labels_weigh_the_negative_part),
+    ],
+    label_laws.a_weight_leaves_the_negative_part_alone: [
+        ("classification_loss", label_twins.labels_weigh_both_parts),
+        ("classification_loss", label_twins.labels_weigh_the_negative_part),
+    ],
+    label_laws.the_order_of_labels_does_not_matter: [
+        ("classification_loss", label_twins.labels_weights_in_another_order),
+    ],
+    label_laws.balanced_weights_give_exclusive_labels_the_same_say_and_records_a_mean_of_1: [
+        ("balanced_weights", label_twins.balance_without_n),
+        ("balanced_weights", label_twins.balance_by_the_root),
+        ("balanced_weights", label_twins.balance_upside_down),
+        ("balanced_weights", label_twins.balance_counts_hard_labels),
+    ],
+    label_laws.balanced_weights_give_yes_and_no_the_same_say: [
+        ("balanced_weights", label_twins.balance_as_if_exclusive),
+        ("balanced_weights", label_twins.balance_by_the_share_alone),
+        ("balanced_weights", label_twins.balance_upside_down),
+        ("balanced_weights", label_twins.balance_counts_hard_labels),
+        ("classification_loss", label_twins.labels_weigh_the_negative_part),
+    ],
 }
 
 SOUND = {"gae": twins.gae_correct, "shaped_rewards": twins.rewards_correct}
@@ -183,13 +233,14 @@ def test_the_parts_that_twins_are_made_of_are_sound(name):
 
 
 def test_every_law_has_a_twin_and_every_twin_a_law():
-    written = [thing for thing in vars(laws).values() if is_law(thing)]
+    written = [thing for module in (laws, label_laws) for thing in vars(module).values() if is_law(thing)]
     assert set(written) == set(CASES)
     assert all(CASES.values())
     used = {twin.__name__ for pairs in CASES.values() for _, twin in pairs} | {t.__name__ for t in SOUND.values()}
     defined = {
         name
-        for name, thing in vars(twins).items()
-        if inspect.isfunction(thing) and thing.__module__ == twins.__name__ and not name.startswith("_")
+        for module in (twins, label_twins)
+        for name, thing in vars(module).items()
+        if inspect.isfunction(thing) and thing.__module__ == module.__name__ and not name.startswith("_")
     }
     assert used == defined - {"broken"}

@@ -43,7 +43,7 @@ def experience(rollout: Rollout, models: dict[str, Any], **changes: Any) -> Expe
         "read": lambda part: PolicyAndValue(models["policy"], models["value"]).read(part, TEMPERATURE),
         "reference": lambda part: response_logprobs(reference, part, TEMPERATURE)[0],
         "rewards": lambda part: sequence_scores(models["reward"], part.ids, part.mask),
-        "microbatch": 2,
+        "microbatch": 2, "packed": True,
     }  # fmt: skip
     return shape(measure(rollout, **options | changes), kl_coef=COEF, **shaping)
 

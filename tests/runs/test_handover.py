@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,23 @@ def test_a_record_survives_writing_and_reading(identity: dict[str, Any], tmp_pat
     assert handover.read(tmp_path) == made
     assert (made.stage, made.score_mean, made.vocab_size) == ("reward", 0.5, identity["vocab_size"])
     handover.verify(identity, handover.read(tmp_path), where="x", role="the reward model")
+
+
+def test_a_classifiers_labels_keep_their_order(identity: dict[str, Any], tmp_path: Path) -> None:
+    handover.make("classify", identity, labels=["short", "kind"], several=False).write(tmp_path)
+    record = handover.read(tmp_path)
+    assert record is not None
+    assert (record.labels, record.several) == (["short", "kind"], False)
+
+
+def test_a_record_from_before_there_were_labels_is_read(identity: dict[str, Any], tmp_path: Path) -> None:
+    handover.make("reward", identity, score_mean=0.0, score_std=1.0).write(tmp_path)
+    path = tmp_path / handover.FILE
+    old = {name: value for name, value in json.loads(path.read_text()).items() if name not in ("labels", "several")}
+    path.write_text(json.dumps(old))
+    record = handover.read(tmp_path)
+    assert record is not None
+    assert (record.labels, record.several, record.score_std) == (None, None, 1.0)
 
 
 def test_a_model_that_no_stage_of_ours_made_passes(identity: dict[str, Any], tmp_path: Path) -> None:

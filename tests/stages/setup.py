@@ -26,8 +26,13 @@ def judge(prompt: Any, response: str, record: Mapping[str, Any], finished: bool)
     return float(len(response)) + finished
 
 
+def letters(prompt: Any, response: str, record: Mapping[str, Any], finished: bool) -> float:
+    """A measure that anyone can count again."""
+    return float(len(response))
+
+
 def write_data(folder: Path) -> Files:
-    """Demonstrations, pairs (every sixth a tie), prompts and text. Returns name -> path."""
+    """Demonstrations, pairs (every sixth a tie), labelled replies, prompts and text. Returns name -> path."""
     folder.mkdir(parents=True, exist_ok=True)
     cases = [(ask.format(thing), thing) for ask in ASKS for thing in THINGS]
     tables = {
@@ -37,6 +42,11 @@ def write_data(folder: Path) -> Files:
         "preferences": [
             {"prompt": [user(ask)], "chosen": GOOD.format(thing), "rejected": BAD.format(thing),
              "preference": 0.5 if i % 6 == 5 else 1.0}
+            for i, (ask, thing) in enumerate(cases)
+        ],
+        "labels": [
+            {"prompt": [user(ask)], "completion": (BAD if i % 3 else GOOD).format(thing),
+             "label": "short" if i % 3 else "kind"}
             for i, (ask, thing) in enumerate(cases)
         ],
         "prompts": [{"prompt": [user(ask)]} for ask, _ in cases],
@@ -72,6 +82,10 @@ def configs(top: Path, model: str, files: Files, *, adapters: bool = False) -> d
             "output_dir": str(top / "reward"), "model": {"path": str(top / "sft")}, "lora": lora(adapters),
             "optim": optim(), "data": {"train": [{"path": files["preferences"]}], **data},
         },
+        "classify": {
+            "output_dir": str(top / "classify"), "model": {"path": str(top / "sft")}, "lora": lora(adapters),
+            "optim": optim(), "data": {"train": [{"path": files["labels"]}], **data}, "class_weights": "balanced",
+        },
         "ppo": {
             "output_dir": str(top / "ppo"), "policy": {"path": str(top / "sft")}, "lora": lora(adapters),
             "reward_model": {"path": str(top / "reward")}, "checkpoint_every": 2, "sample_every": 2,
@@ -84,7 +98,8 @@ def configs(top: Path, model: str, files: Files, *, adapters: bool = False) -> d
                                                             "ppo": {"path": str(top / "ppo")}},
             "prompts": {"heldout": {"path": files["prompts"], "limit": 6}},
             "reward_model": {"path": str(top / "reward")}, "preferences": [{"path": files["preferences"]}],
-            "judge": "tests.stages.setup:judge", "best_of": 2, "sampling": {"max_new_tokens": 8}, "bootstrap": 50,
+            "judge": "tests.stages.setup:judge", "measures": {"letters": "tests.stages.setup:letters"},
+            "best_of": 2, "sampling": {"max_new_tokens": 8}, "bootstrap": 50,
             "text": [{"path": files["text"]}],
         },
     }  # fmt: skip

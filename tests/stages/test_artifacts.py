@@ -20,7 +20,7 @@ from tests.stages.setup import info, metrics
 from tests.tolerances import assert_close
 
 pytestmark = pytest.mark.slow
-TRAINING = ("sft", "reward", "ppo")
+TRAINING = ("sft", "reward", "classify", "ppo")
 
 
 def test_a_run_directory_holds_its_contract(trained: Any) -> None:
@@ -42,7 +42,7 @@ def test_inputs_name_the_model_and_the_data(trained: Any) -> None:
 
 
 def test_metrics_are_declared_and_end_with_the_last_step(trained: Any) -> None:
-    for stage, last in (("sft", 6), ("reward", 6), ("ppo", 3)):
+    for stage, last in (("sft", 6), ("reward", 6), ("classify", 6), ("ppo", 3)):
         lines = metrics(trained.run(stage))
         assert {name for line in lines for name in line} <= set(METRICS)
         assert lines[-1]["step"] == last
@@ -63,8 +63,9 @@ def test_every_model_carries_its_hand_over(trained: Any) -> None:
     for stage, record in zip(TRAINING, records, strict=True):
         assert set(record) == {f.name for f in fields(Handover)}
         assert record["stage"] == stage
-        scored = {"head_dtype", "score_mean", "score_std"}
-        assert all((record[name] is None) == (stage != "reward") for name in scored)
+        own = {"reward": {"head_dtype", "score_mean", "score_std"}, "classify": {"head_dtype", "labels", "several"}}
+        special = set().union(*own.values())
+        assert {name for name in special if record[name] is not None} == own.get(stage, set())
         shared = {"template_sha256", "tokenizer_sha256", "end_id", "pad_id", "eos_id", "tail_ids", "vocab_size"}
         assert all(record[name] == records[0][name] for name in shared)
     assert records[1]["head_dtype"] == "float32"
@@ -132,7 +133,7 @@ def test_the_tokenizer_comes_with_every_model(trained: Any) -> None:
 
 
 def test_adapters_stay_adapters_of_the_original_base(adapted: Any) -> None:
-    for folder in ("sft/model", "reward/model", "ppo/model", "ppo/value_model"):
+    for folder in ("sft/model", "reward/model", "classify/model", "ppo/model", "ppo/value_model"):
         config = json.loads((adapted.top / folder / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == adapted.base
         assert (config["r"], config["lora_alpha"]) == (4, 8.0)
@@ -150,3 +151,6 @@ def test_the_evaluation_compares_the_models(trained: Any) -> None:
     assert 0 <= results["reward_model"]["accuracy"] <= 1
     answers = [json.loads(line) for line in (trained.run("evaluate") / "answers.jsonl").read_text().splitlines()]
     assert len(answers) == 6
+    for name, row in rows.items():
+        said = [len(line["replies"][name]["text"]) for line in answers]
+        assert row["measures"] == {"letters": pytest.approx(sum(said) / 6)}

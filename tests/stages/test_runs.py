@@ -18,7 +18,7 @@ from tests.stages import setup
 from tests.stages.setup import info, metrics
 
 pytestmark = pytest.mark.slow
-STAGES = ("sft", "reward", "ppo")
+STAGES = ("sft", "reward", "classify", "ppo")
 
 
 def moved(config: dict[str, Any], folder: Path, **changes: Any) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def test_samples_are_not_written_twice(
     assert ours == theirs
 
 
-@pytest.mark.parametrize(("stage", "at"), [("sft", 3), ("sft", 5), ("reward", 5)])
+@pytest.mark.parametrize(("stage", "at"), [("sft", 3), ("sft", 5), ("reward", 5), ("classify", 5)])
 def test_an_interrupted_run_on_a_trainer_ends_as_an_uninterrupted_one(
     stage: str, at: int, trained: Any, call_cli: Any, run_stage: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -205,7 +205,7 @@ def test_a_base_model_without_turns_or_padding_grows_and_goes_through_every_stag
     base = bare_base(tmp_path / "base")
     made = setup.configs(tmp_path, base, files, adapters=adapters)
     longer = {"max_length": 200, "validation_fraction": 0.25}
-    for stage in ("sft", "reward"):
+    for stage in ("sft", "reward", "classify"):
         made[stage]["data"] |= longer
     made["ppo"]["data"]["max_prompt_tokens"] = 128
     for stage in STAGES:

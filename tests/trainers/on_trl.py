@@ -1,4 +1,4 @@
-"""Builds the trainers that stand on TRL's, with small defaults."""
+"""Builds the trainers that stand on those of TRL and transformers, with small defaults."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rlhf.config.sections import Optim
 from rlhf.data.render import Rendered
 from rlhf.runs.metrics import MetricsWriter, read_lines
 from rlhf.runs.run_dir import RunDir
-from rlhf.trainers import reward, sft
+from rlhf.trainers import classify, reward, sft
 from rlhf.trainers.hf import Report, arguments, silence, updates_of
 from tests.models import tiny
 
@@ -45,6 +45,19 @@ def reward_trainer(
     """A reward trainer on pairs."""
     args, report = prepared(folder, len(pairs), bool(validation), **optim)
     trainer = reward.build(model, tiny.tokenizer(), pairs, validation or [], args, report, center=center)
+    silence(trainer)
+    return trainer
+
+
+def label_trainer(
+    folder: Path, model: Any, rows: list[dict[str, Any]], validation: list[dict[str, Any]] | None = None, *,
+    several: bool = False, weight: Any = None, **optim: Any,
+) -> Any:  # fmt: skip
+    """A classifier's trainer on rows with targets."""
+    args, report = prepared(folder, len(rows), bool(validation), **optim)
+    trainer = classify.build(
+        model, tiny.tokenizer(), rows, validation or [], args, report, several=several, weight=weight
+    )
     silence(trainer)
     return trainer
 

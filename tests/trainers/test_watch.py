@@ -80,7 +80,7 @@ def dropout_left_on(trainer: PPOTrainer, _: pytest.MonkeyPatch) -> None:
 def shifted_mask(_: PPOTrainer, patch: pytest.MonkeyPatch) -> None:
     """Log-probs are read one position off."""
     original = scoring.token_logprobs
-    patch.setattr(scoring, "token_logprobs", lambda logits, ids, **k: original(logits, ids.roll(1, dims=1), **k))
+    patch.setattr(scoring, "token_logprobs", lambda logits, ids, **k: original(logits, ids.roll(1), **k))
 
 
 def score_on_a_pad(_: PPOTrainer, patch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,185 @@
+"""Rows of unequal length without padding: several in one row of the batch, each attending to itself alone.
+
+A batch of B padded rows becomes fewer rows of like fill. Positions start at 0 in each of the packed sequences, and
+without an attention mask transformers builds the block-diagonal one from them. What comes out is read back by `slot`,
+so nothing outside this file sees how rows were packed.
+
+    ids  _ a b c d        mask  0 1 1 1 1       packed ids  a b c d e f     positions  0 1 2 3 0 1
+         _ _ _ e f              0 0 0 1 1       slot        - 0 1 2 3 / - - - 4 5
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.models.load import backbone
+
+LINEAR = 512  # row length at which attention costs as much as all the rest of a token; smaller for narrow models
+TRIED = 6  # numbers of rows
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}  # relative to the largest
+
+
+@dataclass(frozen=True)
+class Packing:
+    """B sequences in b rows."""
+
+    ids: Tensor  # [b, L] int64
+    positions: Tensor  # [b, L] int64, from 0 in each sequence; 0 on padding, which so attends to itself alone
+    slot: Tensor  # [B, T] int64: where a token of the padded batch lies in the flattened rows; 0 where mask is False
+
+    @property
+    def fill(self) -> float:
+        """Share of the packed batch that is real tokens."""
+        return float((self.slot > 0).sum() + 1) / self.ids.numel()  # exactly one real token has slot 0
+
+
+def pack(ids: Tensor, mask: Tensor) -> Packing:
+    """Pack rows so that they are full and yet short, because attention grows with their length.
+
+    Args:
+        ids: [B, T] int64. mask: [B, T] bool, padding on either side, at least one token a row.
+    """
+    lengths = mask.sum(dim=1).tolist()
+    longest = max(lengths)
+    most = -(-sum(lengths) // longest)
+    fewer = dict.fromkeys((*range(most, most - TRIED, -1), most // 2, most // 4, 1))
+    candidates = [_fitted(lengths, longest), *(_dealt(lengths, rows) for rows in fewer if rows > 0)]
+    places, rows, capacity = min(candidates, key=lambda c: c[1] * c[2] * (1 + c[2] / LINEAR))
+    start = torch.tensor([row * capacity + offset for row, offset in places], device=ids.device)
+    within = (mask.long().cumsum(dim=1) - 1).clamp_min(0)
+    slot = (start[:, None] + within) * mask
+    packed = torch.zeros(rows * capacity, dtype=ids.dtype, device=ids.device)
+    positions = torch.zeros_like(packed)
+    packed[slot[mask]], positions[slot[mask]] = ids[mask], within[mask].to(ids.dtype)
+    return Packing(packed.view(rows, capacity), positions.view(rows, capacity), slot)
+
+
+def microbatches(lengths: Tensor, size: int, *, packed: bool) -> list[Tensor]:
+    """Rows in parts of at most `size`: with about the same number of tokens each if they will be packed, else of like
+    length, so that there is little padding.
+
+    Args:
+        lengths: [B] int64, tokens of every row.
+    Returns: int64 row indices; every row is in exactly one part.
+    """
+    order = lengths.argsort(descending=True, stable=True)
+    if not packed:
+        return list(order.split(size))
+    parts = -(-len(order) // size)
+    rounds = [r if i % 2 == 0 else r.flip(0) for i, r in enumerate(order.split(parts))]  # to and fro: even sums
+    return [torch.stack([r[i] for r in rounds if i < len(r)]) for i in range(parts)]
+
+
+Layout = tuple[list[tuple[int, int]], int, int]  # (row, offset) of every sequence, rows, their length
+
+
+def _fitted(lengths: list[int], capacity: int) -> Layout:
+    """Best fit: longest first, each into the fullest row of a given length that has room."""
+    places, room = [(0, 0)] * len(lengths), list[tuple[int, int]]()  # room left and row, sorted
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        at = bisect.bisect_left(room, (lengths[i], -1))
+        left, row = room.pop(at) if at < len(room) else (capacity, len(room))
+        places[i] = (row, capacity - left)
+        bisect.insort(room, (left - lengths[i], row))
+    return places, len(room), capacity
+
+
+def _dealt(lengths: list[int], rows: int) -> Layout:
+    """A given number of rows: longest first, each to the emptiest."""
+    places, used = [(0, 0)] * len(lengths), [(0, row) for row in range(rows)]
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length, row = heapq.heappop(used)
+        places[i] = (row, length)
+        heapq.heappush(used, (length + lengths[i], row))
+    return places, rows, max(used)[0]
+
+
+def trunk_states(model: Any, ids: Tensor, mask: Tensor, where: Tensor | None = None) -> Tensor:
+    """Last hidden states of a model's trunk, read at some positions.
+
+    Args:
+        ids, mask: [B, T].
+        where: [B, N] int64, columns to read in each row; None = all.
+    Returns: [B, N, H] (or [B, T, H]); meaningless where mask is False.
+    """
+    if can_pack(model):
+        packing = pack(ids, mask)
+        hidden = backbone(model)(
+            input_ids=packing.ids, position_ids=packing.positions, use_cache=False
+        ).last_hidden_state
+        slots = packing.slot if where is None else packing.slot.gather(1, where)
+        return hidden.flatten(0, 1)[slots]
+    positions = (mask.long().cumsum(dim=1) - 1).clamp_min(0)
+    hidden = backbone(model)(
+        input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False
+    ).last_hidden_state
+    return hidden if where is None else hidden.gather(1, where[..., None].expand(-1, -1, hidden.shape[-1]))
+
+
+@contextmanager
+def head_reads(model: Any, flat: Tensor) -> Iterator[None]:
+    """Inside, the output layer of a causal LM sees only some of the positions: its logits are [1, n, V].
+
+    Args:
+        flat: [n] int64 into the flattened [b * L] positions.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = inner.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1)[flat][None], *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def can_pack(model: Any) -> bool:
+    """Whether a model's trunk computes the same packed as padded; found out once a model, on two short sequences.
+
+    Models whose layers carry a state along the row (Mamba and its like), or that take positions from elsewhere, do
+    not: they are given padded rows.
+    """
+    known = getattr(model, "_can_pack", None)
+    if known is None:
+        known = False
+        if hasattr(model, "config") and hasattr(model.config, "get_text_config"):
+            with torch.autocast(next(model.parameters()).device.type, enabled=False):
+                known = _probe(model)
+        model._can_pack = known
+    return bool(known)
+
+
+@torch.no_grad()
+def _probe(model: Any) -> bool:
+    config = model.config.get_text_config()
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, config.vocab_size, (2, 7), generator=generator).to(device)
+    mask = torch.ones_like(rows, dtype=torch.bool)
+    mask[1, :3] = False  # 7 and 4 tokens
+    was = model.training
+    model.eval()
+    trunk = backbone(model)
+    positions = (mask.long().cumsum(dim=1) - 1).clamp_min(0)
+    padded = trunk(input_ids=rows, attention_mask=mask.long(), position_ids=positions, use_cache=False)
+    packed = torch.cat([rows[0], rows[1, 3:]])[None]
+    restarts = torch.cat([positions[0], positions[1, 3:]])[None]
+    try:
+        together = trunk(input_ids=packed, position_ids=restarts, use_cache=False)
+    except Exception:  # whatever an architecture that cannot be packed raises
+        return False
+    finally:
+        model.train(was)
+    wanted = torch.cat([padded.last_hidden_state[0], padded.last_hidden_state[1, 3:]]).float()
+    found = together.last_hidden_state[0].float()
+    if found.shape != wanted.shape:
+        return False
+    tolerance = TOLERANCE.get(padded.last_hidden_state.dtype, 1e-3)
+    return bool((found - wanted).abs().max() <= tolerance * wanted.abs().max())
