@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The demo's experiments, one seed after the other; finished stages are skipped. Results and their reading: README.md here.
 #   on-policy  reward model that has also seen the SFT model's own replies, PPO against it      10 minutes a seed
-#   tax        PPO-ptx against a higher KL penalty: gold utility and perplexity (after on-policy)  9 minutes a seed
-#   rules      preference reward with and without rule classifiers (after on-policy)              10 minutes a seed
+#   tax        PPO-ptx against a higher KL penalty: gold utility and perplexity (after on-policy)   10 minutes a seed
+#   rules      preference reward with and without rule classifiers (after on-policy)               10 minutes a seed
 # Run: bash configs/demo/experiments/run.sh on-policy 1 2 3      2 CPU cores, no GPU, no network
 set -euo pipefail
 here=configs/demo/experiments
@@ -19,9 +19,10 @@ on_policy() {
 }
 
 tax() {
+  rlhf ppo configs/demo/ppo.yaml seed="$1" "${models[@]}" output_dir="$top/tax-penalty"
   rlhf ppo configs/demo/ppo.yaml seed="$1" "${models[@]}" kl.target=1.2 output_dir="$top/tax-higher-penalty"
   rlhf ppo $here/ppo-ptx.yaml seed="$1" "${models[@]}" output_dir="$top/tax-ptx"
-  for name in higher-penalty ptx; do
+  for name in penalty higher-penalty ptx; do
     judge "evaluate-tax-$name" models.ppo.path="$top/tax-$name/model" "$1"
   done
 }
