@@ -1,12 +1,13 @@
 # make demo   set up, then data -> SFT -> reward model -> PPO -> evaluation on the embedded world (runs/demo)
 # make test   set up, then lint, types and tests
+# make bench  measure what optimisations are worth on this machine (give it the machine alone)
 # make lock   rewrite constraints.txt from the environment that was tested
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test setup lint types pytest lock clean
+.PHONY: demo test setup lint types pytest bench lock clean
 
 demo: setup
 	$(BIN)/rlhf run configs/demo/pipeline.yaml
@@ -36,6 +37,9 @@ types: setup
 
 pytest: setup
 	$(BIN)/python -m pytest
+
+bench: setup
+	$(BIN)/python -m tests.bench.packing
 
 lock: setup
 	$(BIN)/python -m pip freeze --exclude-editable --exclude pip | sed 's/+cpu$$//' > constraints.txt
