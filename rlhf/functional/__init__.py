@@ -6,7 +6,7 @@ nothing broadcasts silently, and every mask is bool with True = counts.
 
 from rlhf.functional.classify import balanced_weights, classification_loss
 from rlhf.functional.kl import adaptive_kl, kl_estimate
-from rlhf.functional.logprobs import token_entropy, token_logprobs, token_logprobs_from_hidden
+from rlhf.functional.logprobs import token_entropy, token_logprobs
 from rlhf.functional.masked import explained_variance, masked_mean, masked_moments, masked_sum, masked_whiten
 from rlhf.functional.ppo import policy_loss, value_loss
 from rlhf.functional.preference import bradley_terry_loss, ensemble_score
@@ -30,7 +30,6 @@ __all__ = [
     "shaped_rewards",
     "token_entropy",
     "token_logprobs",
-    "token_logprobs_from_hidden",
     "token_mean",
     "value_loss",
 ]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
-from torch.utils.checkpoint import checkpoint
 
 from rlhf.errors import ShapeError
 from rlhf.functional.checks import as_float
@@ -46,48 +44,6 @@ def token_logprobs(logits: Tensor, ids: Tensor, *, temperature: float = 1.0) -> 
     logits = _scaled("token_logprobs", logits, temperature)
     # Picking one logit before normalising keeps one float32 copy of [.., V] for the backward pass, not two.
     return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
-
-
-def token_logprobs_from_hidden(
-    hidden: Tensor,
-    head_weight: Tensor,
-    ids: Tensor,
-    *,
-    head_bias: Tensor | None = None,
-    temperature: float = 1.0,
-    chunk: int = 1024,
-) -> Tensor:
-    """Log-probability of each given token from hidden states, without ever holding all logits.
-
-        logp_t = log softmax((W h_t + b) / T)[id_t]
-
-    Equals `token_logprobs` of the logits, value and gradient, up to rounding. At most `chunk` x V logits live at
-    once; the backward pass computes them a second time (2 H V more operations a token).
-
-    Args:
-        hidden: [.., H], any float dtype; the product with the head runs in this dtype.
-        head_weight: [V, H].
-        ids: [..] int64, each in [0, V).
-        head_bias: [V] or None.
-        temperature: dimensionless, > 0.
-        chunk: positions at once, >= 1.
-    Returns: [..] nats. Differentiable in hidden, head_weight and head_bias.
-    Does not: gather a partitioned head (ZeRO-3): the caller passes the whole weight.
-    Raises: ShapeError if hidden without the last dimension and ids differ in shape; ValueError if temperature <= 0 or
-        chunk < 1.
-    """
-    if hidden.shape[:-1] != ids.shape:
-        found = f"hidden {list(hidden.shape)}, ids {list(ids.shape)}"
-        raise ShapeError("hidden must be [.., H] for ids [..]", found=found, where="token_logprobs_from_hidden")
-    if chunk < 1:
-        raise ValueError(f"token_logprobs_from_hidden: chunk must be >= 1 (found: {chunk})")
-
-    def some(hidden_chunk: Tensor, ids_chunk: Tensor) -> Tensor:
-        return token_logprobs(linear(hidden_chunk, head_weight, head_bias), ids_chunk, temperature=temperature)
-
-    pairs = zip(hidden.reshape(-1, hidden.shape[-1]).split(chunk), ids.reshape(-1).split(chunk), strict=True)
-    parts = [checkpoint(some, h, i, use_reentrant=False, preserve_rng_state=False) for h, i in pairs]
-    return torch.cat(parts).view(ids.shape)
 
 
 def token_entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:

@@ -131,9 +131,9 @@ def head_reads(model: Any, flat: Tensor) -> Iterator[None]:
     Args:
         flat: [n] int64 into the flattened [b * L] positions.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head = inner.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1)[flat][None], *args[1:]))
+    handle = output_layer(model).register_forward_pre_hook(
+        lambda _, args: (args[0].flatten(0, 1)[flat][None], *args[1:])
+    )
     try:
         yield
     finally:
@@ -153,6 +153,25 @@ def can_pack(model: Any) -> bool:
             with torch.autocast(next(model.parameters()).device.type, enabled=False):
                 known = _probe(model)
         model._can_pack = known
+    return bool(known)
+
+
+def output_layer(model: Any) -> Any:
+    """The layer that makes a causal LM's logits, adapter wrapping included."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inner.get_output_embeddings()
+
+
+@torch.no_grad()
+def plain_head(model: Any) -> bool:
+    """Whether a causal LM's logits are its output layer's on the trunk's last states and nothing more is done to them
+    (a soft cap, a scale); found out once a model, on a short sequence."""
+    known = getattr(model, "_plain_head", None)
+    if known is None:
+        ids = torch.arange(4, device=next(model.parameters()).device)[None]
+        logits = model(input_ids=ids, use_cache=False).logits
+        ours = output_layer(model)(backbone(model)(input_ids=ids, use_cache=False).last_hidden_state)
+        known = model._plain_head = bool(torch.allclose(logits.float(), ours.float(), rtol=1e-6, atol=1e-6))
     return bool(known)
 
 

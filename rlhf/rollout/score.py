@@ -8,12 +8,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from rlhf.config.schema import PPO
 from rlhf.functional import gae, masked_whiten, shaped_rewards, token_entropy, token_logprobs
 from rlhf.models.heads import position_ids, token_scores
-from rlhf.models.packing import can_pack, head_reads, microbatches, pack
+from rlhf.models.load import backbone
+from rlhf.models.packing import can_pack, head_reads, microbatches, output_layer, pack, plain_head
 from rlhf.rollout.types import Experience, Measured, Rollout, unpack_bits
+
+CHUNK = 2**25  # logits that a policy's output layer may hold at once (128 MiB in float32); more go in parts
 
 
 class Read(NamedTuple):
@@ -45,32 +49,67 @@ def read_policy(
     Args:
         states: also return the last hidden states before each response token.
     """
-    mask, width = rollout.mask, rollout.response_ids.shape[1]
-    real = rollout.response_mask
+    real, width = rollout.response_mask, rollout.response_ids.shape[1]
     if not can_pack(policy):
         output = policy(
-            input_ids=rollout.ids, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False,
-            logits_to_keep=width + 1, output_hidden_states=states,
+            input_ids=rollout.ids, attention_mask=rollout.mask.long(), position_ids=position_ids(rollout.mask),
+            use_cache=False, logits_to_keep=width + 1, output_hidden_states=states,
         )  # fmt: skip
-        logits = output.logits[:, :-1][real]
         hidden = output.hidden_states[-1][:, -width - 1 : -1] if states else None
-    else:
-        packing = pack(rollout.ids, mask)
-        before = packing.slot[:, -width - 1 : -1]  # the position that each response token is predicted from
-        with head_reads(policy, before[real]):
-            output = policy(
-                input_ids=packing.ids, position_ids=packing.positions, use_cache=False, output_hidden_states=states
-            )
-        logits = output.logits[0]
-        hidden = output.hidden_states[-1].flatten(0, 1)[before] if states else None
+        return _finish(rollout, *_numbers(output.logits[:, :-1][real], rollout, temperature, entropy), hidden)
+    packing = pack(rollout.ids, rollout.mask)
+    before = packing.slot[:, -width - 1 : -1]  # the position that each response token is predicted from
+    inputs = {"input_ids": packing.ids, "position_ids": packing.positions, "use_cache": False}
+    at_once = max(1, CHUNK // policy.config.get_text_config().vocab_size)
+    if int(real.sum()) > at_once and plain_head(policy):
+        every = backbone(policy)(**inputs).last_hidden_state.flatten(0, 1)
+        numbers = _in_chunks(output_layer(policy), every[before[real]], rollout, temperature, entropy, at_once)
+        return _finish(rollout, *numbers, every[before] if states else None)
+    with head_reads(policy, before[real]):
+        output = policy(**inputs, output_hidden_states=states)
+    hidden = output.hidden_states[-1].flatten(0, 1)[before] if states else None
+    return _finish(rollout, *_numbers(output.logits[0], rollout, temperature, entropy), hidden)
+
+
+Numbers = tuple[Tensor, Tensor | None]  # log-probs and entropies of the real response tokens, [n] nats
+
+
+def _numbers(
+    logits: Tensor, rollout: Rollout, temperature: float, entropy: bool, part: slice = slice(None)
+) -> Numbers:  # fmt: skip
+    """Of logits [n, V] that predict the real response tokens, or a part of them."""
+    real = rollout.response_mask
     if rollout.support.shape[-1]:
-        logits = logits.masked_fill(~unpack_bits(rollout.support[real], logits.shape[-1]), -torch.inf)
-    flat = token_logprobs(logits, rollout.response_ids[real], temperature=temperature)
-    spread = None
-    if entropy:
-        with torch.no_grad():
-            spread = _unflatten(token_entropy(logits.detach() / temperature), real)
-    return Read(_unflatten(flat, real), spread, hidden)
+        allowed = unpack_bits(rollout.support[real][part], logits.shape[-1])
+        logits = logits.masked_fill(~allowed, -torch.inf)
+    logprobs = token_logprobs(logits, rollout.response_ids[real][part], temperature=temperature)
+    if not entropy:
+        return logprobs, None
+    with torch.no_grad():
+        return logprobs, token_entropy(logits.detach() / temperature)
+
+
+def _in_chunks(
+    head: Any, states: Tensor, rollout: Rollout, temperature: float, entropy: bool, size: int
+) -> Numbers:  # fmt: skip
+    """`_numbers` from the states [n, H] before the output layer: logits of no more than `size` tokens exist at once.
+
+    The backward pass computes them a second time (2 H V more operations a token).
+    """
+
+    def some(chunk: Tensor, part: slice) -> Numbers:
+        return _numbers(head(chunk), rollout, temperature, entropy, part)
+
+    found = [
+        checkpoint(some, states[at : at + size], slice(at, at + size), use_reentrant=False, preserve_rng_state=False)
+        for at in range(0, len(states), size)
+    ]
+    return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found]) if entropy else None
+
+
+def _finish(rollout: Rollout, logprobs: Tensor, entropy: Tensor | None, states: Tensor | None) -> Read:
+    real = rollout.response_mask
+    return Read(_unflatten(logprobs, real), None if entropy is None else _unflatten(entropy, real), states)
 
 
 def _unflatten(flat: Tensor, mask: Tensor) -> Tensor:

@@ -60,42 +60,6 @@ def test_the_gradient_is_one_minus_probability():
     assert_close(leaf.grad, expected)
 
 
-@pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("chunk", [1, 5, 100])
-def test_from_hidden_equals_the_log_probability_of_the_logits(chunk, with_bias):
-    generator = torch.Generator().manual_seed(3)
-    hidden, weight, bias = (
-        torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((3, 4, 6), (11, 6), (11,))
-    )
-    ids = torch.randint(0, 11, (3, 4), generator=generator)
-    results = []
-    for way in ("logits", "chunks"):
-        leaves = [t.clone().requires_grad_() for t in (hidden, weight, *([bias] if with_bias else []))]
-        h, w, b = leaves if with_bias else (*leaves, None)
-        if way == "logits":
-            logp = F.token_logprobs(torch.nn.functional.linear(h, w, b), ids, temperature=0.7)
-        else:
-            logp = F.token_logprobs_from_hidden(h, w, ids, head_bias=b, temperature=0.7, chunk=chunk)
-        (logp * logp.detach().cos()).sum().backward()
-        results.append([logp, *(leaf.grad for leaf in leaves)])
-    for expected, actual in zip(*results, strict=True):
-        assert_close(actual, expected.detach())
-
-
-def test_from_hidden_holds_one_chunk_of_logits_for_the_backward_pass():
-    def saved(function):
-        sizes = []
-        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t)
-        with hooks:
-            function()
-        return max(sizes)
-
-    hidden, weight = torch.randn(64, 4, requires_grad=True), torch.randn(500, 4, requires_grad=True)
-    ids = torch.zeros(64, dtype=torch.long)
-    assert saved(lambda: F.token_logprobs(hidden @ weight.T, ids)) == 64 * 500
-    assert saved(lambda: F.token_logprobs_from_hidden(hidden, weight, ids, chunk=8)) < 8 * 500
-
-
 def test_quoted_entropy_of_a_coin():
     assert_quoted(F.token_entropy(torch.tensor([0.0, 0.0])), 0.693147)
 
@@ -105,12 +69,8 @@ def test_wrong_arguments_are_refused():
     for bad_ids in (ids[:, :1], ids[0], ids[..., None]):
         with pytest.raises(ShapeError, match="ids"):
             F.token_logprobs(logits, bad_ids)
-        with pytest.raises(ShapeError, match="ids"):
-            F.token_logprobs_from_hidden(logits, torch.zeros(5, 11), bad_ids)
     for temperature in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="temperature"):
             F.token_logprobs(logits, ids, temperature=temperature)
         with pytest.raises(ValueError, match="temperature"):
             F.token_entropy(logits, temperature=temperature)
-    with pytest.raises(ValueError, match="chunk"):
-        F.token_logprobs_from_hidden(logits, torch.zeros(5, 11), ids, chunk=0)

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from rlhf.models.heads import sequence_scores, token_scores
-from rlhf.models.packing import can_pack, microbatches, pack
+from rlhf.models.packing import can_pack, microbatches, pack, plain_head
+from rlhf.rollout import score
 from rlhf.rollout.score import read_policy
+from rlhf.rollout.types import Rollout, pack_bits
 from tests.models import tiny
 from tests.tolerances import GRADIENT, assert_close, distance
 
@@ -175,3 +177,44 @@ def test_the_step_counts_real_tokens_whatever_the_packing(monkeypatch: pytest.Mo
     seen.clear()
     read_policy(policy, replace(rollout), 1.0)
     assert seen[0] <= 1.25 * int(rollout.mask.sum())
+
+
+def numbers(policy: Any, rollout: Rollout) -> list[Tensor]:
+    """Log-probs, entropy, states and gradients."""
+    policy.zero_grad()
+    read = read_policy(policy, rollout, 0.8, entropy=True, states=True)
+    read.logprobs.square().sum().backward()
+    gradients = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
+    return [read.logprobs.detach(), read.entropy, read.states.detach() * rollout.response_mask[..., None], gradients]
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+@pytest.mark.parametrize("name", ["Llama", "GPT2", "Gemma2"])
+def test_log_probs_in_parts_are_the_same(name: str, filtered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of 3 tokens; a soft cap on the logits is not lost."""
+    policy, rollout = model(name), tiny.rollout(1, [3, 9, 5], [4, 2, 7])
+    if filtered:
+        allowed = torch.rand(3, 7, 300, generator=torch.Generator().manual_seed(2)) < 0.5
+        allowed |= torch.nn.functional.one_hot(rollout.response_ids, 300).bool()
+        rollout = replace(rollout, support=pack_bits(allowed))
+    whole = numbers(policy, rollout)
+    monkeypatch.setattr(score, "CHUNK", 3 * 300)
+    parts = numbers(policy, rollout)
+    assert plain_head(policy) is (name != "Gemma2")
+    for ours, theirs in zip(parts, whole, strict=True):
+        assert distance(ours, theirs) < GRADIENT
+
+
+def test_no_more_logits_are_kept_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, rollout = model("Llama"), tiny.rollout(1, [3, 9, 5], [4, 2, 7])
+    plain_head(policy)
+
+    def largest() -> int:
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            read_policy(policy, rollout, 1.0)
+        return max(size for size in sizes if size % 300 == 0 and size != 300 * 32)  # but for the layer's own weights
+
+    assert largest() == 13 * 300
+    monkeypatch.setattr(score, "CHUNK", 3 * 300)
+    assert largest() <= 3 * 300
