@@ -25,7 +25,9 @@ class RewardSource(Section):
         None, description="weight of the ensemble's variance where combine=uncertainty; null = 0.5"
     )
     classifier: ModelSource | None = Field(None, description="a sequence classifier; the reward is P(label)")
-    label: str | None = Field(None, description="which label of the classifier, by name")
+    label: str | dict[str, float] | None = Field(
+        None, description="which label of the classifier, by name; or {name: weight} for a sum of several"
+    )
     function: str | None = Field(
         None, description="module:function(prompt, response, record) -> number; your own code is run"
     )
@@ -41,7 +43,7 @@ class RewardSource(Section):
             raise ValueError("an ensemble has two members at least, and only an ensemble has a way to combine")
         if self.uncertainty_penalty is not None and self.combine != "uncertainty":
             raise ValueError(f"uncertainty_penalty has no effect with combine={self.combine}: set combine=uncertainty")
-        if (self.label is not None) != (self.classifier is not None):
+        if (self.label is not None) != (self.classifier is not None) or self.label == {}:
             raise ValueError("a classifier needs a label, and only a classifier has one")
         return self
 

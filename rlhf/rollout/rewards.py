@@ -28,14 +28,14 @@ Function = Callable[[Messages, str, Mapping[str, Any]], float]
 
 @dataclass(frozen=True)
 class ModelReward:
-    """A model's output on prompt + response: its one score, rescaled, or the probability of one label.
+    """A model's output on prompt + response: its one score, rescaled, or the probabilities of some labels.
 
     Attributes:
         model: sequence classifier in eval mode.
         ours: the policy's renderer.
         theirs: the model's renderer if it has another tokenizer, else None.
         scale: (mean, deviation) taken off a score.
-        label: index of the label whose probability is the reward; None = the model has one output, a score.
+        labels: (index, weight) of the labels whose probabilities add up to the reward; empty = one output, a score.
         several: labels are independent (sigmoid) instead of exclusive (softmax).
     """
 
@@ -44,19 +44,20 @@ class ModelReward:
     ours: Renderer
     theirs: Renderer | None = None
     scale: tuple[float, float] = (0.0, 1.0)
-    label: int | None = None
+    labels: tuple[tuple[int, float], ...] = ()
     several: bool = False
 
     @torch.no_grad()
     def __call__(self, part: Rollout, prompts: Sequence[Prompt]) -> Tensor:
-        """[B] float32: score units after rescaling, or a probability."""
+        """[B] float32: score units after rescaling, or a weighted sum of probabilities."""
         ids, mask = part.ids, part.mask
         if self.theirs is not None:
             ids, mask = (t.to(part.ids.device) for t in self._again(part, prompts))
         outputs = sequence_outputs(self.model, ids, mask)
-        if self.label is None:
+        if not self.labels:
             return (outputs[:, 0] - self.scale[0]) / self.scale[1]
-        return (outputs.sigmoid() if self.several else outputs.softmax(dim=1))[:, self.label]
+        probabilities = outputs.sigmoid() if self.several else outputs.softmax(dim=1)
+        return torch.stack([weight * probabilities[:, index] for index, weight in self.labels]).sum(dim=0)
 
     def _again(self, part: Rollout, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
         """The same conversations in the model's own tokens; an unfinished response gets no end token."""

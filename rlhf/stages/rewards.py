@@ -110,21 +110,27 @@ def _score(source: ModelSource, renderer: Renderer, stored: bool, console: Conso
     return replace(part, scale=(record.score_mean, record.score_std))
 
 
-def _probability(source: ModelSource, label: str, renderer: Renderer, console: Console) -> ModelReward:
+def _probability(
+    source: ModelSource, label: str | dict[str, float], renderer: Renderer, console: Console
+) -> ModelReward:  # fmt: skip
     model = _frozen(load_classifier(source))
     record = handover.read(resolve(source))
     names = {str(name): int(index) for index, name in model.config.id2label.items()}
     several = model.config.problem_type == "multi_label_classification"
     if record is not None and record.labels is not None:  # an adapter's folder has no config.json to say it
         names, several = {name: index for index, name in enumerate(record.labels)}, bool(record.several)
-    if label not in names:
+    weights = label if isinstance(label, dict) else {label: 1.0}
+    unknown = [name for name in weights if name not in names]
+    if unknown:
         raise CheckpointError(
-            f"the classifier has no label '{label}'", found=", ".join(names), where=source.path,
+            f"the classifier has no label '{unknown[0]}'", found=", ".join(names), where=source.path,
             do="name one of them as label",
         )  # fmt: skip
     theirs = _reader(source, renderer, console)
+    said = " + ".join(f"P({name})" if weight == 1.0 else f"{weight:g} P({name})" for name, weight in weights.items())
     return ModelReward(
-        f"P({label}) of {source.path}", model, renderer, theirs, label=names[label], several=several
+        f"{said} of {source.path}", model, renderer, theirs, several=several,
+        labels=tuple((names[name], weight) for name, weight in weights.items()),
     )  # fmt: skip
 
 

@@ -95,13 +95,15 @@ def test_a_label_probability_is_the_softmax_or_the_sigmoid(rollout: Rollout, sev
         LlamaConfig(vocab_size=320, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
                     num_labels=3, pad_token_id=renderer.pad_id)
     ).eval()  # fmt: skip
-    reward = ModelReward("P(b)", model, renderer, label=1, several=several)
+    reward = ModelReward("P(b)", model, renderer, labels=((1, 1.0),), several=several)
     found = []
     for row in range(2):
         with torch.no_grad():
             logits = model(rollout.ids[row][rollout.mask[row]][None]).logits[0]
-        found.append(float((logits.sigmoid() if several else logits.softmax(0))[1]))
-    assert_close(reward(rollout, RECORDS), found)
+        found.append((logits.sigmoid() if several else logits.softmax(0)).tolist())
+    assert_close(reward(rollout, RECORDS), [p[1] for p in found])
+    both = ModelReward("2 P(b) - P(c)", model, renderer, labels=((1, 2.0), (2, -1.0)), several=several)
+    assert_close(both(rollout, RECORDS), [2 * p[1] - p[2] for p in found])
 
 
 def test_an_ensemble_combines_its_members_on_their_scales(rollout: Rollout, scorer: Any) -> None:

@@ -34,7 +34,7 @@ rules() {
   for name in preference rules; do
     classifier=()
     if [ $name = rules ]; then
-      classifier=(rewards.0.classifier.path="$top/classify-rules/model" rewards.1.classifier.path="$top/classify-rules/model")
+      classifier=(rewards.0.classifier.path="$top/classify-rules/model")
     fi
     rlhf ppo $here/ppo-$name.yaml seed="$1" policy.path="$top/sft/model" reward_model.path="$top/reward-answers/model" \
       "${classifier[@]}" output_dir="$top/ppo-$name"
