@@ -152,6 +152,22 @@ def show(
 
 
 @app.command()
+def bench(
+    config: ConfigArg, overrides: OverridesArg = None,
+    steps: Annotated[int, typer.Option(min=1, help="steps that are measured, after one to warm up")] = 3,
+    quiet: QuietOpt = False, as_json: JsonOpt = False,
+) -> None:  # fmt: skip
+    """Measure PPO on this machine, phase by phase, beside what the machine could do. Takes a ppo file."""
+    from rlhf.config.load import load
+    from rlhf.config.schema import PPOConfig
+
+    loaded = load(PPOConfig, config, overrides or [])
+    from rlhf.stages.bench import bench as run_bench
+
+    run_bench(loaded.config, _console(quiet, as_json), steps=steps)
+
+
+@app.command()
 def inspect(
     run: Annotated[Path, typer.Argument(help="run directory of a ppo stage")],
     step: Annotated[int | None, typer.Option(help="which step; default: the last one written")] = None,

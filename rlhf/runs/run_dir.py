@@ -51,6 +51,11 @@ def read_json(path: Path) -> Any:
         raise CheckpointError("damaged JSON", found=str(error), where=str(path)) from None
 
 
+def peak_memory_gib() -> float:
+    """Most memory that this process has held so far, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+
+
 class RunDir:
     """One stage's output folder. Only the main process writes; `start` runs before anything expensive."""
 
@@ -137,8 +142,7 @@ class RunDir:
 
     def finish(self) -> None:
         """Mark the run finished."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
-        self.note(status="finished", ended=_now(), peak_memory_gib=round(peak, 2))
+        self.note(status="finished", ended=_now(), peak_memory_gib=round(peak_memory_gib(), 2))
 
     @contextmanager
     def guard(self) -> Iterator[None]:

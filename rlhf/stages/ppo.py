@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rlhf.config.schema import PPOConfig
+from rlhf.data.records import Prompt
 from rlhf.data.render import Rendered, Renderer
 from rlhf.data.sources import load_records
 from rlhf.errors import ConfigError
@@ -17,6 +19,7 @@ from rlhf.models.adapters import policy_with_adapter
 from rlhf.models.distributed import is_main, make_accelerator, set_microbatch, under_deepspeed
 from rlhf.models.heads import SharedValue, load_scorer, new_value_model, rescale_head
 from rlhf.models.load import context_length, disable_dropout, load_causal
+from rlhf.rollout.rewards import Rewards
 from rlhf.rollout.types import Experience
 from rlhf.runs.console import Bar, Console
 from rlhf.runs.metrics import MetricsWriter, read_lines
@@ -43,6 +46,60 @@ def run(config: PPOConfig, console: Console) -> RunResult:
     directory, state = begin("ppo", config, console)
     if state == "finished":
         return RunResult(directory.path, directory.info.get("summary", {}), skipped=True)
+    ready = prepare(config, console)
+    _say_plan(config, ready.accelerator.num_processes, len(ready.prompts), console)
+    tokenizer, renderer = ready.tokenizer, ready.renderer
+    with console.progress("ppo", config.ppo.steps, "step") as bar:
+        reporter = _Reporter(config, directory, tokenizer, bar)
+        trainer = ready.trainer(
+            config, watcher=Watcher(config.watch, directory.path if is_main() else None, console.note),
+            report=reporter.report, checkpoint=lambda t: _maybe_checkpoint(t, directory),
+            restore=lambda t: load_checkpoint(t, directory) and reporter.reopen(t.step),
+        )  # fmt: skip
+        start(directory, "ppo", config)
+        directory.note(data={"prompts": ready.fingerprint})
+        if state == "interrupted" and load_checkpoint(trainer, directory):
+            console.note(f"continuing after step {trainer.step}")
+        reporter.open(trainer.step)
+        with directory.guard():
+            trainer.train()
+            _save(trainer, directory, renderer, tokenizer)
+    reporter.close()
+    summary = {"steps": config.ppo.steps, **{k: round(v, 6) for k, v in reporter.last.items() if "time" not in k}}
+    directory.note(summary=summary)
+    directory.finish()
+    return RunResult(directory.path, summary)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Everything that a trainer is made of: models, rewards and prompts, loaded and checked."""
+
+    tokenizer: Any
+    renderer: Renderer
+    accelerator: Any
+    model: PolicyAndValue
+    reference: Any
+    rewards: Rewards
+    prompts: list[list[int]]
+    records: list[Prompt]
+    text: TextMix | None
+    fingerprint: str
+
+    def trainer(self, config: PPOConfig, **hooks: Any) -> PPOTrainer:
+        """The trainer; `hooks` are its watcher and what it calls after a step."""
+        return PPOTrainer(
+            config, self.accelerator, self.model, reference=self.reference, rewards=self.rewards,
+            prompts=self.prompts, records=self.records, end_id=self.renderer.end_id, pad_id=self.renderer.pad_id,
+            text=self.text, decode=self.tokenizer.decode, **hooks,
+        )  # fmt: skip
+
+
+def prepare(config: PPOConfig, console: Console) -> Ready:
+    """Load what the configuration names, and refuse what does not fit together.
+
+    Raises: ConfigError, DataError or CheckpointError.
+    """
     tokenizer, renderer = open_tokenizer(config.policy, console)
     rewards = build_rewards(config, renderer, console)
     loaded = load_records(
@@ -61,30 +118,10 @@ def run(config: PPOConfig, console: Console) -> RunResult:
     longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
     check_context(longest, context_length(model.policy), "data.max_prompt_tokens + sampling.max_new_tokens")
     say_model(model, console)
-    _say_plan(config, accelerator.num_processes, len(prompts), console)
-    with console.progress("ppo", config.ppo.steps, "step") as bar:
-        reporter = _Reporter(config, directory, tokenizer, bar)
-        trainer = PPOTrainer(
-            config, accelerator, model, reference=reference, rewards=to_device(rewards, accelerator.device),
-            prompts=prompts, records=records, end_id=renderer.end_id, pad_id=renderer.pad_id, text=text,
-            decode=tokenizer.decode,
-            watcher=Watcher(config.watch, directory.path if is_main() else None, console.note),
-            report=reporter.report, checkpoint=lambda t: _maybe_checkpoint(t, directory),
-            restore=lambda t: load_checkpoint(t, directory) and reporter.reopen(t.step),
-        )  # fmt: skip
-        start(directory, "ppo", config)
-        directory.note(data={"prompts": loaded.fingerprint})
-        if state == "interrupted" and load_checkpoint(trainer, directory):
-            console.note(f"continuing after step {trainer.step}")
-        reporter.open(trainer.step)
-        with directory.guard():
-            trainer.train()
-            _save(trainer, directory, renderer, tokenizer)
-    reporter.close()
-    summary = {"steps": config.ppo.steps, **{k: round(v, 6) for k, v in reporter.last.items() if "time" not in k}}
-    directory.note(summary=summary)
-    directory.finish()
-    return RunResult(directory.path, summary)
+    return Ready(
+        tokenizer, renderer, accelerator, model, reference, to_device(rewards, accelerator.device), prompts, records,
+        text, loaded.fingerprint,
+    )  # fmt: skip
 
 
 def _trained_models(
