@@ -102,7 +102,7 @@ def limits_of(
     value = None if isinstance(module.value_model, SharedValue) else Shape.of(module.value_model)
     everything, responses = int(e.mask.sum()), int(e.response_mask.sum())
     context = float(e.mask.sum(dim=1).double().square().sum() / 2 / everything)
-    rate = machine.rate(trainer.bfloat16)
+    rate = machine.rate(trainer.bfloat16 or policy.weight_bytes == 2)
     forward = policy.forward(everything, context, responses)
     scorers = [Shape.of(model) for model in reward_models(ready)]
     score = 2 * forward + sum(s.forward(everything, context) for s in (*scorers, *([value] if value else [])))
@@ -117,15 +117,16 @@ def limits_of(
     seconds = update / rate + optimizer
     bound = "matrix products" if update / rate > optimizer else "optimizer"
     return (
-        sampling_limit(config, policy, e, machine, tau),
+        sampling_limit(config, policy, e, machine, rate, tau),
         Limit(score, score / rate, score / rate, everything, "matrix products"),
         Limit(update, seconds, seconds, everything * config.ppo.epochs, bound),
     )
 
 
-def sampling_limit(config: PPOConfig, policy: Shape, e: Experience, machine: Machine, tau: float) -> Limit:
+def sampling_limit(
+    config: PPOConfig, policy: Shape, e: Experience, machine: Machine, rate: float, tau: float
+) -> Limit:  # fmt: skip
     """Prefill, then one step after the other: operations or weights, whichever takes longer."""
-    rate = machine.rate(policy.weight_bytes == 2)
     prompts, lengths = e.prompt_mask.sum(dim=1), e.response_length
     operations = policy.forward(int(prompts.sum()), float(prompts.double().mean()) / 2, len(e))
     limit = floor = operations / rate

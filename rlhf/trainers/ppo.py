@@ -84,7 +84,7 @@ class PPOTrainer:
         self.average = Average(model.policy, config.ppo.ema) if config.ppo.ema is not None else None
 
     def computing(self) -> torch.autocast:
-        """The precision of everything that scores or differentiates, old log-probs and new ones alike."""
+        """The precision of everything: sampling, old log-probs and new ones alike."""
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.bfloat16)
 
     @property
@@ -149,7 +149,7 @@ class PPOTrainer:
         """This process's share of the step's episodes: slots rank, rank + ranks, ..."""
         a = self.accelerator
         slots = self.slots()[a.process_index :: a.num_processes]
-        with unsharded(self.model, a) as model:
+        with unsharded(self.model, a) as model, self.computing():
             return sample(
                 model.policy, [(slot, self.prompts[i]) for slot, i in slots], self.config.sampling,
                 seed=self.config.seed, step=self.step, end_id=self.end_id, pad_id=self.pad_id, device=a.device,

@@ -124,20 +124,22 @@ def test_warm_up_passes_are_counted_apart_and_not_clipped(reward_folder: str) ->
     assert warm[1] < 0.5 * cold[1]
 
 
-def test_bfloat16_reaches_scoring_and_update_and_not_the_weights(reward_folder: str) -> None:
+def test_bfloat16_reaches_sampling_scoring_and_update_and_not_the_weights(reward_folder: str) -> None:
     lines: list[dict[str, float]] = []
     trainers = {
         name: make(reward_folder, optim={"precision": name}, report=lambda _, __, stats: lines.append(stats))
         for name in ("float32", "bfloat16")
     }
-    half, full = (experienced(trainers[name]) for name in ("bfloat16", "float32"))
-    assert torch.equal(half.response_ids, full.response_ids)  # sampling is the same
-    error = (half.old_logprobs - full.old_logprobs).abs().max()
-    assert 1e-4 < error < 0.1
+    rollout, other = (trainers[name].sample() for name in ("bfloat16", "float32"))
+    half, full = (trainers[name].score(rollout) for name in ("bfloat16", "float32"))
+    error = (half.old_logprobs - full.old_logprobs).abs().mean()
+    assert 1e-4 < error < 0.03
+    # Drawn in the precision that scores: the log-probs of sampling are nearer to those than float32's are.
+    apart = [(a.sampled_logprobs - trainers["bfloat16"].score(a).old_logprobs).abs().mean() for a in (rollout, other)]
+    assert apart[0] < apart[1] / 2
     assert half.values.dtype == half.raw_scores.dtype == torch.float32
     trainers["bfloat16"].train()
     assert lines[0]["first_ratio_error"] < 0.05
-    assert lines[0]["sampling_mismatch"] > 1e-4
     assert {p.dtype for p in trainers["bfloat16"].model.parameters()} == {torch.float32}
 
 

@@ -15,7 +15,7 @@ on_policy() {
   rlhf reward $here/reward-on-policy.yaml seed="$1" model.path="$top/sft/model" data.train.1.path="$top/rated.jsonl" \
     output_dir="$top/reward"
   rlhf ppo $here/ppo-on-policy.yaml seed="$1" "${models[@]}" output_dir="$top/ppo"
-  judge evaluate models.ppo.path="$top/ppo/model" "$1"
+  judge evaluate models.ppo.path="$top/ppo/model" "$1" 8
 }
 
 tax() {
@@ -23,7 +23,7 @@ tax() {
   rlhf ppo configs/demo/ppo.yaml seed="$1" "${models[@]}" kl.target=1.2 output_dir="$top/tax-higher-penalty"
   rlhf ppo $here/ppo-ptx.yaml seed="$1" "${models[@]}" output_dir="$top/tax-ptx"
   for name in penalty higher-penalty ptx; do
-    judge "evaluate-tax-$name" models.ppo.path="$top/tax-$name/model" "$1"
+    judge "evaluate-tax-$name" models.ppo.path="$top/tax-$name/model" "$1" 0
   done
 }
 
@@ -44,8 +44,8 @@ rules() {
     output_dir="$top/evaluate-rules"
 }
 
-judge() {
-  rlhf evaluate configs/demo/evaluate.yaml seed="$3" models.sft.path="$top/sft/model" "$2" best_of=0 \
+judge() { # folder, model, seed, best of how many SFT samples
+  rlhf evaluate configs/demo/evaluate.yaml seed="$3" models.sft.path="$top/sft/model" "$2" best_of="$4" \
     reward_model.path="$top/reward/model" output_dir="$top/$1"
 }
 
