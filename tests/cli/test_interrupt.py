@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import Run
 
-UPDATES = 200
+UPDATES = 500  # so many that a busy machine has time to send the signal
 FIRST = UPDATES // 5  # checkpoints fall five times into a run
 DEADLINE = 90.0  # seconds, for a machine that is very busy
 COMMAND = ["sft", "sft.yaml", f"optim.max_updates={UPDATES}", "optim.epochs=1000", "--quiet"]
