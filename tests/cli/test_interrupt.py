@@ -60,7 +60,7 @@ def test_ctrl_c_and_the_same_command_again(place: Path, call_cli: Run) -> None:
     first, metrics = run / "checkpoints" / f"checkpoint-{FIRST}" / "trainer_state.json", run / "metrics.jsonl"
 
     def past_the_first_checkpoint() -> bool:
-        return first.is_file() and f'"step": {FIRST + 4},' in metrics.read_text(encoding="utf-8")
+        return first.is_file() and f'"step": {FIRST + 5},' in metrics.read_text(encoding="utf-8")
 
     code, err = interrupted(place, past_the_first_checkpoint, signal.SIGINT)
     assert code == 130
