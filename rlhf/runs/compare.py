@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ from typing import Any
 
 from rlhf.errors import ConfigError
 from rlhf.runs.console import Console
+from rlhf.runs.report import embedded, page, table
 from rlhf.runs.run_dir import read_json
 
 Row = Mapping[str, Any]
@@ -110,8 +109,6 @@ def _ends(values: Sequence[float], percent: bool) -> str:
 
 
 def _page(found: Sequence[Evaluation], tables: Mapping[tuple[str, str], tuple[list[str], list[list[str]]]]) -> str:
-    from rlhf.runs.report import STYLE, table
-
     parts = [f"<h1>{len(found)} evaluations</h1>", _picture(found, list(tables))]
     parts.append(
         "<p class='note'>One point is one run, with the 95 % bootstrap interval over its prompts; the dotted line is "
@@ -120,8 +117,7 @@ def _page(found: Sequence[Evaluation], tables: Mapping[tuple[str, str], tuple[li
     for (split, model), (header, rows) in tables.items():
         parts.append(f"<h2>{html.escape(split)}: {html.escape(model)}</h2>")
         parts.append(table(header, [[html.escape(cell) for cell in row] for row in rows]))
-    head = f"<meta charset='utf-8'><title>rlhf compare</title><style>{STYLE}</style>"
-    return f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(parts)}</body></html>\n"
+    return page("rlhf compare", "".join(parts))
 
 
 def _picture(found: Sequence[Evaluation], keys: Sequence[tuple[str, str]]) -> str:
@@ -149,9 +145,4 @@ def _picture(found: Sequence[Evaluation], keys: Sequence[tuple[str, str]]) -> st
         axis.set_ylabel(f"win rate against {found[0].reference} (%)")
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
-    figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    pyplot.close(figure)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f"<img alt='win rate over KL, one point a run' src='data:image/png;base64,{data}'>"
+    return embedded(figure, "win rate over KL, one point a run")

@@ -47,10 +47,7 @@ def write_report(path: Path, results: Mapping[str, Any], runs: Mapping[str, Path
         if picture:
             parts += [f"<h2>Training: {html.escape(name)}</h2>", picture]
     parts += ["<h2>Answers side by side</h2>", _side_by_side(results["side_by_side"])]
-    head = f"<meta charset='utf-8'><title>rlhf report</title><style>{STYLE}</style>"
-    body = "\n".join(parts)
-    page = f"<!doctype html><html lang='en'><head>{head}</head><body>{body}</body></html>\n"
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page("rlhf report", "\n".join(parts)), encoding="utf-8")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
@@ -111,12 +108,25 @@ def _curves(name: str, folder: Path) -> str:
         axis.set_title(f"{metric} ({METRICS[metric].unit})", fontsize=9)
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.3)
+    return embedded(figure, f"training curves of {name}")
+
+
+def embedded(figure: Any, alt: str) -> str:
+    """A matplotlib figure as an image inside the page; the figure is closed."""
+    from matplotlib import pyplot
+
     figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     pyplot.close(figure)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f"<img alt='training curves of {html.escape(name)}' src='data:image/png;base64,{data}'>"
+    return f"<img alt='{html.escape(alt)}' src='data:image/png;base64,{data}'>"
+
+
+def page(title: str, body: str) -> str:
+    """A whole HTML page that needs nothing else."""
+    head = f"<meta charset='utf-8'><title>{html.escape(title)}</title><style>{STYLE}</style>"
+    return f"<!doctype html><html lang='en'><head>{head}</head><body>{body}</body></html>\n"
 
 
 def _side_by_side(items: Sequence[Mapping[str, Any]]) -> str:
