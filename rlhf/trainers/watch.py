@@ -16,6 +16,7 @@ from torch import Tensor
 from rlhf.config.ppo import Watch
 from rlhf.errors import TrainingError
 from rlhf.functional import kl_estimate, masked_whiten
+from rlhf.models.packing import padded
 from rlhf.rollout.types import Experience, Rollout
 from rlhf.runs.metrics import METRICS
 
@@ -96,16 +97,16 @@ def _score_place(e: Experience, penalty: Tensor) -> list[str]:
 def broken_scores(
     rewards: Callable[[Rollout], Tensor], rollout: Rollout, pad_id: int, tolerance: Tolerance
 ) -> list[str]:
-    """The reward models must say the same twice, and whatever the padding."""
+    """The reward models must say the same twice, and of padded rows what they say of packed ones."""
     part = rollout.select(torch.arange(min(ROWS, len(rollout)), device=rollout.response_ids.device))
     first, second = rewards(part), rewards(part)
     again = float((first - second).abs().max())
     if again != 0.0:
         return [f"the reward model gives another score the second time (by {again:.3g}): it is in training mode"]
-    wide = _widened(part, pad_id)
-    moved = float((rewards(wide) - first).abs().max())
+    with padded():
+        moved = float((rewards(_widened(part, pad_id)) - first).abs().max())
     if not moved <= tolerance.score * (1.0 + float(first.abs().max())):
-        return [f"the reward model's score depends on padding (by {moved:.3g})"]
+        return [f"the reward model's score depends on padding, or on what it is packed with (by {moved:.3g})"]
     return []
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf.models.heads import sequence_scores, token_scores
-from rlhf.models.packing import can_pack, microbatches, pack, plain_head
+from rlhf.models.packing import can_pack, microbatches, pack, padded, plain_head
 from rlhf.rollout import score
 from rlhf.rollout.score import read_policy
 from rlhf.rollout.types import Rollout, pack_bits
@@ -218,3 +218,16 @@ def test_no_more_logits_are_kept_than_allowed(monkeypatch: pytest.MonkeyPatch) -
     assert largest() == 13 * 300
     monkeypatch.setattr(score, "CHUNK", 3 * 300)
     assert largest() <= 3 * 300
+
+
+def test_inside_padded_nothing_is_packed() -> None:
+    policy, rollout, seen = model("Llama"), tiny.rollout(1, [3, 9, 5], [4, 2, 7]), list[tuple[int, ...]]()
+    assert can_pack(policy)
+    policy.model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    with padded():
+        read_policy(policy, rollout, 1.0)
+    read_policy(policy, rollout, 1.0)
+    assert seen[0] == (3, 16)
+    assert seen[1][0] < 3

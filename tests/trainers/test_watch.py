@@ -13,6 +13,7 @@ from torch import nn
 
 from rlhf.errors import TrainingError
 from rlhf.functional import masked_whiten
+from rlhf.models import packing
 from rlhf.models.heads import load_scorer
 from rlhf.rollout import sample as sampling
 from rlhf.rollout import score as scoring
@@ -135,6 +136,17 @@ def padding_in_the_score(trainer: PPOTrainer, _: pytest.MonkeyPatch) -> None:
     model.model.forward = forward
 
 
+def packed_rows_that_leak(_: PPOTrainer, patch: pytest.MonkeyPatch) -> None:
+    """Sequences in one row see each other."""
+    original = packing.pack
+
+    def leaking(ids: torch.Tensor, mask: torch.Tensor) -> packing.Packing:
+        made = original(ids, mask)
+        return replace(made, positions=torch.arange(made.ids.shape[1]).expand_as(made.ids))
+
+    patch.setattr(packing, "pack", leaking)
+
+
 FAULTS: list[tuple[Callable[[PPOTrainer, pytest.MonkeyPatch], None], str]] = [
     (other_temperature, "log-probs while sampling differ from teacher-forced ones"),
     (hidden_filter, "log-probs while sampling differ from teacher-forced ones"),
@@ -145,6 +157,7 @@ FAULTS: list[tuple[Callable[[PPOTrainer, pytest.MonkeyPatch], None], str]] = [
     (another_reference, "the KL of a fresh policy is not 0"),
     (reward_model_in_training_mode, "it is in training mode"),
     (padding_in_the_score, "the reward model's score depends on padding"),
+    (packed_rows_that_leak, "the reward model's score depends on padding"),
 ]
 
 
