@@ -1,8 +1,7 @@
 """Rows of unequal length without padding: several in one row of the batch, each attending to itself alone.
 
 A batch of B padded rows becomes fewer rows of like fill. Positions start at 0 in each of the packed sequences, and
-without an attention mask transformers builds the block-diagonal one from them. What comes out is read back by `slot`,
-so nothing outside this file sees how rows were packed.
+without an attention mask transformers builds the block-diagonal one from them. What comes out is read back by `slot`.
 
     ids  _ a b c d        mask  0 1 1 1 1       packed ids  a b c d e f     positions  0 1 2 3 0 1
          _ _ _ e f              0 0 0 1 1       slot        - 0 1 2 3 / - - - 4 5
@@ -46,6 +45,7 @@ def pack(ids: Tensor, mask: Tensor) -> Packing:
 
     Args:
         ids: [B, T] int64. mask: [B, T] bool, padding on either side, at least one token a row.
+    Returns: every token in one place, those of a sequence side by side and in order.
     """
     lengths = mask.sum(dim=1).tolist()
     longest = max(lengths)

@@ -80,10 +80,9 @@ def bench(config: PPOConfig, console: Console, *, steps: int) -> None:
 def decode_step(trainer: PPOTrainer, ready: Ready) -> float:
     """Median seconds of a decode step of one row: what Python and kernel launches cost, weights next to nothing."""
     policy = ready.accelerator.unwrap_model(trainer.model).policy
-    settings = trainer.config.sampling.model_copy(update={"max_new_tokens": 24, "min_new_tokens": 24, "stop": ()})
-    times = []
+    settings, times = trainer.config.sampling, []
     for length in (8, 24) * 4:
-        chosen = settings.model_copy(update={"max_new_tokens": length, "min_new_tokens": length})
+        chosen = settings.model_copy(update={"max_new_tokens": length, "min_new_tokens": length, "stop": ()})
         begun = time.perf_counter()
         sample(
             policy, [(0, ready.prompts[0])], chosen, seed=1, step=0, end_id=trainer.end_id, pad_id=trainer.pad_id,

@@ -52,7 +52,7 @@ def run(config: ClassifyConfig, console: Console) -> RunResult:
     counts: list[Counts] = []
 
     def save(trainer: Any, folder: Path) -> dict[str, Any]:
-        counts.extend(trainer.counts[mode] for mode in ("eval",) if mode in trainer.counts)
+        counts.extend(c for mode, c in trainer.counts.items() if mode == "eval")
         named = {"labels": list(labels), "several": config.several}
         save_trained(trainer, folder, "classify", renderer, tokenizer, head_dtype=head_dtype(model), **named)
         return {"records": len(rows), **named}

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The demo's experiments, one seed after the other; finished stages are skipped. Results and their reading: README.md here.
-#   on-policy  reward model that has also seen the SFT model's own replies, PPO against it      10 minutes a seed
-#   tax        PPO-ptx against a higher KL penalty: gold utility and perplexity (after on-policy)   10 minutes a seed
-#   rules      preference reward with and without rule classifiers (after on-policy)               10 minutes a seed
+#   on-policy  reward model that has also seen the SFT model's own replies, PPO against it
+#   tax        PPO-ptx against a higher KL penalty: gold utility and perplexity (after on-policy)
+#   rules      preference reward with and without rule classifiers (after on-policy)
 # Run: bash configs/demo/experiments/run.sh on-policy 1 2 3      2 CPU cores, no GPU, no network
 set -euo pipefail
 here=configs/demo/experiments
