@@ -62,7 +62,7 @@ class PPO(Section):
     dual_clip: Annotated[float, Field(gt=1.0)] | None = Field(
         None, description="bounds the loss where the advantage is negative (arXiv:1912.09729 uses 3); null = off"
     )
-    value_model: Literal["auto", "reward", "policy", "shared"] = Field(
+    value_model: Literal["auto", "reward", "policy", "trunk"] = Field(
         "auto",
         description="starts from reward_model; or from the policy's trunk with a head of zeros; or is a head on the "
         "policy's own trunk; auto = reward if there is a reward_model with the policy's tokenizer, else policy",

@@ -120,6 +120,12 @@ class PPOConfig(Stage):
     ptx: Ptx = Ptx()
     optim: PPOOptim = PPOOptim()
     lora: Lora = Lora()
+    roles: Literal["auto", "separate", "shared"] = Field(
+        "auto",
+        description="shared = one frozen base; policy, value and reward models are LoRA adapters with heads, the "
+        "reference is the base with the SFT adapter; separate = a model for each; auto = shared if all are adapters of "
+        "one base",
+    )
     watch: Watch = Watch()
     checkpoint_every: Count = Field(50, description="steps between checkpoints")
     sample_every: Count = Field(10, description="steps between written samples")
@@ -128,6 +134,12 @@ class PPOConfig(Stage):
     def _some_reward(self) -> PPOConfig:
         if self.reward_model is None and not self.rewards:
             raise ValueError("no reward: give reward_model, or at least one of rewards")
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_share(self) -> PPOConfig:
+        if self.roles == "shared" and not self.lora.enabled:
+            raise ValueError("roles=shared: the roles share a frozen base as LoRA adapters; set lora.enabled=true")
         return self
 
     @model_validator(mode="after")

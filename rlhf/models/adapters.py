@@ -103,15 +103,38 @@ def policy_with_adapter(source: ModelSource, lora: Lora) -> Any:
 @contextmanager
 def reference_policy(model: Any) -> Iterator[Any]:
     """Inside, an adapter policy computes as the model it started from."""
-    if REFERENCE not in model.peft_config:
-        with model.disable_adapter():
-            yield model
-        return
-    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
-    model.base_model.set_adapter(REFERENCE)
-    try:
+    with wearing(model, REFERENCE if REFERENCE in model.peft_config else None):
         yield model
+
+
+@contextmanager
+def wearing(model: Any, adapter: str | None) -> Iterator[None]:
+    """Inside, a PeftModel computes with one of its adapters, or with the bare base (None).
+
+    Nothing is copied and nothing else changes: `set_adapter` of PEFT would also switch what is trainable.
+    """
+    layers = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
+    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = adapter is None
+        if adapter is not None:
+            layer._active_adapter = [adapter]
+    try:
+        yield
     finally:
-        model.base_model.set_adapter("default")
-        for name, parameter in model.named_parameters():  # set_adapter switches requires_grad as a side effect
-            parameter.requires_grad_(trainable[name])
+        for layer, (active, disabled) in zip(layers, before, strict=True):
+            layer._active_adapter, layer._disable_adapters = active, disabled
+
+
+def worn(model: Any) -> str | None:
+    """Name of the adapter that a PeftModel computes with now, or None."""
+    layer = next(module for module in model.modules() if hasattr(module, "_disable_adapters"))
+    return None if layer._disable_adapters else layer.active_adapters[0]
+
+
+def adapter_parameters(model: Any, adapter: str) -> dict[str, Any]:
+    """Named parameters of one adapter of a PeftModel."""
+    return {
+        name: p for name, p in model.named_parameters()
+        if f".{adapter}." in f"{name}." and ("lora_" in name or "modules_to_save" in name)
+    }  # fmt: skip

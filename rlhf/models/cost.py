@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from rlhf.models.adapters import adapter_parameters
+from rlhf.models.heads import AdapterScorer
 from rlhf.models.load import backbone
 
 GEMM = (256, 512, 1024)  # sides of the matrices that F is measured with: the best counts
@@ -36,15 +38,20 @@ class Shape:
 
     @classmethod
     def of(cls, model: Any) -> Shape:
-        """Of a causal LM or a scorer; adapters count as blocks."""
+        """Of a causal LM or a scorer; the adapter that it computes with counts as blocks, others do not."""
+        adapter = "default"
+        if isinstance(model, AdapterScorer):
+            model, adapter = model.base, model.adapter
         config = model.config.get_text_config()
         trunk: Any = backbone(model)
-        embedded = sum(p.numel() for p in trunk.get_input_embeddings().parameters())
-        total = sum(p.numel() for p in trunk.parameters())
+        others = [name for name in getattr(model, "peft_config", {}) if name != adapter]
+        foreign = {id(p) for name in others for p in adapter_parameters(model, name).values()}
+        own = [p for p in model.parameters() if id(p) not in foreign]
+        embedded = {id(p) for p in trunk.get_input_embeddings().parameters()} | foreign
         first = next(trunk.parameters())
         return cls(
-            total - embedded, config.num_hidden_layers, config.hidden_size, config.vocab_size,
-            sum(p.numel() for p in model.parameters() if p.requires_grad), first.element_size(),
+            sum(p.numel() for p in trunk.parameters() if id(p) not in embedded), config.num_hidden_layers,
+            config.hidden_size, config.vocab_size, sum(p.numel() for p in own if p.requires_grad), first.element_size(),
         )  # fmt: skip
 
     def forward(self, tokens: float, context: float, logits: float = 0.0) -> float:

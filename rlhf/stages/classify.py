@@ -14,8 +14,9 @@ from rlhf.config.schema import ClassifyConfig
 from rlhf.data.records import Labelled
 from rlhf.errors import ConfigError, DataError
 from rlhf.functional import balanced_weights
-from rlhf.models.heads import head_dtype, new_classifier
+from rlhf.models.heads import head_dtype
 from rlhf.models.load import context_length
+from rlhf.models.scorers import new_classifier
 from rlhf.runs.console import Console
 from rlhf.stages import rendering
 from rlhf.stages.common import RunResult, begin, check_context, open_tokenizer, read_data, say_model, start

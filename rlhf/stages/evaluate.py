@@ -22,8 +22,8 @@ from rlhf.evaluation.baselines import longer_wins, tfidf_accuracy
 from rlhf.evaluation.judge import Judge, load_judge
 from rlhf.evaluation.stats import best_of_n_kl, bootstrap, wins
 from rlhf.models.distributed import use_cpu
-from rlhf.models.heads import load_scorer
 from rlhf.models.load import load_causal
+from rlhf.models.scorers import load_scorer
 from rlhf.runs.console import Console
 from rlhf.runs.report import write_report
 from rlhf.runs.run_dir import write_json

@@ -15,10 +15,12 @@ from rlhf.data.records import Prompt
 from rlhf.data.render import Rendered, Renderer
 from rlhf.data.sources import load_records
 from rlhf.errors import ConfigError
-from rlhf.models.adapters import policy_with_adapter
+from rlhf.models.adapters import check_same_shape, policy_with_adapter
 from rlhf.models.distributed import is_main, make_accelerator, set_microbatch, under_deepspeed
-from rlhf.models.heads import SharedValue, load_scorer, new_value_model, rescale_head
-from rlhf.models.load import context_length, disable_dropout, load_causal
+from rlhf.models.heads import SharedValue, rescale_head
+from rlhf.models.load import context_length, disable_dropout, load_causal, resolve
+from rlhf.models.roles import VALUE, new_on, put_on, why_apart
+from rlhf.models.scorers import load_scorer, new_value_model
 from rlhf.rollout.rewards import Rewards
 from rlhf.rollout.types import Experience
 from rlhf.runs.console import Bar, Console
@@ -37,7 +39,7 @@ SAMPLES = "samples.jsonl"
 VALUE_MODELS = {
     "reward": "starts as the reward model",
     "policy": "the policy's trunk with a head of zeros",
-    "shared": "a head on the policy's own trunk",
+    "trunk": "a head on the policy's own trunk",
 }
 
 
@@ -101,7 +103,9 @@ def prepare(config: PPOConfig, console: Console) -> Ready:
     Raises: ConfigError, DataError or CheckpointError.
     """
     tokenizer, renderer = open_tokenizer(config.policy, console)
-    rewards = build_rewards(config, renderer, console)
+    shared = share(config, console)
+    policy, reference = _policy(config, len(tokenizer))
+    rewards = build_rewards(config, renderer, console, base=policy if shared else None)
     loaded = load_records(
         "prompt", config.data.prompts, seed=config.seed, on_bad_row=config.data.on_bad_row,
         deduplicate=config.data.deduplicate,
@@ -114,7 +118,7 @@ def prepare(config: PPOConfig, console: Console) -> Ready:
     text = _text(config, renderer, console)
     accelerator = make_accelerator()
     set_microbatch(accelerator, config.optim.microbatch_size)
-    model, reference = _trained_models(config, len(tokenizer), renderer, console)
+    model = PolicyAndValue(policy, _value_model(config, policy, shared, len(tokenizer), renderer, console))
     longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
     check_context(longest, context_length(model.policy), "data.max_prompt_tokens + sampling.max_new_tokens")
     say_model(model, console)
@@ -124,22 +128,44 @@ def prepare(config: PPOConfig, console: Console) -> Ready:
     )  # fmt: skip
 
 
-def _trained_models(
-    config: PPOConfig, vocab_size: int, renderer: Renderer, console: Console
-) -> tuple[PolicyAndValue, Any]:
-    """Policy and value model, and the reference unless the policy is an adapter."""
-    if config.lora.enabled:
-        policy, reference = policy_with_adapter(config.policy, config.lora), None
-        disable_dropout(policy)  # an SFT adapter may have some, and the first ratio must be 1
+def share(config: PPOConfig, console: Console) -> bool:
+    """Whether policy, value and reward model are adapters of one base; says why not if they might have been.
+
+    Raises: ConfigError if they should be and cannot.
+    """
+    if config.roles == "separate" or not config.lora.enabled:
+        return False
+    reason = why_apart(config.policy, config.reward_model) if config.reward_model is not None else None
+    if reason is None:
+        console.note("roles: one frozen base; policy, value and reward model are adapters on it")
+    elif config.roles == "shared":
+        raise ConfigError(
+            "the roles cannot share a base", found=reason, where="roles",
+            do="train the reward model with lora.enabled=true from the model that the policy starts from, or set "
+            "roles=separate",
+        )  # fmt: skip
     else:
-        policy = load_causal(config.policy, vocab_size=vocab_size)
-        reference = load_causal(config.policy, vocab_size=vocab_size).requires_grad_(False)
-    return PolicyAndValue(policy, _value_model(config, policy, vocab_size, renderer, console)), reference
+        console.note(f"roles: separate models, since {reason}")
+    return reason is None
 
 
-def _value_model(config: PPOConfig, policy: Any, vocab_size: int, renderer: Renderer, console: Console) -> Any:
-    """The value model: from the reward model (Stiennon et al. 2020, arXiv:2009.01325), the policy, or shared.
+def _policy(config: PPOConfig, vocab_size: int) -> tuple[Any, Any]:
+    """The policy, and the reference unless the policy is an adapter."""
+    if config.lora.enabled:
+        policy = policy_with_adapter(config.policy, config.lora)
+        disable_dropout(policy)  # an SFT adapter may have some, and the first ratio must be 1
+        return policy, None
+    reference = load_causal(config.policy, vocab_size=vocab_size).requires_grad_(False)
+    return load_causal(config.policy, vocab_size=vocab_size), reference
 
+
+def _value_model(
+    config: PPOConfig, policy: Any, shared: bool, vocab_size: int, renderer: Renderer, console: Console
+) -> Any:
+    """The value model: from the reward model (Stiennon et al. 2020, arXiv:2009.01325), the policy, or a head on it.
+
+    Args:
+        shared: it is an adapter on the policy's base.
     Raises: ConfigError if it should start from a reward model that there is not or that reads other tokens.
     """
     source, kind = config.reward_model, config.ppo.value_model
@@ -147,8 +173,10 @@ def _value_model(config: PPOConfig, policy: Any, vocab_size: int, renderer: Rend
     if kind == "auto":
         kind = "reward" if fits else "policy"
     console.note(f"value model: {VALUE_MODELS[kind]}")
-    if kind == "shared":
+    if kind == "trunk":
         return SharedValue(policy.config.get_text_config().hidden_size)
+    if kind == "policy" and shared:
+        return new_on(policy, config.lora, resolve(config.policy))
     if kind == "policy":
         return new_value_model(
             config.policy, config.lora, pad_id=renderer.pad_id, vocab_size=vocab_size, seed=config.seed
@@ -159,7 +187,11 @@ def _value_model(config: PPOConfig, policy: Any, vocab_size: int, renderer: Rend
             found="there is none" if source is None else "it has another tokenizer than the policy",
             where="ppo.value_model", do="set ppo.value_model=policy",
         )  # fmt: skip
-    model = load_scorer(source, trainable=True, lora=config.lora)
+    if shared:
+        check_same_shape(config.lora, resolve(source))
+        model = put_on(policy, source, VALUE, trainable=True)
+    else:
+        model = load_scorer(source, trainable=True, lora=config.lora)
     rescale_head(model, reward_deviation(config))  # values predict rescaled rewards
     return model
 
@@ -265,7 +297,7 @@ def _save(trainer: PPOTrainer, directory: RunDir, renderer: Renderer, tokenizer:
     a = trainer.accelerator
     inner = a.unwrap_model(trainer.model)
     stop_at(inner.policy, renderer)
-    average = trainer.average.applied(inner.policy) if trainer.average is not None else nullcontext()
+    average = trainer.average.applied(inner.trained_policy()) if trainer.average is not None else nullcontext()
     with directory.new_model() as folder, average:
         for part, where in ((inner.policy, folder), (inner.value_model, folder.parent / "value_model")):
             save_part(part, where, trainer)

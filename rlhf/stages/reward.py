@@ -11,8 +11,9 @@ import torch
 from rlhf.config.schema import RewardConfig
 from rlhf.data.collate import pad_right
 from rlhf.models.distributed import unsharded
-from rlhf.models.heads import head_dtype, new_reward_model, sequence_scores
+from rlhf.models.heads import head_dtype, sequence_scores
 from rlhf.models.load import context_length
+from rlhf.models.scorers import new_reward_model
 from rlhf.runs.console import Console
 from rlhf.stages import rendering
 from rlhf.stages.common import RunResult, begin, check_context, open_tokenizer, read_data, say_model, start

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,33 +12,38 @@ from rlhf.config.schema import PPOConfig
 from rlhf.config.sections import ModelSource
 from rlhf.data.render import Renderer, prepare_tokenizer, tokenizer_fingerprint
 from rlhf.errors import CheckpointError
-from rlhf.models.heads import load_classifier, load_scorer
+from rlhf.models.heads import score_head
 from rlhf.models.load import load_tokenizer, resolve
+from rlhf.models.roles import REWARD, put_on, why_apart
+from rlhf.models.scorers import check_one_output, load_classifier, load_scorer
 from rlhf.rollout.rewards import EnsembleReward, FunctionReward, ModelReward, Reward, Rewards, load_function
 from rlhf.runs import handover
 from rlhf.runs.console import Console
 
 
-def build_rewards(config: PPOConfig, renderer: Renderer, console: Console) -> Rewards:
+def build_rewards(config: PPOConfig, renderer: Renderer, console: Console, *, base: Any = None) -> Rewards:
     """All parts of the reward, `reward_model` first with weight 1.
 
+    Args:
+        base: the policy, where models that are adapters of its base are to share it.
     Raises: CheckpointError or ConfigError if a part cannot be loaded or lacks its scale.
     """
     stored = config.ppo.normalize_scores == "stored"
+    load = _Loader(config.policy, base)
     parts: list[tuple[float, Reward]] = []
     if config.reward_model is not None:
-        parts.append((1.0, _score(config.reward_model, renderer, stored, console)))
+        parts.append((1.0, _score(config.reward_model, load, renderer, stored, console)))
     for source in config.rewards:
         part: Reward
         if source.model is not None:
-            part = _score(source.model, renderer, stored, console)
+            part = _score(source.model, load, renderer, stored, console)
         elif source.ensemble:
-            members = tuple(_score(m, renderer, True, console) for m in source.ensemble)  # one scale for all
+            members = tuple(_score(m, load, renderer, True, console) for m in source.ensemble)  # one scale for all
             penalty = 0.5 if source.uncertainty_penalty is None else source.uncertainty_penalty
             part = EnsembleReward(members, source.combine, penalty)
         elif source.classifier is not None:
             assert source.label is not None
-            part = _probability(source.classifier, source.label, renderer, console)
+            part = _probability(source.classifier, source.label, load, renderer, console)
         else:
             assert source.function is not None
             part = FunctionReward(
@@ -95,9 +101,24 @@ def _reader(source: ModelSource, renderer: Renderer, console: Console) -> Render
     return Renderer(tokenizer)
 
 
-def _score(source: ModelSource, renderer: Renderer, stored: bool, console: Console) -> ModelReward:
+class _Loader:
+    """Loads frozen scorers: onto the policy's base where they are adapters of it, else each by itself."""
+
+    def __init__(self, policy: ModelSource, base: Any) -> None:
+        self.policy, self.base, self.number = policy, base, 0
+
+    def __call__(self, source: ModelSource, alone: Callable[[ModelSource], Any]) -> Any:
+        if self.base is None or why_apart(self.policy, source) is not None:
+            return alone(source).requires_grad_(False)
+        self.number += 1
+        return put_on(self.base, source, f"{REWARD}_{self.number}")
+
+
+def _score(source: ModelSource, load: _Loader, renderer: Renderer, stored: bool, console: Console) -> ModelReward:
     theirs = _reader(source, renderer, console)
-    part = ModelReward(source.path, _frozen(load_scorer(source)), renderer, theirs)
+    model = load(source, load_scorer)
+    check_one_output(score_head(model).out_features, source.path)
+    part = ModelReward(source.path, model, renderer, theirs)
     if not stored:
         return part
     record = handover.read(resolve(source))
@@ -111,9 +132,9 @@ def _score(source: ModelSource, renderer: Renderer, stored: bool, console: Conso
 
 
 def _probability(
-    source: ModelSource, label: str | dict[str, float], renderer: Renderer, console: Console
-) -> ModelReward:  # fmt: skip
-    model = _frozen(load_classifier(source))
+    source: ModelSource, label: str | dict[str, float], load: _Loader, renderer: Renderer, console: Console
+) -> ModelReward:
+    model = load(source, load_classifier)
     record = handover.read(resolve(source))
     names = {str(name): int(index) for index, name in model.config.id2label.items()}
     several = model.config.problem_type == "multi_label_classification"
@@ -132,7 +153,3 @@ def _probability(
         f"{said} of {source.path}", model, renderer, theirs, several=several,
         labels=tuple((names[name], weight) for name, weight in weights.items()),
     )  # fmt: skip
-
-
-def _frozen(model: Any) -> Any:
-    return model.requires_grad_(False)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf.models.adapters import adapter_parameters
 from rlhf.models.distributed import everybody
-from rlhf.models.heads import SharedValue, position_ids
+from rlhf.models.heads import AdapterScorer, SharedValue, position_ids
 from rlhf.rollout.score import read_policy, response_logprobs, response_values
 from rlhf.rollout.types import Measured, Rollout, merge
 
@@ -26,12 +27,28 @@ class TextBatch:
 class PolicyAndValue(nn.Module):
     """The two trained models as one module: a second model prepared beside the first would silently not be stepped.
 
-    `value_model` is a scorer with a trunk of its own, or a `SharedValue` head on the policy's.
+    `value_model` is a scorer with a trunk of its own, an `AdapterScorer` on the policy's base, or a `SharedValue` head
+    on the policy's trunk.
     """
 
     def __init__(self, policy: nn.Module, value_model: nn.Module) -> None:
         super().__init__()
         self.policy, self.value_model = policy, value_model
+
+    def trained_policy(self) -> dict[str, nn.Parameter]:
+        """Named parameters of the policy that are trained; an adapter of the value model on its base is not among
+        them."""
+        others = self._on_the_policy()
+        return {n: p for n, p in self.policy.named_parameters() if p.requires_grad and n not in others}
+
+    def trained_value(self) -> list[nn.Parameter]:
+        """Parameters of the value model that are trained."""
+        return [p for p in (*self.value_model.parameters(), *self._on_the_policy().values()) if p.requires_grad]
+
+    def _on_the_policy(self) -> dict[str, nn.Parameter]:
+        if not isinstance(self.value_model, AdapterScorer):
+            return {}
+        return adapter_parameters(self.policy, self.value_model.adapter)
 
     def forward(self, batch: Rollout | TextBatch, temperature: float = 1.0) -> Any:
         """Everything that is differentiated passes here, so that an engine around this module sees it.

@@ -71,17 +71,16 @@ class PPOTrainer:
                 where="ppo.rollout_size", do=f"choose a multiple of {config.ppo.minibatches * ranks}",
             )  # fmt: skip
         groups = [
-            {"params": [p for p in model.policy.parameters() if p.requires_grad], "lr": config.optim.learning_rate},
-            {"params": [p for p in model.value_model.parameters() if p.requires_grad],
-             "lr": config.optim.value_learning_rate},
-        ]  # fmt: skip
+            {"params": list(model.trained_policy().values()), "lr": config.optim.learning_rate},
+            {"params": model.trained_value(), "lr": config.optim.value_learning_rate},
+        ]
         self.bfloat16 = wants_bfloat16(config.optim.precision)
         dtype = torch.bfloat16 if self.bfloat16 else next(model.policy.parameters()).dtype
         self.tolerance = TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16])
         optimizer = torch.optim.AdamW(groups, eps=config.optim.adam_eps, weight_decay=config.optim.weight_decay)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.reference = reference.to(accelerator.device).eval() if reference is not None else None
-        self.average = Average(model.policy, config.ppo.ema) if config.ppo.ema is not None else None
+        self.average = Average(model.trained_policy(), config.ppo.ema) if config.ppo.ema is not None else None
 
     def computing(self) -> torch.autocast:
         """The precision of everything: sampling, old log-probs and new ones alike."""
@@ -123,7 +122,7 @@ class PPOTrainer:
         self.watcher.unhealthy(unhealthy(stats, fresh=fresh), self.step, experience)
         self.steer_kl(experience)
         if self.average is not None:
-            self.average.update(self.accelerator.unwrap_model(self.model).policy)
+            self.average.update(self.accelerator.unwrap_model(self.model).trained_policy())
         self.step += 1
         self.on_report(self.step, experience, stats)
         self.on_checkpoint(self)
@@ -214,7 +213,7 @@ class PPOTrainer:
                 self.text.accumulate(self.model, a, update, self.computing, sums, weigh=number == 0)
             error = self.accumulate(experience, minibatch, total, sums)
             if self.text is not None and not self.warming:
-                self.text.rebalance(a.unwrap_model(self.model).policy, a)
+                self.text.rebalance(a.unwrap_model(self.model).trained_policy().values(), a)
             if number == 0:
                 first_error = float(a.gather(torch.tensor([error], device=a.device)).max())
                 self.check_first_ratio(first_error, experience)

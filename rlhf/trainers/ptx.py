@@ -10,7 +10,7 @@ coefficient follows the ratio of the two norms, measured at the first update of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -79,13 +79,13 @@ class TextMix:
                 a.backward(self.coef * loss * a.num_processes)
             sums["ptx_loss"] = sums.get("ptx_loss", torch.zeros((), device=a.device)) + loss.detach()
         if weigh:
-            self.hold(a.unwrap_model(model).policy)
+            self.hold(a.unwrap_model(model).trained_policy().values())
 
-    def hold(self, policy: nn.Module) -> None:
+    def hold(self, policy: Iterable[nn.Parameter]) -> None:
         """Remember this process's gradient of the text term, before that of PPO is added to it."""
-        self.held = [_gradient(p).clone() for p in policy.parameters() if p.requires_grad]
+        self.held = [_gradient(p).clone() for p in policy]
 
-    def rebalance(self, policy: nn.Module, accelerator: Any) -> None:
+    def rebalance(self, policy: Iterable[nn.Parameter], accelerator: Any) -> None:
         """Move the coefficient half of the way (in logs) to where |coef g_text| = balance |g_PPO|; by at most 2 x.
 
         By now gradients are means over processes. An engine cannot make that of the text term alone (it waits for the
@@ -93,7 +93,7 @@ class TextMix:
         """
         if self.held is None or self.config.balance is None:
             return
-        both = [_gradient(p) for p in policy.parameters() if p.requires_grad]
+        both = [_gradient(p) for p in policy]
         held = [accelerator.reduce(gradient, "mean") for gradient in self.held]
         text, ours = _norm(held), _norm([whole - part for whole, part in zip(both, held, strict=True)])
         self.held = None

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from rlhf.config.sections import Lora, ModelSource, Sampling
-from rlhf.models.heads import new_value_model
 from rlhf.models.load import load_causal
 from rlhf.models.packing import microbatches, pack
+from rlhf.models.scorers import new_value_model
 from rlhf.rollout.sample import sample
 from rlhf.rollout.score import read_policy, response_values
 from rlhf.rollout.types import Rollout

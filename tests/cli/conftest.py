@@ -11,7 +11,7 @@ import pytest
 
 from rlhf.config.sections import Lora, ModelSource
 from rlhf.data.render import Renderer
-from rlhf.models.heads import new_reward_model
+from rlhf.models.scorers import new_reward_model
 from rlhf.stages.common import seal
 
 WORDS = "cat dog cow hen fox owl pig bee ant elk".split()  # noqa: SIM905 - readable

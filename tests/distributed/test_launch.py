@@ -62,7 +62,7 @@ def runs(tiny_model_dir: Path, files: Any, run_stage: Any, tmp_path_factory: Any
     ptx = {"coef": 0.5, "balance": 0.5, "data": [{"path": files["text"]}], "batch_size": 4}
     for name, configs in (("one", one), ("two", two)):
         options = configs["ppo"] | {"output_dir": str(top / name / "options"), "ptx": ptx}
-        configs[OPTIONS] = options | {"ppo": options["ppo"] | {"value_model": "shared", "value_warmup": 1}}
+        configs[OPTIONS] = options | {"ppo": options["ppo"] | {"value_model": "trunk", "value_warmup": 1}}
     for process in running:
         finished(process)
     run_stage("ppo", one[OPTIONS])

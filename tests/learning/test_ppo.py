@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.models.adapters import policy_with_adapter
-from rlhf.models.heads import load_scorer
+from rlhf.models.scorers import load_scorer
 from rlhf.trainers.ppo import PPOTrainer
 from tests.models import tiny
 from tests.trainers.setup import make

@@ -8,8 +8,8 @@ import pytest
 
 from rlhf.config.sections import Lora
 from rlhf.models.adapters import add_lora
-from rlhf.models.heads import new_reward_model
 from rlhf.models.load import load_causal
+from rlhf.models.scorers import new_reward_model
 from tests.models import tiny
 
 

@@ -13,8 +13,9 @@ from rlhf.config.sections import Lora
 from rlhf.data.collate import pad_right
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.models.adapters import add_lora, load_adapter, policy_with_adapter, reference_policy
-from rlhf.models.heads import load_scorer, new_reward_model, score_head, sequence_scores
+from rlhf.models.heads import score_head, sequence_scores
 from rlhf.models.load import backbone, count_parameters, disable_dropout, load_causal
+from rlhf.models.scorers import load_scorer, new_reward_model
 from rlhf.rollout.score import response_logprobs
 from tests.models import tiny
 from tests.models.fixtures import shake

@@ -10,18 +10,9 @@ import torch
 
 from rlhf.config.sections import Lora
 from rlhf.data.collate import pad_left, pad_right
-from rlhf.models.heads import (
-    Float32Head,
-    _init_head,
-    head_dtype,
-    load_classifier,
-    new_classifier,
-    new_reward_model,
-    score_head,
-    sequence_outputs,
-    token_outputs,
-)
+from rlhf.models.heads import Float32Head, head_dtype, score_head, sequence_outputs, token_outputs
 from rlhf.models.load import backbone, load_causal
+from rlhf.models.scorers import _init_head, load_classifier, new_classifier, new_reward_model
 from tests.models import tiny
 from tests.models.fixtures import shake
 from tests.tolerances import assert_close

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rlhf.config.sections import Lora
 from rlhf.models.adapters import add_lora
 from rlhf.models.cost import Machine, Shape
-from rlhf.models.heads import load_scorer
+from rlhf.models.scorers import load_scorer
 from tests.models import tiny
 
 ROWS, LENGTH = 3, 20

@@ -13,13 +13,11 @@ from torch import Tensor
 from rlhf.config.sections import Lora
 from rlhf.data.collate import pad_left, pad_right
 from rlhf.errors import CheckpointError
-from rlhf.models import heads
+from rlhf.models import heads, scorers
 from rlhf.models.adapters import add_lora
 from rlhf.models.heads import (
     Float32Head,
     last_index,
-    load_scorer,
-    new_reward_model,
     position_ids,
     score_head,
     sequence_outputs,
@@ -27,6 +25,7 @@ from rlhf.models.heads import (
     token_scores,
 )
 from rlhf.models.load import backbone, load_causal
+from rlhf.models.scorers import load_scorer, new_reward_model
 from tests.models import tiny
 from tests.models.fixtures import shake
 from tests.tolerances import QUANTUM, assert_close, distance
@@ -121,7 +120,7 @@ def test_it_starts_with_the_trunk_of_the_sft_model_bit_for_bit(sft_folder: str, 
 
 @pytest.mark.parametrize("width", [tiny.HIDDEN, 4096])
 def test_its_head_is_float32_seeded_and_of_the_stated_size(width: int, sft_folder: str) -> None:
-    from rlhf.models.heads import _init_head
+    from rlhf.models.scorers import _init_head
 
     model = make(sft_folder)
     assert model.score.weight.dtype == torch.float32
@@ -217,7 +216,7 @@ def test_a_rescaled_head_gives_scores_of_the_other_scale(reward_folder: str) -> 
 def test_a_value_model_without_a_reward_model_starts_at_0(sft_folder: str, adapter_folder: str) -> None:
     ids = torch.tensor([[20, 30, 40]])
     for folder, lora in ((sft_folder, Lora()), (adapter_folder, tiny.LORA)):
-        model = heads.new_value_model(
+        model = scorers.new_value_model(
             tiny.source(folder), lora, pad_id=tiny.renderer().pad_id, vocab_size=len(tiny.tokenizer()), seed=1
         )
         assert not heads.token_scores(model, ids, torch.ones_like(ids).bool()).any()
@@ -232,7 +231,7 @@ def test_an_adapter_over_a_causal_model_can_be_a_classifier(
     base = AutoModelForSequenceClassification.from_pretrained(sft_folder, num_labels=3, pad_token_id=1)
     model = shake(add_lora(base, tiny.LORA, "SEQ_CLS")).eval()
     model.save_pretrained(str(tmp_path / "classifier"))
-    loaded = heads.load_classifier(tiny.source(tmp_path / "classifier")).eval()
+    loaded = scorers.load_classifier(tiny.source(tmp_path / "classifier")).eval()
     assert loaded.config.num_labels == 3
     ids = torch.tensor([[20, 30, 40]])
     with torch.no_grad():
@@ -240,4 +239,4 @@ def test_an_adapter_over_a_causal_model_can_be_a_classifier(
     with pytest.raises(CheckpointError, match="3 labels"):
         load_scorer(tiny.source(tmp_path / "classifier"))
     with pytest.raises(CheckpointError, match="no score head"):
-        heads.load_classifier(tiny.source(adapter_folder))
+        scorers.load_classifier(tiny.source(adapter_folder))

@@ -109,7 +109,7 @@ def test_the_output_layer_sees_real_response_tokens_only() -> None:
 
 
 def test_values_and_scores_do_not_depend_on_packing(reward_folder: str) -> None:
-    from rlhf.models.heads import load_scorer
+    from rlhf.models.scorers import load_scorer
 
     scorer = load_scorer(tiny.source(reward_folder)).eval()
     ids, mask = batch([4, 11, 7, 2, 9], left=True)

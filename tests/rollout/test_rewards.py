@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from rlhf.data.records import Prompt
 from rlhf.data.render import Renderer
 from rlhf.errors import ConfigError, TrainingError
-from rlhf.models.heads import load_scorer, sequence_scores
+from rlhf.models.heads import sequence_scores
+from rlhf.models.scorers import load_scorer
 from rlhf.rollout.rewards import EnsembleReward, FunctionReward, ModelReward, Rewards, load_function
 from rlhf.rollout.types import Rollout
 from rlhf.stages.pretrain import new_tokenizer

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from rlhf.config.schema import PPO
-from rlhf.models.heads import load_scorer, sequence_scores
+from rlhf.models.heads import sequence_scores
+from rlhf.models.scorers import load_scorer
 from rlhf.rollout.score import Spread, measure, response_logprobs, response_values, shape
 from rlhf.rollout.types import Experience, Rollout
 from rlhf.trainers.policy_value import PolicyAndValue

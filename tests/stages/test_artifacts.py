@@ -11,8 +11,9 @@ import pytest
 import torch
 import yaml
 
-from rlhf.models.heads import load_scorer, sequence_scores
+from rlhf.models.heads import sequence_scores
 from rlhf.models.load import load_causal
+from rlhf.models.scorers import load_scorer
 from rlhf.runs.handover import Handover
 from rlhf.runs.metrics import METRICS
 from tests.models import tiny

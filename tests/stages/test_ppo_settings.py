@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf.config.sections import ModelSource
 from rlhf.data.render import Renderer
-from rlhf.models.heads import load_scorer
+from rlhf.models.heads import sequence_scores
 from rlhf.models.load import load_causal, load_tokenizer
+from rlhf.models.scorers import load_scorer
 from rlhf.stages.common import seal
 from rlhf.stages.pretrain import new_tokenizer
 from tests.models import tiny
@@ -132,7 +134,7 @@ def test_inspect_paints_what_the_stage_wrote(full: Any, call_cli: Any) -> None:
 @pytest.mark.parametrize("lora", [False, True])
 def test_the_value_model_can_share_the_policys_trunk(lora: bool, full: Any, run_stage: Any, tmp_path: Path) -> None:
     out = run_stage(
-        "ppo", config(full, tmp_path / "run", ppo={"value_model": "shared", "value_clip_range": None},
+        "ppo", config(full, tmp_path / "run", ppo={"value_model": "trunk", "value_clip_range": None},
                       lora={"enabled": lora}),
     )  # fmt: skip
     assert "value model: a head on the policy's own trunk" in out
@@ -161,3 +163,46 @@ def test_a_text_weight_that_follows_gradients_is_refused_under_deepspeed(
     assert code == 2
     assert "ptx.balance" in err
     assert not (tmp_path / "run").exists()
+
+
+# Roles
+
+
+def test_a_lora_chain_shares_one_base_without_being_asked(adapted: Any, run_stage: Any, tmp_path: Path) -> None:
+    shared = run_stage("ppo", config(adapted, tmp_path / "shared"))
+    apart = run_stage("ppo", config(adapted, tmp_path / "apart", roles="separate"))
+    assert "one frozen base; policy, value and reward model are adapters" in shared
+    assert "one frozen base" not in apart
+    ours, theirs = metrics(tmp_path / "shared"), metrics(tmp_path / "apart")
+    for name in ("score", "kl", "policy_loss", "value_loss", "grad_norm"):
+        assert [line[name] for line in ours] == pytest.approx([line[name] for line in theirs], rel=1e-3, abs=1e-5)
+    again = load_scorer(ModelSource(path=str(tmp_path / "shared" / "value_model")))
+    other = load_scorer(ModelSource(path=str(tmp_path / "apart" / "value_model")))
+    ids = torch.tensor([[5, 9, 13, 20]])
+    scores = [sequence_scores(m, ids, torch.ones_like(ids, dtype=torch.bool)).item() for m in (again, other)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-3)
+
+
+def test_a_base_that_cannot_be_shared_is_said_or_refused(
+    full: Any, run_stage: Any, call_cli: Any, tmp_path: Path
+) -> None:
+    mixed = config(full, tmp_path / "run", lora={"enabled": True, "r": 4, "alpha": 8.0})
+    assert "roles: separate models, since" in run_stage("ppo", mixed)
+    wrong = setup.write(tmp_path, "ppo", mixed | {"output_dir": str(tmp_path / "refused"), "roles": "shared"})
+    code, _, err = call_cli(["ppo", wrong])
+    assert code == 2
+    assert "the roles cannot share a base" in err
+    assert "is no adapter" in err
+    assert not (tmp_path / "refused").exists()
+    code, _, err = call_cli(["ppo", wrong, "lora.enabled=false"])
+    assert code == 2
+    assert "set lora.enabled=true" in err
+
+
+def test_a_value_model_on_the_shared_base_can_start_from_the_policy(
+    adapted: Any, run_stage: Any, tmp_path: Path
+) -> None:
+    out = run_stage("ppo", config(adapted, tmp_path / "run", ppo={"value_model": "policy"}))
+    assert "one frozen base" in out
+    assert metrics(tmp_path / "run")[0]["explained_variance"] == pytest.approx(0.0, abs=1e-4)
+    assert load_scorer(ModelSource(path=str(tmp_path / "run" / "value_model"))).config.num_labels == 1

@@ -12,7 +12,7 @@ from torch import Tensor
 from rlhf.config.schema import PPOConfig
 from rlhf.data.records import Prompt
 from rlhf.models.distributed import make_accelerator
-from rlhf.models.heads import load_scorer
+from rlhf.models.scorers import load_scorer
 from rlhf.rollout.rewards import ModelReward, Rewards
 from rlhf.rollout.types import Experience
 from rlhf.trainers.policy_value import PolicyAndValue

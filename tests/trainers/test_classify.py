@@ -12,7 +12,8 @@ from torch import Tensor
 from rlhf.config.sections import Lora
 from rlhf.errors import TrainingError
 from rlhf.functional import balanced_weights
-from rlhf.models.heads import new_classifier, sequence_outputs
+from rlhf.models.heads import sequence_outputs
+from rlhf.models.scorers import new_classifier
 from rlhf.trainers.classify import Collator, Counts, count, read_counts
 from tests import oracles
 from tests.models import tiny

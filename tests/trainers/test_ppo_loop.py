@@ -13,7 +13,7 @@ import torch
 from rlhf.errors import ConfigError
 from rlhf.functional import adaptive_kl
 from rlhf.models.adapters import policy_with_adapter
-from rlhf.models.heads import load_scorer
+from rlhf.models.scorers import load_scorer
 from rlhf.runs.metrics import METRICS
 from rlhf.trainers import ppo as module
 from tests.models import tiny

@@ -178,13 +178,14 @@ def test_running_normalisation_divides_by_the_spread_so_far(reward_folder: str) 
 def test_the_average_is_the_closed_form() -> None:
     model = torch.nn.Linear(2, 1)
     start = model.weight.detach().clone()
-    average = Average(model, 0.9)
+    trained = dict(model.named_parameters())
+    average = Average(trained, 0.9)
     with torch.no_grad():
         model.weight.copy_(start + 1.0)
     for _ in range(5):
-        average.update(model)
+        average.update(trained)
     assert_close(average.weights["weight"], (start + 1 - 0.9**5).tolist())
-    with average.applied(model):
+    with average.applied(trained):
         assert_close(model.weight.detach(), average.weights["weight"].tolist())
     assert torch.equal(model.weight.detach(), start + 1.0)
 

@@ -107,7 +107,7 @@ def test_the_coefficient_finds_the_wanted_ratio_of_gradient_norms(start: float, 
         accumulate(trainer, 0, weigh=True)
         part = trainer.minibatches(len(experience))[0][1]
         trainer.accumulate(experience, part, experience.response_mask.sum(), {})
-        text.rebalance(trainer.model.policy, trainer.accelerator)
+        text.rebalance(trainer.model.trained_policy().values(), trainer.accelerator)
         coefs.append(text.coef)
     steps = [b / a for a, b in itertools.pairwise([start, *coefs])]
     assert max(steps) <= 2.0

@@ -11,7 +11,8 @@ import torch
 
 from rlhf.data.collate import PairCollator
 from rlhf.functional import bradley_terry_loss
-from rlhf.models.heads import load_scorer, sequence_scores
+from rlhf.models.heads import sequence_scores
+from rlhf.models.scorers import load_scorer
 from tests import oracles
 from tests.models import tiny
 from tests.tolerances import GRADIENT, assert_close, distance

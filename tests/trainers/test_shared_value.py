@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf.models.heads import SharedValue, load_scorer
+from rlhf.models.heads import SharedValue
 from rlhf.models.load import backbone, count_parameters
+from rlhf.models.scorers import load_scorer
 from rlhf.rollout.types import Rollout
 from rlhf.trainers.policy_value import PolicyAndValue
 from tests.models import tiny

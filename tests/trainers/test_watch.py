@@ -14,7 +14,7 @@ from torch import nn
 from rlhf.errors import TrainingError
 from rlhf.functional import masked_whiten
 from rlhf.models import packing
-from rlhf.models.heads import load_scorer
+from rlhf.models.scorers import load_scorer
 from rlhf.rollout import sample as sampling
 from rlhf.rollout import score as scoring
 from rlhf.runs.metrics import METRICS

@@ -1,0 +1,210 @@
+"""Scorers: a causal LM's trunk with one or N new outputs, made new or loaded from a folder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.config.sections import Lora, ModelSource
+from rlhf.errors import CheckpointError
+from rlhf.models.adapters import add_lora, base_source, check_same_shape, fit_vocabulary, lora_config
+from rlhf.models.heads import Float32Head, score_head
+from rlhf.models.load import (
+    backbone,
+    disable_dropout,
+    grow_embeddings,
+    is_adapter,
+    load_causal,
+    load_pretrained,
+    resolve,
+)
+
+
+def new_reward_model(source: ModelSource, lora: Lora, *, pad_id: int, vocab_size: int, seed: int) -> Any:
+    """A reward model that starts from an SFT model: a `new_classifier` with one output, the score."""
+    return new_classifier(source, lora, outputs=1, pad_id=pad_id, vocab_size=vocab_size, seed=seed)
+
+
+def new_classifier(source: ModelSource, lora: Lora, *, outputs: int, pad_id: int, vocab_size: int, seed: int) -> Any:
+    """A causal LM's trunk, bit for bit, with its output layer replaced by one of N outputs.
+
+    The head is drawn from N(0, 1/(H+1)), bias-free (Stiennon et al. 2020, arXiv:2009.01325; std 1/sqrt(H+1) as in
+    arXiv:2403.17031). With LoRA and an SFT adapter, that adapter continues; the head is trained and saved with it.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    folder = resolve(source)
+    if is_adapter(folder) and lora.enabled:
+        check_same_shape(lora, folder)
+        base = base_source(source, folder)
+        model = load_pretrained(AutoModelForSequenceClassification, base, resolve(base), num_labels=outputs)
+        fit_vocabulary(model, folder)
+        model.config.pad_token_id = pad_id
+        _float32_head(model)
+        _init_head(model.score, seed)
+        return _continue_adapter(model, lora, folder)
+    if is_adapter(folder):
+        merged = load_causal(source)
+        config = merged.config
+        config.num_labels = outputs
+        model = AutoModelForSequenceClassification.from_config(config, dtype=merged.dtype)
+        backbone(model).load_state_dict(backbone(merged).state_dict())
+    else:
+        model = load_pretrained(AutoModelForSequenceClassification, source, folder, num_labels=outputs)
+    grow_embeddings(model, vocab_size)
+    model.config.pad_token_id = pad_id  # only now: the id of a new token would not fit the embeddings before
+    disable_dropout(model)
+    _float32_head(model)
+    _init_head(model.score, seed)
+    return add_lora(model, lora, "SEQ_CLS") if lora.enabled else model
+
+
+def new_value_model(source: ModelSource, lora: Lora, *, pad_id: int, vocab_size: int, seed: int) -> Any:
+    """A value model on the policy's trunk, with a head of zeros: V = 0 everywhere (Ziegler et al. 2019)."""
+    model = new_reward_model(source, lora, pad_id=pad_id, vocab_size=vocab_size, seed=seed)
+    with torch.no_grad():
+        for parameter in score_head(model).parameters():
+            parameter.zero_()
+    return model
+
+
+def load_classifier(source: ModelSource, *, role: str = "classifier", do: str = "give one that was trained") -> Any:
+    """A trained sequence classifier with any number of labels, dropout off; an adapter is merged into its base.
+
+    Raises: CheckpointError, in words about a `role`, if the folder holds no sequence classifier.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    folder = resolve(source)
+    if is_adapter(folder):
+        model = _adapted_classifier(source, folder, role, do, trainable=False).merge_and_unload()
+        disable_dropout(model)
+        return model
+    model = load_pretrained(AutoModelForSequenceClassification, source, folder)
+    architectures = model.config.architectures or []
+    if not any("SequenceClassification" in name for name in architectures):
+        raise CheckpointError(
+            f"not a {role}: its score head would be random", found=", ".join(architectures), where=folder, do=do
+        )
+    _float32_head(model)
+    _restore_head(model, folder)
+    disable_dropout(model)
+    return model
+
+
+def load_scorer(source: ModelSource, *, trainable: bool = False, lora: Lora | None = None) -> Any:
+    """A trained reward model, or a value model that starts as one.
+
+    Args:
+        trainable: keep (or add, if `lora` is enabled) adapters that can be trained; else adapters are merged.
+    Raises: CheckpointError if the folder is not a one-output classifier.
+    """
+    folder = resolve(source)
+    keep = trainable and lora is not None and lora.enabled
+    role, do = "reward model", "train it with 'rlhf reward'"
+    if is_adapter(folder) and keep:
+        model = _adapted_classifier(source, folder, role, do, trainable=True)
+    else:
+        model = load_classifier(source, role=role, do=do)
+    check_one_output(model.config.num_labels, folder)
+    if keep and not is_adapter(folder):
+        assert lora is not None
+        model = add_lora(model, lora, "SEQ_CLS")
+    disable_dropout(model)
+    return model
+
+
+def check_one_output(outputs: int, folder: str) -> None:
+    """Refuse a classifier with several labels as a reward model.
+
+    Raises: CheckpointError.
+    """
+    if outputs != 1:
+        raise CheckpointError(
+            "a reward model has one output", found=f"{outputs} labels", where=folder, do="train it with 'rlhf reward'"
+        )
+
+
+def saved_head(folder: str) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of the score head in a folder's safetensors files."""
+    from safetensors import safe_open
+
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+                if "score." in name:
+                    yield name, tensors.get_tensor(name)
+
+
+def _float32_head(model: Any) -> None:
+    old = model.score
+    head = Float32Head(old.in_features, old.out_features, bias=old.bias is not None)
+    with torch.no_grad():
+        head.weight.copy_(old.weight)
+        if old.bias is not None:
+            head.bias.copy_(old.bias)
+    model.score = head.to(old.weight.device)
+
+
+def _adapted_classifier(source: ModelSource, folder: str, role: str, do: str, *, trainable: bool) -> Any:
+    """An adapter over a causal LM, with the head that was saved beside it; it has as many labels as that head."""
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    weights = [tensor for name, tensor in saved_head(folder) if name.endswith("score.weight")]
+    if not weights:
+        raise CheckpointError(
+            f"not a {role}: the adapter has no score head", found="an adapter without 'score.weight'", where=folder,
+            do=do,
+        )  # fmt: skip
+    base = base_source(source, folder)
+    model = load_pretrained(
+        AutoModelForSequenceClassification, base, resolve(base), num_labels=int(weights[0].shape[0])
+    )
+    fit_vocabulary(model, folder)
+    _float32_head(model)
+    model = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+    _restore_head(model, folder)
+    return model
+
+
+def _init_head(score: nn.Linear, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    std = 1.0 / math.sqrt(score.in_features + 1)
+    with torch.no_grad():
+        score.weight.copy_(torch.randn(score.weight.shape, generator=generator) * std)
+        if score.bias is not None:
+            score.bias.zero_()
+
+
+def _continue_adapter(model: Any, lora: Lora, folder: str) -> Any:
+    from peft import get_peft_model, set_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    disable_dropout(model)
+    # The SFT adapter has no score head: the new one stands in for it.
+    head = {f"base_model.model.score.{name}": p.detach().clone() for name, p in model.score.named_parameters()}
+    wrapped = get_peft_model(model, lora_config(lora, "SEQ_CLS"))
+    saved = load_peft_weights(folder, device="cpu")  # with the embeddings and the LM head, if tokens were added
+    weights = head | {name: tensor for name, tensor in saved.items() if "lm_head" not in name}
+    result = set_peft_model_state_dict(wrapped, weights)
+    if result.unexpected_keys:
+        raise CheckpointError(
+            "the SFT adapter has weights that a reward model has no place for", found=result.unexpected_keys[0],
+            where=folder, do="train the SFT adapter on the trunk only (lora.target_modules)",
+        )  # fmt: skip
+    return wrapped
+
+
+def _restore_head(model: Any, folder: str) -> None:
+    """Read the head again in the dtype it was saved in: loading casts it to the trunk's."""
+    head = dict(score_head(model).named_parameters())
+    for name, tensor in saved_head(folder):
+        for part, parameter in head.items():
+            if name.endswith(f"score.{part.rsplit('.', 1)[-1]}") and "original" not in part:
+                parameter.data = tensor.to(parameter.device, torch.float32)
