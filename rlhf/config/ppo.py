@@ -62,6 +62,11 @@ class PPO(Section):
     dual_clip: Annotated[float, Field(gt=1.0)] | None = Field(
         None, description="bounds the loss where the advantage is negative (arXiv:1912.09729 uses 3); null = off"
     )
+    old_logprobs: Literal["scored", "sampled"] = Field(
+        "scored",
+        description="of the rollout's policy: computed again by the code of the update, so that the first ratio is "
+        "exactly 1; or kept from sampling, which saves a forward pass and must agree within the tolerance of the dtype",
+    )
     value_model: Literal["auto", "reward", "policy", "trunk"] = Field(
         "auto",
         description="starts from reward_model; or from the policy's trunk with a head of zeros; or is a head on the "
@@ -93,6 +98,14 @@ class PPO(Section):
     missing_end_score: float | None = Field(
         None, description="replaces the score of a response without an end token (Ziegler 2019: -1); null = penalty"
     )
+
+    @model_validator(mode="after")
+    def _a_pass_that_is_saved(self) -> PPO:
+        if self.old_logprobs == "sampled" and self.value_model == "trunk":
+            raise ValueError(
+                "old_logprobs=sampled saves nothing with value_model=trunk: values and log-probs come from one pass"
+            )
+        return self
 
 
 class KL(Section):
@@ -167,3 +180,6 @@ class PPOOptim(Section):
         "auto", description="of scoring and updates (weights keep theirs); auto = bfloat16 on a GPU that has it"
     )
     microbatch_size: Count = Field(16, description="episodes per backward on one process")
+    activation_checkpointing: bool = Field(
+        False, description="keep only each layer's input for the backward pass: less memory, a third more work"
+    )

@@ -115,6 +115,9 @@ class Optim(Section):
     )
     batch_size: Count = Field(64, description="sequences (or pairs) per optimizer update, over all processes")
     microbatch_size: Count = Field(16, description="sequences (or pairs) per backward on one process")
+    activation_checkpointing: bool = Field(
+        False, description="keep only each layer's input for the backward pass: less memory, a third more work"
+    )
 
     def accumulation(self, processes: int) -> int:
         """Backward passes per update on each process.

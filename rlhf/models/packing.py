@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bisect
 import heapq
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from rlhf.models.load import backbone
 
 LINEAR = 512  # row length at which attention costs as much as all the rest of a token; smaller for narrow models
 TRIED = 6  # numbers of rows
+GRAINS = 64  # rounding the places of a batch may cost one part in so many
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}  # relative to the largest
 
 
@@ -50,9 +52,11 @@ def pack(ids: Tensor, mask: Tensor) -> Packing:
     lengths = mask.sum(dim=1).tolist()
     longest = max(lengths)
     most = -(-sum(lengths) // longest)
-    fewer = dict.fromkeys((*range(most, most - TRIED, -1), most // 2, most // 4, 1))
+    powers = (2**n for n in range(most.bit_length()))
+    fewer = dict.fromkeys((*range(most, most - TRIED, -1), most // 2, most // 4, *powers))
     candidates = [_fitted(lengths, longest), *(_dealt(lengths, rows) for rows in fewer if rows > 0)]
-    places, rows, capacity = min(candidates, key=lambda c: c[1] * c[2] * (1 + c[2] / LINEAR))
+    rounded = [_rounded(layout, sum(lengths)) for layout in candidates]
+    places, rows, capacity = min(rounded, key=lambda c: c[1] * c[2] * (1 + c[2] / LINEAR))
     start = torch.tensor([row * capacity + offset for row, offset in places], device=ids.device)
     within = (mask.long().cumsum(dim=1) - 1).clamp_min(0)
     slot = (start[:, None] + within) * mask
@@ -100,6 +104,18 @@ def _dealt(lengths: list[int], rows: int) -> Layout:
         places[i] = (row, length)
         heapq.heappush(used, (length + lengths[i], row))
     return places, rows, max(used)[0]
+
+
+def _rounded(layout: Layout, tokens: int) -> Layout:
+    """Longer rows, so that the number of places is a multiple of 128 (less if there are few tokens).
+
+    Kernels are prepared, and weights kept rearranged, once for each number of places: oneDNN's cache of bfloat16
+    products takes a copy of a weight for every one.
+    """
+    places, rows, capacity = layout
+    grain = min(128, 2 ** max(0, (tokens // GRAINS).bit_length() - 1))
+    by = grain // math.gcd(rows, grain)
+    return places, rows, -(-capacity // by) * by
 
 
 def trunk_states(model: Any, ids: Tensor, mask: Tensor, where: Tensor | None = None) -> Tensor:

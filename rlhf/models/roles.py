@@ -11,6 +11,7 @@ Memory is one base and small adapters instead of a base for every role (PERL, ar
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from rlhf.config.sections import Lora, ModelSource
 from rlhf.errors import CheckpointError
-from rlhf.models.adapters import adapter_parameters, base_source, lora_config
+from rlhf.models.adapters import adapter_parameters, base_source, lora_config, wearing, worn
 from rlhf.models.heads import AdapterScorer, Float32Head
 from rlhf.models.load import is_adapter, resolve
 from rlhf.models.scorers import saved_head
@@ -45,6 +46,21 @@ def policy_base(policy: ModelSource) -> str:
     """Path of the full weights below the policy."""
     folder = resolve(policy)
     return base_source(policy, folder).path if is_adapter(folder) else folder
+
+
+def recompute_activations(model: Any) -> None:
+    """Keep only the layers' inputs for the backward pass, which computes the rest again (arXiv:1604.06174).
+
+    A layer is computed again with the adapter that it was computed with, whichever is worn by then.
+    """
+
+    def contexts() -> tuple[Any, Any]:
+        again = wearing(model, worn(model)) if hasattr(model, "peft_config") else nullcontext()
+        return nullcontext(), again
+
+    model.gradient_checkpointing_enable(
+        gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": contexts, "preserve_rng_state": False}
+    )
 
 
 def _place(path: str) -> str:

@@ -11,9 +11,11 @@ from torch import Tensor
 from rlhf.config.sections import Sampling
 from rlhf.data.collate import pad_left
 from rlhf.models.heads import position_ids
-from rlhf.rollout.types import Rollout, merge, pack_bits
+from rlhf.rollout.slots import open_slots
+from rlhf.rollout.types import Rollout, pack_bits
 
 Decode = Callable[[list[int]], str]
+KEPT = 0.75  # share of the rows below which finished ones are dropped, and of the slots below which others join
 
 
 @torch.no_grad()
@@ -24,97 +26,105 @@ def sample(
     """Draw one response for each prompt.
 
     Randomness belongs to (seed, step, prompt index), so a response does not depend on its batch neighbours or on the
-    number of processes. Longest prompts are decoded together; the result is in the order given.
+    number of processes. Where rows have finished, waiting prompts take their place; prompts of like length are decoded
+    together.
 
     Args:
         model: causal LM on `device`.
         prompts: (index in the data, token ids) pairs.
         step: rollout number; another step draws other responses.
         decode: ids to text, special tokens included; needed with stop strings only.
-    Returns: Rollout of len(prompts) rows.
+    Returns: Rollout of len(prompts) rows, in the order given.
     """
     was_training = model.training
     model.eval()
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i][1]))
-    parts = []
-    for start in range(0, len(order), settings.batch_size):
-        chunk = [prompts[i] for i in order[start : start + settings.batch_size]]
-        parts.append(_decode(model, chunk, settings, seed, step, end_id, pad_id, device, decode))
+    ids, mask = (t.to(device) for t in pad_left([p for _, p in prompts], pad_id))
+    drawn = _Drawn(prompts, settings, seed, step, end_id, pad_id, device, decode)
+    lengths, slots = mask.sum(dim=1), open_slots(model)
+    waiting = lengths.argsort(stable=True)
+    live = waiting[:0]  # rows that are in a slot
+    while len(live) or len(waiting):
+        if len(live):
+            at = lengths[live] + drawn.lengths[live] - 1
+            drawn.draw(live, slots.step(drawn.last[live], at))
+            going = (~drawn.done[live]).nonzero().squeeze(1)
+            if len(going) <= KEPT * len(live):  # drop finished rows once it pays for moving the others
+                slots.keep(going)
+                live = live[going]
+        if len(waiting) and (not len(live) or (slots.joins and len(live) <= KEPT * settings.batch_size)):
+            new, waiting = waiting.split([n := min(settings.batch_size - len(live), len(waiting)), len(waiting) - n])
+            width = int(lengths[new].max())
+            cut = mask[new, -width:]
+            drawn.draw(new, slots.admit(ids[new, -width:], cut, position_ids(cut)))
+            live = torch.cat([live, new])
     model.train(was_training)
-    rollout = merge(parts, pad_id)
-    back = torch.empty(len(order), dtype=torch.long)
-    back[torch.tensor(order)] = torch.arange(len(order))
-    rollout = rollout.select(back.to(device))
+    rollout = drawn.rollout(ids, mask)
     rollout.validate()
     return rollout
 
 
-def _decode(
-    model: Any, prompts: Sequence[tuple[int, list[int]]], settings: Sampling, seed: int, step: int, end_id: int,
-    pad_id: int, device: torch.device, decode: Decode | None,
-) -> Rollout:  # fmt: skip
-    ids, mask = pad_left([p for _, p in prompts], pad_id)
-    ids, mask = ids.to(device), mask.to(device)
-    size, length = len(prompts), settings.max_new_tokens
-    uniform = torch.stack([_draws(seed, step, index, length) for index, _ in prompts]).to(device)
-    response = torch.full((size, length), pad_id, dtype=torch.long, device=device)
-    response_mask = torch.zeros((size, length), dtype=torch.bool, device=device)
-    finished = torch.zeros(size, dtype=torch.bool, device=device)
-    logprobs = torch.zeros((size, length), device=device)
-    supports: list[Tensor] = []
-    live = torch.arange(size, device=device)  # rows still in the batch
-    attention, positions, inputs, cache = mask.long(), position_ids(mask), ids, None
-    for t in range(length):
-        output = model(
-            input_ids=inputs, attention_mask=attention, position_ids=positions, past_key_values=cache, use_cache=True,
-            logits_to_keep=1,
-        )  # fmt: skip
-        cache = output.past_key_values
-        logits = output.logits[:, -1]
-        allowed = support(logits, settings, t, end_id)
+class _Drawn:
+    """The responses so far, [B, R], and how each row goes on."""
+
+    def __init__(
+        self, prompts: Sequence[tuple[int, list[int]]], settings: Sampling, seed: int, step: int, end_id: int,
+        pad_id: int, device: torch.device, decode: Decode | None,
+    ) -> None:  # fmt: skip
+        self.settings, self.end_id, self.decode = settings, end_id, decode
+        size, longest = len(prompts), settings.max_new_tokens
+        self.index = torch.tensor([index for index, _ in prompts], dtype=torch.long, device=device)
+        self.uniform = torch.stack([_draws(seed, step, index, longest) for index, _ in prompts]).to(device)
+        self.ids = torch.full((size, longest), pad_id, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros((size, longest), device=device)
+        self.support: Tensor | None = None
+        self.lengths = torch.zeros(size, dtype=torch.long, device=device)
+        self.last = torch.full_like(self.lengths, pad_id)  # token
+        self.finished = torch.zeros(size, dtype=torch.bool, device=device)  # by an end token or a stop string
+        self.done = self.finished.clone()  # finished, or as long as it may be
+
+    def draw(self, rows: Tensor, logits: Tensor) -> None:
+        """One token for each of some rows that is not done; logits [n, V]."""
+        at = self.lengths[rows].clamp_max(self.settings.max_new_tokens - 1)
+        allowed = support(logits, self.settings, at, self.end_id)
         if allowed is not None:
             logits = logits.masked_fill(~allowed, -torch.inf)
-            supports.append(_spread(allowed, live, size))
-        token, drawn = pick(logits, uniform[live, t], settings.temperature)
-        going = ~finished[live]
-        response[live[going], t] = token[going]
-        logprobs[live[going], t] = drawn[going]
-        response_mask[live[going], t] = True
-        finished[live[going & (token == end_id)]] = True
-        if settings.stop and decode is not None:
-            _stop(finished, response, live, t, settings.stop, decode)
-        going = ~finished[live]
-        if not bool(going.any()):
-            break
-        if int(going.sum()) <= 0.75 * len(live):  # drop finished rows once it pays for copying the cache
-            keep = going.nonzero().squeeze(1)
-            cache.batch_select_indices(keep)
-            live, token, attention, positions = live[keep], token[keep], attention[keep], positions[keep]
-        inputs = token[:, None]
-        attention = torch.cat([attention, attention.new_ones(len(live), 1)], dim=1)
-        positions = positions[:, -1:] + 1
-    used = int(response_mask.sum(dim=1).max())
-    index = torch.tensor([i for i, _ in prompts], dtype=torch.long, device=device)
-    kept = torch.stack(supports[:used], dim=1) if supports else torch.zeros((size, used, 0), dtype=torch.uint8)
-    return Rollout(
-        ids, mask, response[:, :used], response_mask[:, :used], finished, index, logprobs[:, :used], kept.to(device)
-    )
+        token, logprob = pick(logits, self.uniform[rows, at], self.settings.temperature)
+        going = ~self.done[rows]
+        rows, at, token, logprob = rows[going], at[going], token[going], logprob[going]
+        if allowed is not None:
+            self._keep_support(rows, at, allowed[going])
+        self.ids[rows, at], self.logprobs[rows, at], self.last[rows] = token, logprob, token
+        self.lengths[rows] = at + 1
+        self.finished[rows] = token == self.end_id
+        if self.settings.stop and self.decode is not None:
+            self._stop(rows)
+        self.done[rows] = self.finished[rows] | (at + 1 == self.settings.max_new_tokens)
 
+    def _keep_support(self, rows: Tensor, at: Tensor, allowed: Tensor) -> None:
+        packed = pack_bits(allowed)
+        if self.support is None:  # off the mask, everything is allowed
+            self.support = packed.new_full((*self.ids.shape, packed.shape[1]), 255)
+        self.support[rows, at] = packed
 
-def _spread(allowed: Tensor, live: Tensor, size: int) -> Tensor:
-    """Packed support of all rows; rows that have left the batch get everything, which their mask hides."""
-    packed = pack_bits(allowed)
-    out = torch.full((size, packed.shape[1]), 255, dtype=torch.uint8, device=packed.device)
-    out[live] = packed
-    return out
+    def _stop(self, rows: Tensor) -> None:
+        """Mark the rows whose text now holds a stop string."""
+        assert self.decode is not None
+        for row in rows[~self.finished[rows]].tolist():
+            text = self.decode(self.ids[row, : self.lengths[row]].tolist())
+            if any(stop in text for stop in self.settings.stop):
+                self.finished[row] = True
 
-
-def _stop(finished: Tensor, response: Tensor, live: Tensor, t: int, stops: Sequence[str], decode: Decode) -> None:
-    """Mark the rows whose text now holds a stop string."""
-    for row in live[~finished[live]].tolist():
-        text = decode(response[row, : t + 1].tolist())
-        if any(stop in text for stop in stops):
-            finished[row] = True
+    def rollout(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Rollout:
+        """All rows, cut to the longest response."""
+        used = int(self.lengths.max())
+        mask = torch.arange(used, device=self.ids.device) < self.lengths[:, None]
+        support = (
+            self.support if self.support is not None else self.ids.new_zeros(*self.ids.shape, 0, dtype=torch.uint8)
+        )
+        return Rollout(
+            prompt_ids, prompt_mask, self.ids[:, :used], mask, self.finished, self.index, self.logprobs[:, :used],
+            support[:, :used],
+        )  # fmt: skip
 
 
 def pick(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -136,8 +146,8 @@ def pick(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, T
     return token.squeeze(1), probabilities.gather(1, token).squeeze(1).log()
 
 
-def support(logits: Tensor, settings: Sampling, position: int, end_id: int) -> Tensor | None:
-    """Which tokens may be drawn at a position of the response, [B, V] bool; None if nothing is filtered.
+def support(logits: Tensor, settings: Sampling, position: Tensor, end_id: int) -> Tensor | None:
+    """Which tokens may be drawn at a position of each response ([B] int64), [B, V] bool; None if nothing is filtered.
 
     First the end token before `min_new_tokens`, then top-k, then the nucleus of what is left (Holtzman et al. 2020,
     arXiv:1904.09751): the likeliest tokens until their probability reaches top_p. PPO's log-probs are those of the
@@ -147,8 +157,8 @@ def support(logits: Tensor, settings: Sampling, position: int, end_id: int) -> T
         return None
     scaled = logits.float() / (settings.temperature or 1.0)
     allowed = torch.ones_like(scaled, dtype=torch.bool)
-    if position + 1 < settings.min_new_tokens:
-        allowed[:, end_id] = False
+    if settings.min_new_tokens:
+        allowed[:, end_id] = position + 1 >= settings.min_new_tokens
         scaled = scaled.masked_fill(~allowed, -torch.inf)
     if settings.top_k:
         kth = scaled.topk(min(settings.top_k, scaled.shape[-1])).values[:, -1:]

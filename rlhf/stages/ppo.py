@@ -119,6 +119,8 @@ def prepare(config: PPOConfig, console: Console) -> Ready:
     accelerator = make_accelerator()
     set_microbatch(accelerator, config.optim.microbatch_size)
     model = PolicyAndValue(policy, _value_model(config, policy, shared, len(tokenizer), renderer, console))
+    if config.optim.activation_checkpointing:
+        model.recompute_activations()
     longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
     check_context(longest, context_length(model.policy), "data.max_prompt_tokens + sampling.max_new_tokens")
     say_model(model, console)

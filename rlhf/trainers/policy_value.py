@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rlhf.models.adapters import adapter_parameters
 from rlhf.models.distributed import everybody
 from rlhf.models.heads import AdapterScorer, SharedValue, position_ids
+from rlhf.models.roles import recompute_activations
 from rlhf.rollout.score import read_policy, response_logprobs, response_values
 from rlhf.rollout.types import Measured, Rollout, merge
 
@@ -50,6 +51,12 @@ class PolicyAndValue(nn.Module):
             return {}
         return adapter_parameters(self.policy, self.value_model.adapter)
 
+    def recompute_activations(self) -> None:
+        """In both models, to save memory."""
+        recompute_activations(self.policy)
+        if not isinstance(self.value_model, AdapterScorer | SharedValue):
+            recompute_activations(self.value_model)
+
     def forward(self, batch: Rollout | TextBatch, temperature: float = 1.0) -> Any:
         """Everything that is differentiated passes here, so that an engine around this module sees it.
 
@@ -70,6 +77,10 @@ class PolicyAndValue(nn.Module):
         read = read_policy(self.policy, rollout, temperature, entropy=entropy, states=True)
         values = self.value_model.score(read.states).squeeze(-1).masked_fill(~rollout.response_mask, 0.0)
         return read.logprobs, read.entropy, values
+
+    def values_only(self, rollout: Rollout) -> Tensor:
+        """Values of a rollout whose log-probs are known; not for a head on the policy's trunk. [B, R] score units."""
+        return response_values(self.value_model, rollout)
 
 
 def _text_loss(policy: Any, text: TextBatch) -> Tensor:

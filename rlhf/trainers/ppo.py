@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -77,7 +78,11 @@ class PPOTrainer:
         self.bfloat16 = wants_bfloat16(config.optim.precision)
         dtype = torch.bfloat16 if self.bfloat16 else next(model.policy.parameters()).dtype
         self.tolerance = TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16])
-        optimizer = torch.optim.AdamW(groups, eps=config.optim.adam_eps, weight_decay=config.optim.weight_decay)
+        if config.ppo.old_logprobs == "sampled":  # the first ratio is as exact as sampling is
+            self.tolerance = replace(self.tolerance, ratio=self.tolerance.sampling)
+        optimizer = torch.optim.AdamW(
+            groups, eps=config.optim.adam_eps, weight_decay=config.optim.weight_decay, fused=True
+        )
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.reference = reference.to(accelerator.device).eval() if reference is not None else None
         self.average = Average(model.trained_policy(), config.ppo.ema) if config.ppo.ema is not None else None
@@ -175,7 +180,7 @@ class PPOTrainer:
         with unsharded(self.model, self.accelerator) as module, self.computing():
             trained: Any = module.eval()
             measured = measure(
-                rollout, read=lambda part: trained.read(part, config.sampling.temperature),
+                rollout, read=lambda part: self.read(trained, part),
                 reference=self.reference_logprobs, rewards=lambda part: self.rewards(part, records(part)),
                 microbatch=config.optim.microbatch_size, packed=can_pack(trained.policy),
             )  # fmt: skip
@@ -189,6 +194,13 @@ class PPOTrainer:
         )  # fmt: skip
         self.watcher.broken(problems, self.step, experience)
         return experience
+
+    def read(self, trained: Any, part: Rollout) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Log-probs and values of the policy and the value model as they are before the update."""
+        if self.config.ppo.old_logprobs == "sampled":
+            return part.sampled_logprobs, None, trained.values_only(part)
+        found: tuple[Tensor, Tensor | None, Tensor] = trained.read(part, self.config.sampling.temperature)
+        return found
 
     def reference_logprobs(self, part: Rollout) -> Tensor:
         """Log-probs of the response under the model that the policy started from, [B, R] nats."""

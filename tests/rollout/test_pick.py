@@ -29,7 +29,7 @@ def settings(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Sa
 def draw(row: Tensor, how: Sampling, draws: int = DRAWS) -> Tensor:
     """How often each token was picked."""
     uniform = torch.rand(draws, generator=torch.Generator().manual_seed(2))
-    allowed = support(row[None], how, 0, end_id=0)
+    allowed = support(row[None], how, torch.tensor([0]), end_id=0)
     filtered = row if allowed is None else row.masked_fill(~allowed[0], -torch.inf)
     chosen = [pick(filtered.expand(len(u), -1), u, how.temperature)[0] for u in uniform.split(10_000)]
     return torch.cat(chosen).bincount(minlength=len(row))
@@ -111,7 +111,7 @@ def test_the_log_prob_of_a_draw_is_that_of_the_distribution_drawn_from() -> None
 def test_the_end_token_cannot_be_drawn_before_the_shortest_length() -> None:
     how = Sampling(min_new_tokens=3)
     for position, free in ((0, False), (1, False), (2, True), (7, True)):
-        allowed = support(torch.zeros(1, 9), how, position, end_id=4)
+        allowed = support(torch.zeros(1, 9), how, torch.tensor([position]), end_id=4)
         assert allowed is not None
         assert bool(allowed[0, 4]) == free
         assert int(allowed.sum()) == (9 if free else 8)

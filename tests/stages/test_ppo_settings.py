@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf.config.schema import PPOConfig
 from rlhf.config.sections import ModelSource
 from rlhf.data.render import Renderer
 from rlhf.models.heads import sequence_scores
 from rlhf.models.load import load_causal, load_tokenizer
 from rlhf.models.scorers import load_scorer
+from rlhf.runs.console import Console
 from rlhf.stages.common import seal
+from rlhf.stages.ppo import prepare
 from rlhf.stages.pretrain import new_tokenizer
 from tests.models import tiny
 from tests.stages import setup
@@ -206,3 +209,16 @@ def test_a_value_model_on_the_shared_base_can_start_from_the_policy(
     assert "one frozen base" in out
     assert metrics(tmp_path / "run")[0]["explained_variance"] == pytest.approx(0.0, abs=1e-4)
     assert load_scorer(ModelSource(path=str(tmp_path / "run" / "value_model"))).config.num_labels == 1
+
+
+@pytest.mark.parametrize("chain", ["full", "adapted"])
+def test_activation_checkpointing_reaches_every_layer_that_is_trained(
+    chain: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    found = request.getfixturevalue(chain)
+    for on in (True, False):
+        chosen = config(found, tmp_path / "run", optim={"activation_checkpointing": on})
+        model = prepare(PPOConfig.model_validate(chosen), Console(quiet=True)).model
+        layers = [m for m in model.modules() if hasattr(m, "gradient_checkpointing") and hasattr(m, "self_attn")]
+        assert len(layers) == (4 if chain == "full" else 2)  # two layers a model; adapters share them
+        assert all(layer.gradient_checkpointing is on for layer in layers)
