@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from rlhf.trainers.stats import Stats
 from rlhf.trainers.watch import Watcher
 
 PHASES = ("sample", "score", "update")
+CLEAR = Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,8 @@ def bench(config: PPOConfig, console: Console, *, steps: int) -> None:
             config, watcher=Watcher(config.watch, None, console.note), report=report, checkpoint=lambda _: None,
             restore=lambda _: False,
         )  # fmt: skip
+        memory = watch_memory(trainer)
         trainer.train()
-    memory = peak_memory_gib()  # before the machine itself is measured
     device = ready.accelerator.device
     machine, tau = Machine.measure(device), decode_step(trainer, ready)
     console.note(
@@ -71,9 +73,34 @@ def bench(config: PPOConfig, console: Console, *, steps: int) -> None:
     )
     limits = [limits_of(config, ready, trainer, experience, machine, tau) for experience, _ in seen[1:]]
     times = [[stats[f"time_{phase}"] for phase in PHASES] for _, stats in seen[1:]]
-    _show(limits, times, console)
+    _show(limits, times, memory, console)
     tokens, rows = fill(config, seen[-1][0], trainer)
-    console.note(f"real tokens of those scored and updated: {100 * tokens / rows:.1f} %; peak memory {memory:.2f} GiB")
+    console.note(f"real tokens of those scored and updated: {100 * tokens / rows:.1f} %")
+
+
+def watch_memory(trainer: PPOTrainer) -> dict[str, float]:
+    """Most memory that each phase holds from now on, in GiB: of the GPU, or else of this process."""
+    peaks = dict.fromkeys(PHASES, 0.0)
+    gpu = trainer.accelerator.device.type == "cuda"
+
+    def watched(name: str) -> Any:
+        phase = getattr(trainer, name)
+
+        def run(*arguments: Any) -> Any:
+            if gpu:
+                torch.cuda.reset_peak_memory_stats()
+            elif CLEAR.exists():
+                CLEAR.write_text("5", encoding="ascii")  # Linux: the peak starts again at what is held now
+            result = phase(*arguments)
+            peak = torch.cuda.max_memory_allocated() / 2**30 if gpu else peak_memory_gib()
+            peaks[name] = max(peaks[name], peak)
+            return result
+
+        return run
+
+    for name in PHASES:
+        setattr(trainer, name, watched(name))
+    return peaks
 
 
 @torch.no_grad()
@@ -164,8 +191,10 @@ def fill(config: PPOConfig, e: Experience, trainer: PPOTrainer) -> tuple[int, in
     return int(e.mask.sum()), computed
 
 
-def _show(limits: list[tuple[Limit, ...]], times: list[list[float]], console: Console) -> None:
-    """Medians over the steps."""
+def _show(
+    limits: list[tuple[Limit, ...]], times: list[list[float]], memory: dict[str, float], console: Console
+) -> None:
+    """Medians over the steps; memory is the peak of all."""
     rows = []
     totals = [0.0, 0.0, 0.0]
     for i, phase in enumerate(PHASES):
@@ -179,12 +208,23 @@ def _show(limits: list[tuple[Limit, ...]], times: list[list[float]], console: Co
         totals = [totals[0] + taken, totals[1] + limit, totals[2] + floor]
         rows.append(
             [phase, f"{taken:.3f} s", f"{tokens / taken:,.0f}", f"{operations / taken / 1e9:.1f}", f"{limit:.3f} s",
-             f"{100 * limit / taken:.0f} %", f"{100 * floor / taken:.0f} %", limits[0][i].bound]
+             f"{100 * limit / taken:.0f} %", f"{100 * floor / taken:.0f} %", limits[0][i].bound,
+             f"{memory[phase]:.2f} GiB"]
         )  # fmt: skip
     taken, limit, floor = totals
     rows.append(
         ["step", f"{taken:.3f} s", "", "", f"{limit:.3f} s", f"{100 * limit / taken:.0f} %",
-         f"{100 * floor / taken:.0f} %", ""]
+         f"{100 * floor / taken:.0f} %", "", f"{max(memory.values()):.2f} GiB"]
     )  # fmt: skip
-    header = ["phase", "time", "real tokens/s", "GFLOP/s", "limit", "limit / time", "floor / time", "bound by"]
+    header = [
+        "phase",
+        "time",
+        "real tokens/s",
+        "GFLOP/s",
+        "limit",
+        "limit / time",
+        "floor / time",
+        "bound by",
+        "memory",
+    ]
     console.table(f"One PPO step (median of {len(times)})", header, rows)

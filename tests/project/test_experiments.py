@@ -28,7 +28,7 @@ def commands(place: Path, what: str) -> list[str]:
     return (place / "said").read_text().splitlines()
 
 
-@pytest.mark.parametrize(("what", "stages"), [("on-policy", 5), ("tax", 6), ("rules", 5)])
+@pytest.mark.parametrize(("what", "stages"), [("on-policy", 5), ("tax", 6), ("sharing", 9), ("rules", 5)])
 def test_its_commands_are_valid_and_its_seeds_kept_apart(
     what: str, stages: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,4 +23,5 @@ def test_every_phase_has_a_time_and_a_limit(trained: Any, call_cli: Any, tmp_pat
         taken, limit = (float(row[name].removesuffix(" s")) for name in ("time", "limit"))
         assert taken > 0
         assert 0 <= limit < taken  # 30 000 weights: overhead is nearly all there is
+        assert 0.1 < float(row["memory"].removesuffix(" GiB")) < 16
     assert not (tmp_path / "run").exists()

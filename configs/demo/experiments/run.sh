@@ -2,6 +2,7 @@
 # The demo's experiments, one seed after the other; finished stages are skipped. Results and their reading: README.md here.
 #   on-policy  reward model that has also seen the SFT model's own replies, PPO against it
 #   tax        PPO-ptx against a higher KL penalty: gold utility and perplexity (after on-policy)
+#   sharing    separate models, a value head on the policy's trunk, one LoRA base for all roles (after on-policy)
 #   rules      preference reward with and without rule classifiers (after on-policy)
 # Run: bash configs/demo/experiments/run.sh on-policy 1 2 3      2 CPU cores, no GPU, no network
 set -euo pipefail
@@ -24,6 +25,21 @@ tax() {
   rlhf ppo $here/ppo-ptx.yaml seed="$1" "${models[@]}" output_dir="$top/tax-ptx"
   for name in penalty higher-penalty ptx; do
     judge "evaluate-tax-$name" models.ppo.path="$top/tax-$name/model" "$1" 0
+  done
+}
+
+sharing() {
+  rlhf reward $here/reward-on-policy.yaml seed="$1" model.path="$top/sft/model" data.train.1.path="$top/rated.jsonl" \
+    lora.enabled=true optim.learning_rate=1.5e-3 output_dir="$top/reward-lora"
+  adapters=(lora.enabled=true reward_model.path="$top/reward-lora/model" roles=shared optim.learning_rate=3e-3
+    optim.value_learning_rate=1e-2)
+  rlhf ppo configs/demo/ppo.yaml seed="$1" "${models[@]}" output_dir="$top/sharing-separate"
+  rlhf ppo configs/demo/ppo.yaml seed="$1" "${models[@]}" ppo.value_model=trunk output_dir="$top/sharing-trunk"
+  rlhf ppo configs/demo/ppo.yaml seed="$1" "${models[@]}" "${adapters[@]}" output_dir="$top/sharing-lora"
+  rlhf ppo configs/demo/ppo.yaml seed="$1" "${models[@]}" "${adapters[@]}" ppo.value_model=trunk \
+    output_dir="$top/sharing-lora-trunk"
+  for name in separate trunk lora lora-trunk; do
+    judge "evaluate-sharing-$name" models.ppo.path="$top/sharing-$name/model" "$1" 0
   done
 }
 
@@ -56,7 +72,8 @@ for seed in "$@"; do
   case $what in
     on-policy) on_policy "$seed" ;;
     tax) tax "$seed" ;;
+    sharing) sharing "$seed" ;;
     rules) rules "$seed" ;;
-    *) echo "no experiment called $what: on-policy, tax or rules" >&2; exit 2 ;;
+    *) echo "no experiment called $what: on-policy, tax, sharing or rules" >&2; exit 2 ;;
   esac
 done
