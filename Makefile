@@ -40,6 +40,8 @@ pytest: setup
 
 bench: setup
 	$(BIN)/python -m tests.bench.packing
+	$(BIN)/python -m tests.bench.growth
+	$(BIN)/python -m tests.bench.against_trl
 
 lock: setup
 	$(BIN)/python -m pip freeze --exclude-editable --exclude pip | sed 's/+cpu$$//' > constraints.txt
