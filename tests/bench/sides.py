@@ -216,9 +216,9 @@ def our_trainer(config: Any, report: Callable[..., None], rows: list[list[int]] 
     )  # fmt: skip
 
 
-def their_config(work: Work, make: Callable[..., Any], **others: Any) -> Any:
+def their_config(work: Work, make: Callable[..., Any]) -> Any:
     """The work as TRL's settings. Without accumulation every minibatch is a real optimizer step, in one microbatch."""
-    settings = dict(
+    return make(
         output_dir=work.path("trl"), seed=work.seed, use_cpu=True, bf16=False, gradient_checkpointing=False,
         report_to="none", save_strategy="no", disable_tqdm=True, num_sample_generations=0,
         per_device_train_batch_size=work.episodes, gradient_accumulation_steps=1, num_mini_batches=work.minibatches,
@@ -229,7 +229,6 @@ def their_config(work: Work, make: Callable[..., Any], **others: Any) -> Any:
         learning_rate=work.learning_rate, lr_scheduler_type="constant", weight_decay=0.0, adam_epsilon=ADAM_EPS,
         max_grad_norm=1.0,
     )  # fmt: skip
-    return make(**(settings | others))
 
 
 def theirs(work: Work) -> Result:
@@ -266,10 +265,10 @@ def their_trainer(work: Work, **others: Any) -> Any:
     adapter = LoraConfig(
         r=work.lora or 1, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
     )
+    config = their_config(work, lambda **settings: PPOConfig(**(settings | others)))
     return PPOTrainer(
-        their_config(work, PPOConfig, **others), tokenizer, model=policy, ref_model=reference, reward_model=reward,
-        value_model=value, train_dataset=Dataset.from_dict({"input_ids": read_prompts(work)}),
-        peft_config=adapter if work.lora else None,
+        config, tokenizer, model=policy, ref_model=reference, reward_model=reward, value_model=value,
+        train_dataset=Dataset.from_dict({"input_ids": read_prompts(work)}), peft_config=adapter if work.lora else None,
     )  # fmt: skip
 
 
