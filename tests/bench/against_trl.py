@@ -4,7 +4,9 @@
 
     fixed   policy, reference, value and reward model, all weights trained; every response has the same length
     free    the demo's model: responses end by themselves
+    words   as fixed, with 32 768 tokens in the vocabulary: the output layer is half of the model
     lora    a LoRA policy; value and reward models are whole models in TRL, adapters on the policy's base in ours
+    trunk   as lora; our value model is a head on the policy's trunk
 
 Both sides read the same model folders and token ids and take turns in fresh processes. Nothing is asserted about times;
 a comparison in which one side makes fewer optimizer steps than the other is refused. TRL goes to a folder of its own,
@@ -33,6 +35,7 @@ CASES = {
     "words": Work("words", hidden=384, vocabulary=32768),
     "free": Work("free", response=48, episodes=128, decoded=64),
     "lora": Work("lora", hidden=512, heads=8, intermediate=1376, lora=16),
+    "trunk": Work("trunk", hidden=512, heads=8, intermediate=1376, lora=16, trunk=True),
 }
 TINY = {"hidden": 64, "layers": 2, "heads": 2, "intermediate": 128, "vocabulary": 512, "response": 8}
 Rounds = list[dict[str, Result]]

@@ -162,6 +162,7 @@ def our_config(work: Work, longest: int) -> dict[str, Any]:
         "ppo": {
             "steps": work.steps + 1, "rollout_size": work.episodes, "epochs": work.epochs,
             "minibatches": work.minibatches, "normalize_scores": "raw", "missing_end_penalty": work.penalty,
+            "value_model": "trunk" if work.trunk else "auto",
         },
         "kl": {"coef": work.kl_coef, "target": None},
         "optim": {

@@ -41,6 +41,7 @@ class Work:
     microbatch: int = 0  # rows per backward; 0 = a whole minibatch
     decoded: int = 32  # rows decoded side by side
     lora: int = 0  # rank; 0 = all weights
+    trunk: bool = False  # ours: the value model is a head on the policy's trunk
     learning_rate: float = 1e-6
     kl_coef: float = 0.05
     penalty: float = 1.0  # without an end token
