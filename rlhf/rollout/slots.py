@@ -22,7 +22,7 @@ CHUNK = 32  # columns by which the buffers grow
 
 def open_slots(model: Any) -> Slots | Batches:
     """`Slots` where every layer of a model keeps plain keys and values, else `Batches`."""
-    layers = DynamicCache(config=model.config).layers
+    layers = DynamicCache(config=model.config).layers if hasattr(model, "config") else []
     plain = bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
     return Slots(model, len(layers)) if plain else Batches(model)
 

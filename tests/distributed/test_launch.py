@@ -86,6 +86,16 @@ def test_two_processes_log_the_losses_of_one(stage: str, runs: Any) -> None:
             assert ours[name] == pytest.approx(theirs[name], abs=PROCESSES, rel=PROCESSES), (theirs["step"], name)
 
 
+def test_two_processes_share_a_base_as_one_does(adapted: Any, run_stage: Any, tmp_path: Path) -> None:
+    configs = {name: adapted.configs["ppo"] | {"output_dir": str(tmp_path / name)} for name in ("one", "two")}
+    assert "one frozen base" in run_stage("ppo", configs["one"] | {"roles": "shared"})
+    two = setup.write(tmp_path, "two", configs["two"] | {"roles": "shared"})
+    assert "one frozen base" in finished(launched("ddp", ["ppo", two]))
+    for ours, theirs in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
+        for metric in ("score", "kl", "policy_loss", "value_loss", "grad_norm", "explained_variance"):
+            assert ours[metric] == pytest.approx(theirs[metric], abs=PROCESSES_PPO, rel=PROCESSES_PPO), metric
+
+
 @pytest.mark.parametrize("name", ["ppo", OPTIONS])
 def test_two_processes_do_the_ppo_of_one(name: str, runs: Any) -> None:
     one, two = (metrics(run) for run in runs[name])
