@@ -19,6 +19,7 @@ from rlhf.config.sections import (
     Section,
     Source,
 )
+from rlhf.config.tuning import NOTHING, Freeze, Phase, Selection, Unfreeze
 
 
 class Stage(Section):
@@ -41,6 +42,27 @@ class Architecture(Section):
     context: Count = Field(256, description="positions")
 
 
+class Tuned(Stage):
+    """A stage that fine-tunes a model: which weights, when, and what is watched."""
+
+    freeze: Selection = Field(NOTHING, description="weights that are never trained")
+    unfreeze: tuple[Phase, ...] = Field(
+        (),
+        description="phases in order, each with its trained weights and length; empty = all at once, for optim.epochs",
+    )
+    evaluations: Count = Field(5, description="how often held-out records are read, and checkpoints written")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Tuned:
+        optim, default = getattr(self, "optim"), type(self).model_fields["optim"].default  # noqa: B009
+        given = [
+            name for name in ("epochs", "max_updates", "patience") if getattr(optim, name) != getattr(default, name)
+        ]
+        if self.unfreeze and given:
+            raise ValueError(f"unfreeze: its phases say how long the run is; take optim.{given[0]} away")
+        return self
+
+
 class PretrainConfig(Stage):
     """Next-token training of a small source model, tokenizer included."""
 
@@ -49,7 +71,7 @@ class PretrainConfig(Stage):
     optim: Optim = Optim(learning_rate=1e-3, batch_size=64, microbatch_size=64)
 
 
-class SFTConfig(Stage):
+class SFTConfig(Tuned):
     """Supervised fine-tuning on demonstrations."""
 
     model: ModelSource
@@ -62,7 +84,7 @@ class SFTConfig(Stage):
     packing: bool = Field(False, description="fill sequences with several demonstrations (block-diagonal attention)")
 
 
-class RewardConfig(Stage):
+class RewardConfig(Tuned):
     """Bradley-Terry reward model on preference pairs."""
 
     model: ModelSource = Field(description="the SFT model: the reward model starts from it")
@@ -70,10 +92,9 @@ class RewardConfig(Stage):
     optim: Optim = Optim(learning_rate=1e-5, epochs=1, schedule="linear")
     lora: Lora = Lora()
     center: NonNegative = Field(0.0, description="weight of the centring term (chosen + rejected)^2")
-    evaluations: Count = Field(5, description="how often held-out accuracy is measured; the best checkpoint is kept")
 
 
-class ClassifyConfig(Stage):
+class ClassifyConfig(Tuned):
     """A classifier with N labels: a causal LM's trunk with a new output layer."""
 
     model: ModelSource = Field(description="causal LM to start from, e.g. the SFT model; all but its output layer")
@@ -85,7 +106,6 @@ class ClassifyConfig(Stage):
     data: Data
     optim: Optim = Optim(learning_rate=1e-5, epochs=1, schedule="linear")
     lora: Lora = Lora()
-    evaluations: Count = Field(5, description="how often held-out loss is measured; the best checkpoint is kept")
 
     @model_validator(mode="after")
     def _labels_differ(self) -> ClassifyConfig:
@@ -119,6 +139,8 @@ class PPOConfig(Stage):
     kl: KL = KL()
     ptx: Ptx = Ptx()
     optim: PPOOptim = PPOOptim()
+    freeze: Freeze = Freeze()
+    unfreeze: Unfreeze = Unfreeze()
     lora: Lora = Lora()
     roles: Literal["auto", "separate", "shared"] = Field(
         "auto",

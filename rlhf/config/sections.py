@@ -110,6 +110,13 @@ class Optim(Section):
     max_grad_norm: Positive = Field(1.0, description="global gradient norm is clipped to this")
     epochs: Positive = Field(1.0, description="passes over the training records")
     max_updates: Count | None = Field(None, description="stop after this many optimizer updates")
+    patience: Count | None = Field(
+        None, description="stop early after so many evaluations without a lower held-out loss; null = off"
+    )
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        1.0, description="each block's learning rate is this times that of the block above it; 1 = the same for all"
+    )
+    head_factor: Positive = Field(1.0, description="learning rate of a new output layer, relative to the others'")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of forward and backward (weights keep theirs); auto = bfloat16 on a GPU that has it"
     )

@@ -30,6 +30,11 @@ def quiet_libraries(*, telemetry: bool) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if use_cpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed prints how it looked for one
+    if use_cpu() and under_deepspeed():
+        import deepspeed
+
+        # Otherwise compiled at the first start, for minutes; it only serves inference.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     import logging
     import warnings
 
@@ -61,23 +66,26 @@ def forget_accelerator() -> None:
     GradientState._reset_state()
 
 
-def make_accelerator(*, timeout_minutes: int = 30) -> Any:
+def make_accelerator(*, timeout_minutes: int = 30, unused: bool = False) -> Any:
     """An Accelerator whose idea of the world agrees with the launcher's.
 
     On CPU the backend is named explicitly: under a DeepSpeed launch every rank would otherwise believe to be alone.
     The scheduler is ours, so accelerate must not step it once per process.
+
+    Args:
+        unused: some trained weights may take no gradient in some updates.
     Raises: TrainingError if the number of processes is not the launched one.
     """
-    from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-    handlers = []
+    handlers: list[Any] = [DistributedDataParallelKwargs(find_unused_parameters=True)] if unused else []
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > 1 and use_cpu():
         handlers.append(InitProcessGroupKwargs(backend="gloo", timeout=timedelta(minutes=timeout_minutes)))
     accelerator = Accelerator(
         cpu=use_cpu() and not under_deepspeed(), kwargs_handlers=handlers, step_scheduler_with_optimizer=False
     )
-    check_world(accelerator.num_processes)
+    check_accelerator(accelerator)
     return accelerator
 
 
@@ -98,6 +106,19 @@ def check_world(processes: int) -> None:
                 "the launcher did not start the processes it was asked for", found=f"{processes} instead of {wanted}",
                 where=variable, do="use a file of configs/accelerate with 'accelerate launch --config_file'",
             )  # fmt: skip
+
+
+def check_accelerator(accelerator: Any) -> None:
+    """Compare what an Accelerator became with what the launcher asked for.
+
+    Raises: TrainingError for another number of processes, or another engine than DeepSpeed.
+    """
+    check_world(accelerator.num_processes)
+    if under_deepspeed() and accelerator.distributed_type.value != "DEEPSPEED":
+        raise TrainingError(
+            "DeepSpeed was asked for, and something else would run", found=str(accelerator.distributed_type.value),
+            where="ACCELERATE_USE_DEEPSPEED", do="unset ACCELERATE_USE_CPU: it turns DeepSpeed off",
+        )  # fmt: skip
 
 
 def rank() -> int:
@@ -133,6 +154,28 @@ def trainer_arguments(precision: str) -> dict[str, Any]:
 def wants_bfloat16(precision: str) -> bool:
     """Whether forward and backward run in bfloat16: 'bfloat16', or 'auto' on a GPU that has it."""
     return precision == "bfloat16" or (precision == "auto" and not use_cpu() and torch.cuda.is_bf16_supported())
+
+
+def forget_steps(optimizer: Any, groups: list[int]) -> None:
+    """Make Adam count the updates of some parameter groups from here.
+
+    Weights that wait have no gradient and torch keeps no state for them. ZeRO gives the optimizer whole flat groups,
+    with gradients of 0: their moments stay 0 but their updates are counted, so that the bias correction of the first
+    real one would be missing (3.2 times too large a step).
+    """
+    zero: Any = getattr(optimizer, "optimizer", None)
+    inner = getattr(zero, "optimizer", None)
+    if inner is None or not groups:
+        return
+    if hasattr(zero, "sub_group_to_group_id"):  # ZeRO-3
+        owner = zero.sub_group_to_group_id
+        flat = [p for i, p in enumerate(zero.fp32_partitioned_groups_flat) if owner[i] in groups]
+    else:
+        flat = [p for i in groups for p in inner.param_groups[i]["params"]]
+    for parameter in flat:
+        step = inner.state.get(parameter, {}).get("step")
+        if step is not None:
+            step.zero_()
 
 
 def save_model(model: Any, folder: str, *, accelerator: Any) -> None:

@@ -29,6 +29,9 @@ class Metric:
 METRICS: dict[str, Metric] = {
     "loss": Metric("nats", "mean loss of the update", 0.0),
     "eval_loss": Metric("nats", "mean loss on the validation records", 0.0),
+    "gap": Metric(
+        "nats", "held-out loss minus the mean training loss since the evaluation before; grows by over-fitting"
+    ),
     "learning_rate": Metric("1", "learning rate of the update", 0.0),
     "grad_norm": Metric("1", "global gradient norm before clipping", 0.0, 100.0),
     "epoch": Metric("epochs", "passes over the training records", 0.0),

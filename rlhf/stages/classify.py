@@ -19,8 +19,9 @@ from rlhf.models.load import context_length
 from rlhf.models.scorers import new_classifier
 from rlhf.runs.console import Console
 from rlhf.stages import rendering
-from rlhf.stages.common import RunResult, begin, check_context, open_tokenizer, read_data, say_model, start
+from rlhf.stages.common import RunResult, begin, check_context, open_tokenizer, read_data, start
 from rlhf.stages.fit import fit, save_trained
+from rlhf.stages.tuning import plan
 
 
 def run(config: ClassifyConfig, console: Console) -> RunResult:
@@ -45,7 +46,7 @@ def run(config: ClassifyConfig, console: Console) -> RunResult:
     model.config.id2label, model.config.label2id = dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}
     model.config.problem_type = "multi_label_classification" if config.several else "single_label_classification"
     check_context(config.data.max_length, context_length(model), "data.max_length")
-    say_model(model, console)
+    program = plan(model, config, rows=len(rows), evaluate=bool(held_out), console=console)
     start(directory, "classify", config)
     directory.note(data=prints)
     from rlhf.trainers.classify import Counts, build
@@ -59,12 +60,12 @@ def run(config: ClassifyConfig, console: Console) -> RunResult:
         return {"records": len(rows), **named}
 
     summary, final = fit(
-        "classify", directory, config.optim, config.seed, console, records=len(rows), evaluate=bool(held_out),
+        "classify", directory, config.optim, config.seed, console, program=program, evaluate=bool(held_out),
         build=lambda args, report: build(
             model, tokenizer, rows, held_out, args, report, several=config.several, weight=weight
         ),
-        save=save, resume=state == "interrupted", what="records", shown=("loss", "eval_loss", "eval_label_accuracy"),
-        evaluations=config.evaluations,
+        save=save, resume=state == "interrupted", what="records",
+        shown=("loss", "eval_loss", "gap", "eval_label_accuracy"), evaluations=config.evaluations,
     )  # fmt: skip
     if final:
         names = ("eval_loss", "eval_label_accuracy", "eval_macro_f1")

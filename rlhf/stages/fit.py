@@ -8,24 +8,27 @@ from typing import Any
 
 from rlhf.config.sections import Optim
 from rlhf.data.render import Renderer
-from rlhf.models.distributed import check_world, is_main, save_model
+from rlhf.models.distributed import check_accelerator, is_main, save_model
 from rlhf.runs.console import Console
 from rlhf.runs.metrics import MetricsWriter
 from rlhf.runs.run_dir import RunDir
 from rlhf.stages.common import processes, say_batch, seal, stop_at
-from rlhf.trainers.hf import Report, arguments, last_checkpoint, silence, tokens_until, updates_of
+from rlhf.trainers.hf import Report, arguments, last_checkpoint, silence, tokens_until
+from rlhf.trainers.phases import Program
+from rlhf.trainers.tuned import follow
 
 
 def fit(
-    stage: str, directory: RunDir, optim: Optim, seed: int, console: Console, *, records: int, evaluate: bool,
+    stage: str, directory: RunDir, optim: Optim, seed: int, console: Console, *, program: Program, evaluate: bool,
     build: Callable[[dict[str, Any], Report], Any], save: Callable[[Any, Path], dict[str, Any]], resume: bool,
     what: str = "sequences", shown: tuple[str, ...] = ("loss", "eval_loss"), evaluations: int = 5,
 ) -> tuple[dict[str, Any], dict[str, float]]:  # fmt: skip
     """Train, or go on from the newest checkpoint, and write the model.
 
     Args:
-        records: rows of one epoch, of the kind called `what`.
+        program: what is trained when.
         evaluate: whether there are held-out records.
+        what: sequences, pairs or records.
         build: from training arguments and the report to the trainer.
         save: writes the model of the trainer into a folder; what it returns joins the summary.
         shown: metrics on the progress bar.
@@ -33,7 +36,7 @@ def fit(
     Returns: the run's summary so far (updates and what `save` returned), and the numbers of the last evaluation.
     """
     world = processes()
-    updates = updates_of(optim, records)
+    updates = program.updates
     accumulation = optim.accumulation(world)
     say_batch(world, optim.batch_size // world // accumulation, accumulation, updates, what, console)
     checkpoint = last_checkpoint(directory) if resume else None
@@ -44,13 +47,15 @@ def fit(
         directory.path / "metrics.jsonl", main=is_main(), keep_until=checkpoint.step if checkpoint else None
     )
     args = arguments(
-        optim, directory, seed=seed, processes=world, updates=updates, evaluate=evaluate, evaluations=evaluations
+        optim, directory, seed=seed, processes=world, program=program, evaluate=evaluate, evaluations=evaluations
     )
     with directory.guard(), console.progress(stage, updates, "update") as bar:
         trainer = build(args, Report(writer, bar, shown, tokens=before))
+        follow(trainer, program)
         silence(trainer)
-        check_world(trainer.accelerator.num_processes)
+        check_accelerator(trainer.accelerator)
         trainer.train(resume_from_checkpoint=checkpoint.path if checkpoint else None)
+        updates = trainer.state.global_step  # patience may have ended it early
         final = trainer.evaluate() if evaluate else {}
         with directory.new_model() as folder:
             more = save(trainer, folder)
@@ -67,14 +72,10 @@ def save_trained(trainer: Any, folder: Path, stage: str, renderer: Renderer, tok
 
 def fit_lm(
     stage: str, model: Any, tokenizer: Any, renderer: Renderer, directory: RunDir, optim: Optim, seed: int,
-    console: Console, *, rows: int, records: int, evaluate: bool, build: Callable[[dict[str, Any], Report], Any],
-    resume: bool,
+    console: Console, *, program: Program, records: int, evaluate: bool, build: Callable[[dict[str, Any], Report], Any],
+    resume: bool, evaluations: int = 5,
 ) -> dict[str, Any]:  # fmt: skip
-    """`fit` for a language model, to the end of the run. Returns: the summary.
-
-    Args:
-        rows: sequences of one epoch; fewer than `records` if they are packed.
-    """
+    """`fit` for a language model, to the end of the run. Returns: the summary."""
 
     def save(trainer: Any, folder: Path) -> dict[str, Any]:
         stop_at(model, renderer)
@@ -82,8 +83,8 @@ def fit_lm(
         return {"records": records}
 
     summary, final = fit(
-        stage, directory, optim, seed, console, records=rows, evaluate=evaluate, build=build, save=save, resume=resume,
-        shown=("loss", "eval_loss", "token_accuracy"),
+        stage, directory, optim, seed, console, program=program, evaluate=evaluate, build=build, save=save,
+        resume=resume, shown=("loss", "eval_loss", "gap", "token_accuracy"), evaluations=evaluations,
     )  # fmt: skip
     if final:
         summary["eval_loss"] = round(final["eval_loss"], 6)

@@ -27,8 +27,9 @@ from rlhf.runs.console import Bar, Console
 from rlhf.runs.metrics import MetricsWriter, read_lines
 from rlhf.runs.run_dir import RunDir
 from rlhf.stages import rendering
-from rlhf.stages.common import RunResult, begin, check_context, open_tokenizer, say_model, seal, start, stop_at
+from rlhf.stages.common import RunResult, begin, check_context, open_tokenizer, seal, start, stop_at
 from rlhf.stages.rewards import build_rewards, reward_deviation, same_tokenizer, to_device
+from rlhf.stages.tuning import say_phases
 from rlhf.trainers.policy_value import PolicyAndValue
 from rlhf.trainers.ppo import PPOTrainer
 from rlhf.trainers.ptx import TextMix
@@ -116,14 +117,15 @@ def prepare(config: PPOConfig, console: Console) -> Ready:
         loaded.records, renderer, config.data.max_prompt_tokens, config.data.too_long, config.data.on_bad_row, console
     )
     text = _text(config, renderer, console)
-    accelerator = make_accelerator()
-    set_microbatch(accelerator, config.optim.microbatch_size)
     model = PolicyAndValue(policy, _value_model(config, policy, shared, len(tokenizer), renderer, console))
     if config.optim.activation_checkpointing:
         model.recompute_activations()
+    # After the models: once an accelerator of ZeRO-3 exists, transformers loads shards of them, which no head fits.
+    accelerator = make_accelerator(unused=bool(config.unfreeze.policy or config.unfreeze.value_model))
+    set_microbatch(accelerator, config.optim.microbatch_size)
     longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
     check_context(longest, context_length(model.policy), "data.max_prompt_tokens + sampling.max_new_tokens")
-    say_model(model, console)
+    say_phases(config, model, console)
     return Ready(
         tokenizer, renderer, accelerator, model, reference, to_device(rewards, accelerator.device), prompts, records,
         text, loaded.fingerprint,

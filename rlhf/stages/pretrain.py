@@ -11,8 +11,9 @@ from rlhf.data.render import Rendered, Renderer
 from rlhf.models.distributed import use_cpu
 from rlhf.runs.console import Console
 from rlhf.stages import rendering
-from rlhf.stages.common import RunResult, begin, check_context, read_data, say_model, start
+from rlhf.stages.common import RunResult, begin, check_context, read_data, start
 from rlhf.stages.fit import fit_lm
+from rlhf.stages.tuning import plan
 
 PAD, EOS, USER, ASSISTANT, END = "<|pad|>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"
 # One special token a turn keeps sequences short. The user's next words follow the end of a reply at once, so a language
@@ -36,14 +37,14 @@ def run(config: PretrainConfig, console: Console) -> RunResult:
     length = config.data.max_length
     check_context(length, config.architecture.context, "data.max_length")
     model = new_model(config.architecture, renderer, len(tokenizer))
-    say_model(model, console)
+    train_rows, valid_rows = (blocks(documents, renderer, length) for documents in (train, validation))
+    program = plan(model, config, rows=len(train_rows), evaluate=bool(valid_rows), console=console)
     start(directory, "pretrain", config)
     directory.note(data=prints)
     from rlhf.trainers.sft import build_lm
 
-    train_rows, valid_rows = (blocks(documents, renderer, length) for documents in (train, validation))
     summary = fit_lm(
-        "pretrain", model, tokenizer, renderer, directory, config.optim, config.seed, console, rows=len(train_rows),
+        "pretrain", model, tokenizer, renderer, directory, config.optim, config.seed, console, program=program,
         records=len(train_rows), evaluate=bool(valid_rows), resume=state == "interrupted",
         build=lambda args, report: build_lm(model, tokenizer, train_rows, valid_rows, args, report),
     )  # fmt: skip

@@ -16,8 +16,9 @@ from rlhf.models.load import context_length
 from rlhf.models.scorers import new_reward_model
 from rlhf.runs.console import Console
 from rlhf.stages import rendering
-from rlhf.stages.common import RunResult, begin, check_context, open_tokenizer, read_data, say_model, start
+from rlhf.stages.common import RunResult, begin, check_context, open_tokenizer, read_data, start
 from rlhf.stages.fit import fit, save_trained
+from rlhf.stages.tuning import plan
 
 
 def run(config: RewardConfig, console: Console) -> RunResult:
@@ -33,7 +34,7 @@ def run(config: RewardConfig, console: Console) -> RunResult:
         config.model, config.lora, pad_id=renderer.pad_id, vocab_size=len(tokenizer), seed=config.seed
     )
     check_context(config.data.max_length, context_length(model), "data.max_length")
-    say_model(model, console)
+    program = plan(model, config, rows=len(train_pairs), evaluate=bool(valid_pairs), console=console)
     start(directory, "reward", config)
     directory.note(data=prints)
     from rlhf.trainers.reward import build
@@ -46,11 +47,11 @@ def run(config: RewardConfig, console: Console) -> RunResult:
         return {"pairs": len(train_pairs), **scale}
 
     summary, final = fit(
-        "reward", directory, config.optim, config.seed, console, records=len(train_pairs), evaluate=bool(valid_pairs),
+        "reward", directory, config.optim, config.seed, console, program=program, evaluate=bool(valid_pairs),
         build=lambda args, report: build(
             model, tokenizer, train_pairs, valid_pairs, args, report, center=config.center
         ),
-        save=save, resume=state == "interrupted", what="pairs", shown=("loss", "accuracy", "eval_accuracy"),
+        save=save, resume=state == "interrupted", what="pairs", shown=("loss", "gap", "accuracy", "eval_accuracy"),
         evaluations=config.evaluations,
     )  # fmt: skip
     if final:

@@ -16,10 +16,10 @@ from rlhf.stages.common import (
     open_tokenizer,
     read_data,
     read_template,
-    say_model,
     start,
 )
 from rlhf.stages.fit import fit_lm
+from rlhf.stages.tuning import plan
 
 
 def run(config: SFTConfig, console: Console) -> RunResult:
@@ -33,16 +33,17 @@ def run(config: SFTConfig, console: Console) -> RunResult:
     valid_rows = rendering.conversations(validation, renderer, config.data, "validation", console)
     model = _model(config, len(tokenizer), console)
     check_context(config.data.max_length, context_length(model), "data.max_length")
-    say_model(model, console)
-    start(directory, "sft", config)
-    directory.note(data=prints)
     from rlhf.trainers.sft import build, packed_rows
 
     length = config.data.max_length if config.packing else None
+    rows = len(train_rows) if length is None else packed_rows(train_rows, length)
+    program = plan(model, config, rows=rows, evaluate=bool(valid_rows), console=console)
+    start(directory, "sft", config)
+    directory.note(data=prints)
     summary = fit_lm(
         "sft", model, tokenizer, renderer, directory, config.optim, config.seed, console,
-        rows=len(train_rows) if length is None else packed_rows(train_rows, length), records=len(train_rows),
-        evaluate=bool(valid_rows), resume=state == "interrupted",
+        program=program, records=len(train_rows), evaluate=bool(valid_rows), resume=state == "interrupted",
+        evaluations=config.evaluations,
         build=lambda args, report: build(model, tokenizer, train_rows, valid_rows, args, report, packing=length),
     )  # fmt: skip
     return RunResult(directory.path, summary)

@@ -142,7 +142,7 @@ def build(
     from datasets import Dataset
 
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
-    args = TrainingArguments(**arguments, **(best if validation else {}), remove_unused_columns=False)
+    args = TrainingArguments(**arguments | (best if validation else {}), remove_unused_columns=False)
     trainer = LabelTrainer(
         model=model, args=args, processing_class=tokenizer, train_dataset=Dataset.from_list(list(train)),
         eval_dataset=Dataset.from_list(sorted(validation, key=_length)) if validation else None,

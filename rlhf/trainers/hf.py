@@ -17,6 +17,7 @@ from rlhf.models.distributed import trainer_arguments
 from rlhf.runs.console import Bar
 from rlhf.runs.metrics import METRICS, MetricsWriter, read_lines
 from rlhf.runs.run_dir import RunDir
+from rlhf.trainers.phases import Program
 
 RENAMED = {"num_tokens": "tokens", "mean_token_accuracy": "token_accuracy"}
 
@@ -58,30 +59,22 @@ def group_by_length(trainer: Any, lengths: Sequence[int]) -> None:
     trainer._get_train_sampler = lambda *_: sampler
 
 
-def updates_of(optim: Optim, records: int) -> int:
-    """Optimizer updates of a run. A last incomplete batch still makes an update."""
-    per_epoch = math.ceil(records / optim.batch_size)
-    total = max(1, round(per_epoch * optim.epochs))
-    return min(total, optim.max_updates) if optim.max_updates else total
-
-
 def arguments(
-    optim: Optim, run: RunDir, *, seed: int, processes: int, updates: int, evaluate: bool, evaluations: int = 5
+    optim: Optim, run: RunDir, *, seed: int, processes: int, program: Program, evaluate: bool, evaluations: int = 5
 ) -> dict[str, Any]:
-    """Keyword arguments of a TrainingArguments subclass.
+    """Keyword arguments of a TrainingArguments subclass; learning rates are the program's (`rlhf.trainers.tuned`).
 
-    Evaluations and checkpoints fall together, `evaluations` times over the run.
+    Evaluations and checkpoints fall together, `evaluations` times over the run. With patience the best weights of all
+    evaluations are restored at the end.
     """
-    accumulation = optim.accumulation(processes)
+    accumulation, updates = optim.accumulation(processes), program.updates
     every = max(1, math.ceil(updates / evaluations))
-    schedule = {"constant": "constant_with_warmup"}.get(optim.schedule, optim.schedule)
-    return {
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
+    return (best if any(stretch.patience for stretch in program.stretches) else {}) | {
         "output_dir": str(run.checkpoints),
         "seed": seed,
         "data_seed": seed,
         "learning_rate": optim.learning_rate,
-        "lr_scheduler_type": schedule,
-        "warmup_steps": math.ceil(optim.warmup_fraction * updates),
         "weight_decay": optim.weight_decay,
         "adam_beta1": optim.adam_beta1,
         "adam_beta2": optim.adam_beta2,
@@ -100,6 +93,8 @@ def arguments(
         "save_strategy": "steps",
         "save_steps": every,
         "save_total_limit": 2,
+        # Weights that wait for their phase take no gradient, which every process has to know.
+        **({"ddp_find_unused_parameters": True} if len(program.stretches) > 1 else {}),
         **trainer_arguments(optim.precision),
     }
 
@@ -116,6 +111,7 @@ class Report(TrainerCallback):
         """
         self.writer, self.bar, self.shown, self.tokens = writer, bar, shown, tokens
         self._numbers: dict[str, float] = {}
+        self._losses: list[float] = []
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
         """Write the declared numbers of a log line."""
@@ -123,6 +119,10 @@ class Report(TrainerCallback):
         values = {k: float(v) for k, v in renamed.items() if k in METRICS and isinstance(v, int | float)}
         if "tokens" in values:
             values["tokens"] += self.tokens
+        self._losses += [values["loss"]] if "loss" in values else []
+        if "eval_loss" in values and self._losses:
+            values["gap"] = values["eval_loss"] - sum(self._losses) / len(self._losses)
+            self._losses = []
         if values:
             self.writer.write(state.global_step, values)
             self._numbers.update({k: v for k, v in values.items() if k in self.shown})

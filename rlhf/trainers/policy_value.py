@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,21 +36,27 @@ class PolicyAndValue(nn.Module):
     def __init__(self, policy: nn.Module, value_model: nn.Module) -> None:
         super().__init__()
         self.policy, self.value_model = policy, value_model
+        others = adapter_parameters(policy, value_model.adapter) if isinstance(value_model, AdapterScorer) else {}
+        self._on_policy = frozenset(others)  # weights of the value model that lie on the policy's base
+        self.keep(
+            policy=(n for n, p in policy.named_parameters() if p.requires_grad and n not in others),
+            value=(n for n, p in (*value_model.named_parameters(), *others.items()) if p.requires_grad),
+        )
+
+    def keep(self, *, policy: Iterable[str], value: Iterable[str]) -> None:
+        """Say which weights are trained in the run; not all of them need take gradients all the time."""
+        self._policy_names, self._value_names = frozenset(policy), frozenset(value)
 
     def trained_policy(self) -> dict[str, nn.Parameter]:
         """Named parameters of the policy that are trained; an adapter of the value model on its base is not among
         them."""
-        others = self._on_the_policy()
-        return {n: p for n, p in self.policy.named_parameters() if p.requires_grad and n not in others}
+        return {n: p for n, p in self.policy.named_parameters() if n in self._policy_names}
 
-    def trained_value(self) -> list[nn.Parameter]:
-        """Parameters of the value model that are trained."""
-        return [p for p in (*self.value_model.parameters(), *self._on_the_policy().values()) if p.requires_grad]
-
-    def _on_the_policy(self) -> dict[str, nn.Parameter]:
-        if not isinstance(self.value_model, AdapterScorer):
-            return {}
-        return adapter_parameters(self.policy, self.value_model.adapter)
+    def trained_value(self) -> dict[str, nn.Parameter]:
+        """Parameters of the value model that are trained, by their names in it or, of an adapter, in the policy."""
+        own = {n: p for n, p in self.value_model.named_parameters() if n in self._value_names}
+        on_policy = {n: p for n, p in self.policy.named_parameters() if n in self._on_policy & self._value_names}
+        return own | on_policy
 
     def recompute_activations(self) -> None:
         """In both models, to save memory."""

@@ -32,6 +32,7 @@ from rlhf.rollout.types import Experience, Rollout
 from rlhf.trainers.losses import summed_losses
 from rlhf.trainers.order import passes, shuffled
 from rlhf.trainers.policy_value import PolicyAndValue, gather
+from rlhf.trainers.ppo_phases import PairPhases
 from rlhf.trainers.ptx import TextMix
 from rlhf.trainers.schedule import rate_factor
 from rlhf.trainers.stats import Stats, describe
@@ -71,18 +72,16 @@ class PPOTrainer:
                 f"a rollout of {size} is not {config.ppo.minibatches} minibatches x {ranks} processes x a whole number",
                 where="ppo.rollout_size", do=f"choose a multiple of {config.ppo.minibatches * ranks}",
             )  # fmt: skip
-        groups = [
-            {"params": list(model.trained_policy().values()), "lr": config.optim.learning_rate},
-            {"params": model.trained_value(), "lr": config.optim.value_learning_rate},
-        ]
+        self.phases = PairPhases(config, model)
         self.bfloat16 = wants_bfloat16(config.optim.precision)
         dtype = torch.bfloat16 if self.bfloat16 else next(model.policy.parameters()).dtype
         self.tolerance = TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16])
         if config.ppo.old_logprobs == "sampled":  # the first ratio is as exact as sampling is
             self.tolerance = replace(self.tolerance, ratio=self.tolerance.sampling)
         optimizer = torch.optim.AdamW(
-            groups, eps=config.optim.adam_eps, weight_decay=config.optim.weight_decay, fused=True
-        )
+            self.phases.optimizer_groups(), eps=config.optim.adam_eps, weight_decay=config.optim.weight_decay,
+            fused=True,
+        )  # fmt: skip
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.reference = reference.to(accelerator.device).eval() if reference is not None else None
         self.average = Average(model.trained_policy(), config.ppo.ema) if config.ppo.ema is not None else None
@@ -214,12 +213,14 @@ class PPOTrainer:
         """Epochs x minibatches optimizer updates; each index is used once per epoch. Ends early beyond target_kl."""
         settings, a = self.config.ppo, self.accelerator
         self.model.train()
+        self.phases.enter(self.step, self.optimizer)
         sums: dict[str, Tensor] = {}
         tokens, first_error, norms = 0.0, 0.0, []
         for number, minibatch in self.minibatches(len(experience)):
             total = experience.response_mask[minibatch].sum()
             per_step = settings.epochs * settings.minibatches
             update = self.step * per_step + min(number, per_step - 1)  # further passes of a warm-up keep the rate
+            self.set_learning_rates(update)  # first: a DeepSpeed engine steps with the last backward
             before = sums.get("approx_kl", torch.zeros((), device=a.device)).clone()
             if self.text is not None and not self.warming:
                 self.text.accumulate(self.model, a, update, self.computing, sums, weigh=number == 0)
@@ -234,7 +235,6 @@ class PPOTrainer:
             if settings.target_kl is not None and moved > settings.target_kl:
                 self.optimizer.zero_grad()
                 break
-            self.set_learning_rates(update)
             norms.append(self.optimizer_step(experience))
         sums = {k: a.reduce(v, "sum") for k, v in sums.items()}
         ptx = {}
@@ -301,12 +301,10 @@ class PPOTrainer:
         return norm
 
     def set_learning_rates(self, update: int) -> None:
-        """Of both parameter groups for an update; 0 for a policy that waits."""
+        """Of an update; 0 for a policy that waits."""
         o = self.config.optim
-        factor = rate_factor(o, update, self.updates) * self.rate
-        rates = (0.0 if self.warming else o.learning_rate, o.value_learning_rate)
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * factor
+        factor = rate_factor(o.schedule, o.warmup_fraction * self.updates, update, self.updates) * self.rate
+        self.phases.set_rates(self.optimizer, self.step, 0.0 if self.warming else factor, factor)
 
     def steer_kl(self, experience: Experience) -> None:
         """Move the KL coefficient towards its target."""

@@ -77,7 +77,7 @@ def build(
             "the score head is frozen at random values", where="reward", do="train it (LoRA: modules_to_save)"
         )
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_accuracy", "greater_is_better": True}
-    args = RewardConfig(**arguments, **(best if validation else {}), max_length=None)
+    args = RewardConfig(**arguments | (best if validation else {}), max_length=None)
     trainer = PairTrainer(
         model=model, args=args, processing_class=tokenizer, train_dataset=Dataset.from_list(list(train)),
         eval_dataset=Dataset.from_list(sorted(validation, key=_length)) if validation else None,

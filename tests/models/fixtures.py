@@ -45,3 +45,12 @@ def reward_folder(sft_folder: str, tmp_path_factory: pytest.TempPathFactory) -> 
         tiny.source(sft_folder), Lora(), pad_id=tiny.renderer().pad_id, vocab_size=len(tiny.tokenizer()), seed=3
     )
     return tiny.save(shake(model), tmp_path_factory.mktemp("reward"))
+
+
+@pytest.fixture(scope="session")
+def rewarder(adapter_folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A reward model that continues the SFT adapter."""
+    model = new_reward_model(
+        tiny.source(adapter_folder), tiny.LORA, pad_id=tiny.renderer().pad_id, vocab_size=len(tiny.tokenizer()), seed=3
+    )
+    return tiny.save(shake(model, 8), tmp_path_factory.mktemp("reward"), with_tokenizer=False)

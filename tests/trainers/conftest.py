@@ -1,1 +1,1 @@
-from tests.models.fixtures import adapter_folder, reward_folder, sft_folder  # noqa: F401 - fixtures
+from tests.models.fixtures import adapter_folder, reward_folder, rewarder, sft_folder  # noqa: F401 - fixtures

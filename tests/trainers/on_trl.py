@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from rlhf.config.sections import Optim
+from rlhf.config.tuning import NOTHING, Phase, Selection
 from rlhf.data.render import Rendered
+from rlhf.models.freezing import layout
 from rlhf.runs.metrics import MetricsWriter, read_lines
 from rlhf.runs.run_dir import RunDir
 from rlhf.trainers import classify, reward, sft
-from rlhf.trainers.hf import Report, arguments, silence, updates_of
+from rlhf.trainers.hf import Report, arguments, silence
+from rlhf.trainers.phases import Program, program, rate_factors
+from rlhf.trainers.tuned import follow
 from tests.models import tiny
 
 
@@ -21,43 +26,61 @@ class NoBar:
         """Nothing."""
 
 
-def prepared(folder: Path, records: int, evaluate: bool, **optim: Any) -> tuple[dict[str, Any], Report]:
-    """Trainer arguments and the report of a run in `folder`."""
+def prepared(
+    folder: Path, model: Any, records: int, evaluate: bool, *, freeze: Selection = NOTHING,
+    unfreeze: tuple[Phase, ...] = (), evaluations: int = 5, **optim: Any,
+) -> tuple[dict[str, Any], Report, Program]:  # fmt: skip
+    """Trainer arguments, the report and the program of a run in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = Optim(**{"batch_size": 8, "microbatch_size": 8, "warmup_fraction": 0.0} | optim)
-    updates = updates_of(settings, records)
-    args = arguments(settings, RunDir(folder), seed=1, processes=1, updates=updates, evaluate=evaluate)
-    return args, Report(MetricsWriter(folder / "metrics.jsonl"), NoBar(), ("loss",))
+    of = layout(model)
+    made = program(
+        of.only(n for n, p in model.named_parameters() if p.requires_grad), settings, freeze=freeze, unfreeze=unfreeze,
+        per_epoch=math.ceil(records / settings.batch_size),
+        factors=rate_factors(of, layer_decay=settings.layer_decay, head_factor=settings.head_factor),
+    )  # fmt: skip
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in made.names)
+    args = arguments(
+        settings, RunDir(folder), seed=1, processes=1, program=made, evaluate=evaluate, evaluations=evaluations
+    )
+    return args, Report(MetricsWriter(folder / "metrics.jsonl"), NoBar(), ("loss",)), made
 
 
-def sft_trainer(folder: Path, model: Any, rows: list[Rendered], *, packing: int | None = None, **optim: Any) -> Any:
+def sft_trainer(
+    folder: Path, model: Any, rows: list[Rendered], validation: list[Rendered] | None = None, *,
+    packing: int | None = None, **settings: Any,
+) -> Any:  # fmt: skip
     """An SFT trainer on rendered rows."""
-    args, report = prepared(folder, len(rows), False, **optim)
-    trainer = sft.build(model, tiny.tokenizer(), rows, [], args, report, packing=packing)
-    silence(trainer)
-    return trainer
+    args, report, made = prepared(folder, model, len(rows), bool(validation), **settings)
+    trainer = sft.build(model, tiny.tokenizer(), rows, validation or [], args, report, packing=packing)
+    return ready(trainer, made)
 
 
 def reward_trainer(
     folder: Path, model: Any, pairs: list[dict[str, Any]], validation: list[dict[str, Any]] | None = None, *,
-    center: float = 0.0, **optim: Any,
+    center: float = 0.0, **settings: Any,
 ) -> Any:  # fmt: skip
     """A reward trainer on pairs."""
-    args, report = prepared(folder, len(pairs), bool(validation), **optim)
-    trainer = reward.build(model, tiny.tokenizer(), pairs, validation or [], args, report, center=center)
-    silence(trainer)
-    return trainer
+    args, report, made = prepared(folder, model, len(pairs), bool(validation), **settings)
+    return ready(reward.build(model, tiny.tokenizer(), pairs, validation or [], args, report, center=center), made)
 
 
 def label_trainer(
     folder: Path, model: Any, rows: list[dict[str, Any]], validation: list[dict[str, Any]] | None = None, *,
-    several: bool = False, weight: Any = None, **optim: Any,
+    several: bool = False, weight: Any = None, **settings: Any,
 ) -> Any:  # fmt: skip
     """A classifier's trainer on rows with targets."""
-    args, report = prepared(folder, len(rows), bool(validation), **optim)
+    args, report, made = prepared(folder, model, len(rows), bool(validation), **settings)
     trainer = classify.build(
         model, tiny.tokenizer(), rows, validation or [], args, report, several=several, weight=weight
     )
+    return ready(trainer, made)
+
+
+def ready(trainer: Any, made: Program) -> Any:
+    """As a stage leaves it before it trains."""
+    follow(trainer, made)
     silence(trainer)
     return trainer
 

@@ -19,6 +19,7 @@ from rlhf.models.scorers import load_scorer, new_reward_model
 from rlhf.rollout.types import Rollout
 from rlhf.runs.run_dir import RunDir
 from rlhf.trainers.hf import arguments
+from rlhf.trainers.phases import Program, Stretch
 from rlhf.trainers.policy_value import PolicyAndValue
 from tests.models import tiny
 from tests.models.fixtures import shake
@@ -142,8 +143,9 @@ def test_recomputing_under_another_adapter_would_be_seen(
 def test_the_other_stages_have_the_same_switch(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     for on in (True, False):
+        plan = Program((Stretch(frozenset("w"), 10, 1e-3),), {})
         found = arguments(
-            Optim(activation_checkpointing=on), run, seed=1, processes=1, updates=10, evaluate=False
+            Optim(activation_checkpointing=on), run, seed=1, processes=1, program=plan, evaluate=False
         )  # fmt: skip
         assert found["gradient_checkpointing"] is on
         assert found["gradient_checkpointing_kwargs"] == {"use_reentrant": False}

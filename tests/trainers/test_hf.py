@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 
 from rlhf.config.sections import Optim
+from rlhf.config.tuning import NOTHING, Phase
 from rlhf.errors import ConfigError, TrainingError
+from rlhf.models.freezing import Layout, Place
 from rlhf.runs.metrics import MetricsWriter
 from rlhf.runs.run_dir import RunDir
 from rlhf.trainers.hf import (
@@ -20,8 +23,10 @@ from rlhf.trainers.hf import (
     arguments,
     last_checkpoint,
     tokens_until,
-    updates_of,
 )
+from rlhf.trainers.phases import program
+
+LAYOUT = Layout({"w": Place(0, "mlp", 1)}, 1, tied=False)
 
 
 @pytest.mark.parametrize(
@@ -31,12 +36,15 @@ from rlhf.trainers.hf import (
 )  # fmt: skip
 def test_updates(records: int, batch: int, epochs: float, most: int | None, updates: int) -> None:
     optim = Optim(batch_size=batch, microbatch_size=batch, epochs=epochs, max_updates=most)
-    assert updates_of(optim, records) == updates
+    per_epoch = math.ceil(records / batch)
+    assert program(LAYOUT, optim, freeze=NOTHING, unfreeze=(), per_epoch=per_epoch, factors={}).updates == updates
 
 
-def made(tmp_path: Path, processes: int = 1, updates: int = 40, **changes: Any) -> dict[str, Any]:
+def made(tmp_path: Path, processes: int = 1, updates: int = 40, phases: int = 1, **changes: Any) -> dict[str, Any]:
     optim = Optim(**{"batch_size": 32, "microbatch_size": 4} | changes)
-    return arguments(optim, RunDir(tmp_path), seed=5, processes=processes, updates=updates, evaluate=True)
+    unfreeze = [Phase(updates=updates // phases, patience=changes.get("patience"))] * phases
+    plan = program(LAYOUT, optim, freeze=NOTHING, unfreeze=unfreeze, per_epoch=10, factors={})
+    return arguments(optim, RunDir(tmp_path), seed=5, processes=processes, program=plan, evaluate=True)
 
 
 @pytest.mark.parametrize(("processes", "accumulation"), [(1, 8), (2, 4), (8, 1)])
@@ -55,14 +63,31 @@ def test_the_microbatch_shrinks_to_the_share_of_a_process(tmp_path: Path) -> Non
 
 
 def test_settings_arrive_under_the_librarys_names(tmp_path: Path) -> None:
-    args = made(
-        tmp_path, learning_rate=0.25, schedule="constant", warmup_fraction=0.26, adam_beta2=0.9, max_grad_norm=0.5
-    )
+    args = made(tmp_path, learning_rate=0.25, adam_beta2=0.9, max_grad_norm=0.5)
     wanted = {
-        "learning_rate": 0.25, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 11, "adam_beta2": 0.9,
+        "learning_rate": 0.25, "adam_beta2": 0.9,
         "max_grad_norm": 0.5, "max_steps": 40, "eval_steps": 8, "save_steps": 8, "seed": 5, "report_to": "none",
     }  # fmt: skip
     assert {k: args[k] for k in wanted} == wanted
+
+
+def test_patience_keeps_the_best_weights_and_phases_tell_every_process_what_waits(tmp_path: Path) -> None:
+    plain, patient, phased = made(tmp_path), made(tmp_path, patience=2), made(tmp_path, phases=2)
+    assert patient["load_best_model_at_end"]
+    assert patient["metric_for_best_model"] == "eval_loss"
+    assert not patient["greater_is_better"]
+    assert phased["ddp_find_unused_parameters"] is True
+    assert not {"load_best_model_at_end", "ddp_find_unused_parameters"} & set(plain)
+
+
+def test_the_gap_compares_held_out_records_with_what_was_trained_on_since(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path / "metrics.jsonl")
+    report = Report(writer, SimpleNamespace(update=lambda *_: None), ("gap",))
+    for logs in ({"loss": 3.0}, {"loss": 1.0}, {"eval_loss": 2.5}, {"loss": 0.5}, {"eval_loss": 4.0}):
+        report.on_log(None, SimpleNamespace(global_step=3), None, logs)
+    writer.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["gap"] for line in lines if "gap" in line] == [0.5, 3.5]
 
 
 def test_a_long_run_writes_about_a_hundred_lines_and_a_short_one_each_update(tmp_path: Path) -> None:

@@ -9,23 +9,13 @@ import torch
 
 from rlhf.models.adapters import adapter_parameters, policy_with_adapter
 from rlhf.models.roles import REWARD, VALUE, put_on
-from rlhf.models.scorers import load_scorer, new_reward_model
+from rlhf.models.scorers import load_scorer
 from rlhf.trainers.ppo import PPOTrainer
 from tests.models import tiny
-from tests.models.fixtures import shake
 from tests.tolerances import assert_close
 from tests.trainers.setup import make, reward_of
 
 SETTINGS: dict[str, Any] = {"lora": {"enabled": True, "r": tiny.LORA.r, "alpha": tiny.LORA.alpha}}
-
-
-@pytest.fixture(scope="module")
-def rewarder(adapter_folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A reward model that continues the SFT adapter."""
-    model = new_reward_model(
-        tiny.source(adapter_folder), tiny.LORA, pad_id=tiny.renderer().pad_id, vocab_size=len(tiny.tokenizer()), seed=3
-    )
-    return tiny.save(shake(model, 8), tmp_path_factory.mktemp("reward"), with_tokenizer=False)
 
 
 def trainer(sft: str, reward: str, *, shared: bool, report: Any = None, **sections: Any) -> PPOTrainer:

@@ -49,8 +49,9 @@ def test_exactly_the_assistants_tokens_and_their_end_are_learnt(pad_is_end: bool
     tokenizer = copy.deepcopy(tiny.tokenizer())
     if pad_is_end:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(END)
-    args, report = prepared(tmp_path, 3, False)
-    batch = batch_of(sft.build(tiny.new(), tokenizer, rendered(), [], args, report))
+    model = tiny.new()
+    args, report, _ = prepared(tmp_path, model, 3, False)
+    batch = batch_of(sft.build(model, tokenizer, rendered(), [], args, report))
     said = ["".join(c + "<|end|>" for r, c in chat if r == "assistant") for chat in CHATS]
     learnt = [tokenizer.decode(row[row != -100].tolist()) for row in batch["labels"]]
     assert sorted(learnt) == sorted(said)
