@@ -34,10 +34,10 @@ def launched(launcher: str, arguments: Sequence[str], **environment: str) -> sub
         "--main_process_port", "0", "-m", "rlhf", *arguments,
     ]  # fmt: skip
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE", "RLHF", "RANK", "WORLD_SIZE"))}
+    cpu = {} if launcher.startswith("zero") else {"ACCELERATE_USE_CPU": "true"}  # it would turn DeepSpeed off
     return subprocess.Popen(
-        command, env=clean | {"ACCELERATE_USE_CPU": "true"} | environment, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        command, env=clean | cpu | environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
 
 
 def finished(process: subprocess.Popen[str]) -> str:
@@ -136,6 +136,14 @@ def test_a_wrong_number_of_processes_is_refused(tiny_model_dir: Path, files: Any
     assert not (tmp_path / "sft").exists()
     finished(single)
     assert info(tmp_path / "right")["processes"] == 1
+
+
+def test_deepspeed_that_would_be_turned_off_is_refused(tiny_model_dir: Path, files: Any, tmp_path: Path) -> None:
+    path = setup.write(tmp_path, "sft", setup.configs(tmp_path, str(tiny_model_dir), files)["sft"])
+    process = launched("zero2", ["sft", path], ACCELERATE_USE_CPU="true")
+    out, _ = process.communicate(timeout=280)
+    assert process.returncode != 0
+    assert "DeepSpeed was asked for, and something else would run" in out
 
 
 def test_a_batch_that_two_processes_cannot_share_is_refused_before_anything_is_written(
