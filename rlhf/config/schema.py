@@ -10,10 +10,10 @@ from rlhf.config.ppo import KL, PPO, PPOOptim, Ptx, RewardSource, Watch
 from rlhf.config.sections import (
     Count,
     Data,
-    Lora,
     ModelSource,
     NonNegative,
     Optim,
+    Peft,
     Positive,
     Sampling,
     Section,
@@ -58,7 +58,7 @@ class SFTConfig(Stage):
     )
     data: Data
     optim: Optim = Optim(learning_rate=2e-5, epochs=2)
-    lora: Lora = Lora()
+    peft: Peft = Peft()
     packing: bool = Field(False, description="fill sequences with several demonstrations (block-diagonal attention)")
 
 
@@ -68,7 +68,7 @@ class RewardConfig(Stage):
     model: ModelSource = Field(description="the SFT model: the reward model starts from it")
     data: Data
     optim: Optim = Optim(learning_rate=1e-5, epochs=1, schedule="linear")
-    lora: Lora = Lora()
+    peft: Peft = Peft()
     center: NonNegative = Field(0.0, description="weight of the centring term (chosen + rejected)^2")
     evaluations: Count = Field(5, description="how often held-out accuracy is measured; the best checkpoint is kept")
 
@@ -84,7 +84,7 @@ class ClassifyConfig(Stage):
     )
     data: Data
     optim: Optim = Optim(learning_rate=1e-5, epochs=1, schedule="linear")
-    lora: Lora = Lora()
+    peft: Peft = Peft()
     evaluations: Count = Field(5, description="how often held-out loss is measured; the best checkpoint is kept")
 
     @model_validator(mode="after")
@@ -119,7 +119,7 @@ class PPOConfig(Stage):
     kl: KL = KL()
     ptx: Ptx = Ptx()
     optim: PPOOptim = PPOOptim()
-    lora: Lora = Lora()
+    peft: Peft = Peft()
     roles: Literal["auto", "separate", "shared"] = Field(
         "auto",
         description="shared = one frozen base; policy, value and reward models are LoRA adapters with heads, the "
@@ -138,8 +138,8 @@ class PPOConfig(Stage):
 
     @model_validator(mode="after")
     def _adapters_share(self) -> PPOConfig:
-        if self.roles == "shared" and not self.lora.enabled:
-            raise ValueError("roles=shared: the roles share a frozen base as LoRA adapters; set lora.enabled=true")
+        if self.roles == "shared" and not self.peft.enabled:
+            raise ValueError("roles=shared: the roles share a frozen base as LoRA adapters; set peft.method=lora")
         return self
 
     @model_validator(mode="after")

@@ -54,14 +54,19 @@ class ModelSource(Section):
     trust_remote_code: bool = Field(False, description="run Python code that comes with a hub model")
 
 
-class Lora(Section):
-    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685)."""
+class Peft(Section):
+    """A small trained part beside frozen weights; LoRA is low-rank adapters (Hu et al. 2021, arXiv:2106.09685)."""
 
-    enabled: bool = Field(False, description="train low-rank adapters instead of all weights")
+    method: Literal["none", "lora", "ia3", "prompt"] = Field("none", description="what is trained; none = all weights")
     r: Count = Field(16, description="rank")
     alpha: Positive = Field(32.0, description="scale; the update is multiplied by alpha / r")
     dropout: Unit = Field(0.0, description="dropout on the adapter input; PPO needs 0")
     target_modules: str | tuple[str, ...] = Field("all-linear", description="which linear layers get an adapter")
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the model's own weights stay frozen."""
+        return self.method != "none"
 
 
 class Source(Section):

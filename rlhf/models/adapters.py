@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf.config.sections import Lora, ModelSource
+from rlhf.config.sections import ModelSource, Peft
 from rlhf.errors import CheckpointError, ConfigError
 from rlhf.models.load import disable_dropout, grow_embeddings, is_adapter, load_causal, load_pretrained, resolve
 
@@ -50,39 +50,41 @@ def fit_vocabulary(model: Any, folder: str) -> None:
             grow_embeddings(model, tensors.get_slice(key).get_shape()[0])
 
 
-def lora_config(lora: Lora, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> Any:
+def adapter_config(peft: Peft, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> Any:
     """PEFT configuration. SEQ_CLS also trains and saves the score head: without it a random head would be frozen."""
     from peft import LoraConfig
 
-    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    if peft.method != "lora":
+        raise ConfigError("only LoRA can be trained yet", found=f"peft.method={peft.method}", where="peft.method")
+    targets = peft.target_modules if isinstance(peft.target_modules, str) else list(peft.target_modules)
     return LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type=task,
+        r=peft.r, lora_alpha=peft.alpha, lora_dropout=peft.dropout, target_modules=targets, task_type=task,
         modules_to_save=["score"] if task == "SEQ_CLS" else None,
     )  # fmt: skip
 
 
-def add_lora(model: Any, lora: Lora, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> Any:
+def add_adapter(model: Any, peft: Peft, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> Any:
     """Wrap a full model with a fresh adapter (B = 0: the output does not change)."""
     from peft import get_peft_model
 
-    return get_peft_model(model, lora_config(lora, task))
+    return get_peft_model(model, adapter_config(peft, task))
 
 
-def check_same_shape(lora: Lora, folder: str) -> None:
+def check_same_shape(peft: Peft, folder: str) -> None:
     """Refuse to continue an adapter under other settings than it was made with.
 
     Raises: ConfigError.
     """
     saved = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
-    for key, ours, theirs in (("r", lora.r, saved["r"]), ("alpha", lora.alpha, saved["lora_alpha"])):
+    for key, ours, theirs in (("r", peft.r, saved["r"]), ("alpha", peft.alpha, saved["lora_alpha"])):
         if ours != theirs:
             raise ConfigError(
-                f"the adapter in {folder} was trained with {key}={theirs}", found=f"lora.{key}={ours}",
-                where=f"lora.{key}", do=f"set lora.{key}={theirs}, or lora.enabled=false to train all weights",
+                f"the adapter in {folder} was trained with {key}={theirs}", found=f"peft.{key}={ours}",
+                where=f"peft.{key}", do=f"set peft.{key}={theirs}, or peft.method=none to train all weights",
             )  # fmt: skip
 
 
-def policy_with_adapter(source: ModelSource, lora: Lora) -> Any:
+def policy_with_adapter(source: ModelSource, peft: Peft) -> Any:
     """A trainable LoRA policy; `reference_policy` gives its starting point without a second copy of the base.
 
     From full weights: a fresh adapter (the reference is the adapter switched off). From an adapter: that adapter
@@ -92,8 +94,8 @@ def policy_with_adapter(source: ModelSource, lora: Lora) -> Any:
 
     folder = resolve(source)
     if not is_adapter(folder):
-        return add_lora(load_causal(source), lora, "CAUSAL_LM")
-    check_same_shape(lora, folder)
+        return add_adapter(load_causal(source), peft, "CAUSAL_LM")
+    check_same_shape(peft, folder)
     model = load_adapter(source, folder, AutoModelForCausalLM, trainable=True)
     model.load_adapter(folder, REFERENCE, is_trainable=False)
     model.set_adapter("default")

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.config.sections import Lora, ModelSource
+from rlhf.config.sections import ModelSource, Peft
 from rlhf.errors import CheckpointError
-from rlhf.models.adapters import adapter_parameters, base_source, lora_config, wearing, worn
+from rlhf.models.adapters import adapter_config, adapter_parameters, base_source, wearing, worn
 from rlhf.models.heads import AdapterScorer, Float32Head
 from rlhf.models.load import is_adapter, resolve
 from rlhf.models.scorers import saved_head
@@ -99,12 +99,12 @@ def put_on(policy: Any, source: ModelSource, name: str, *, trainable: bool = Fal
     return _scorer(policy, name, head, trainable)
 
 
-def new_on(policy: Any, lora: Lora, folder: str, name: str = VALUE) -> AdapterScorer:
+def new_on(policy: Any, peft: Peft, folder: str, name: str = VALUE) -> AdapterScorer:
     """A value model that starts as the policy does, with a head of zeros."""
     from peft import set_peft_model_state_dict
     from peft.utils import load_peft_weights
 
-    config, ours = lora_config(lora, "CAUSAL_LM"), policy.peft_config["default"]
+    config, ours = adapter_config(peft, "CAUSAL_LM"), policy.peft_config["default"]
     config.base_model_name_or_path, config.revision = ours.base_model_name_or_path, ours.revision
     policy.add_adapter(name, config)
     if is_adapter(folder):

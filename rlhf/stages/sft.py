@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rlhf.config.schema import SFTConfig
-from rlhf.models.adapters import add_lora, check_same_shape, load_adapter
+from rlhf.models.adapters import add_adapter, check_same_shape, load_adapter
 from rlhf.models.load import context_length, grow_embeddings, is_adapter, load_causal, resolve
 from rlhf.runs.console import Console
 from rlhf.stages import rendering
@@ -49,17 +49,17 @@ def run(config: SFTConfig, console: Console) -> RunResult:
 
 
 def _model(config: SFTConfig, vocab_size: int, console: Console) -> Any:
-    if not config.lora.enabled:
+    if not config.peft.enabled:
         return load_causal(config.model, vocab_size=vocab_size)
     folder = resolve(config.model)
     if is_adapter(folder):
         from transformers import AutoModelForCausalLM
 
-        check_same_shape(config.lora, folder)
+        check_same_shape(config.peft, folder)
         return load_adapter(config.model, folder, AutoModelForCausalLM, trainable=True)
     model = load_causal(config.model)
     added = vocab_size - model.get_input_embeddings().weight.shape[0]
     if added > 0:
         console.note(f"LoRA does not train embeddings: {added} added tokens keep the mean of the others")
         grow_embeddings(model, vocab_size)
-    return add_lora(model, config.lora, "CAUSAL_LM")
+    return add_adapter(model, config.peft, "CAUSAL_LM")

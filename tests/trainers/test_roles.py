@@ -16,7 +16,7 @@ from tests.models.fixtures import shake
 from tests.tolerances import assert_close
 from tests.trainers.setup import make, reward_of
 
-SETTINGS: dict[str, Any] = {"lora": {"enabled": True, "r": tiny.LORA.r, "alpha": tiny.LORA.alpha}}
+SETTINGS: dict[str, Any] = {"peft": {"method": "lora", "r": tiny.LORA.r, "alpha": tiny.LORA.alpha}}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def trainer(sft: str, reward: str, *, shared: bool, report: Any = None, **sectio
         value: Any = put_on(policy, tiny.source(reward), VALUE, trainable=True)
     else:
         scorer = load_scorer(tiny.source(reward)).requires_grad_(False)
-        value = load_scorer(tiny.source(reward), trainable=True, lora=tiny.LORA)
+        value = load_scorer(tiny.source(reward), trainable=True, peft=tiny.LORA)
     made = make(
         "", policy=policy, value_model=value, reward_model=scorer, rewards=reward_of(scorer), report=report,
         **SETTINGS | sections,
