@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rlhf.config.sections import ModelSource, Peft
 from rlhf.errors import CheckpointError
-from rlhf.models.adapters import adapter_config, add_adapter, base_source, check_same_shape, fit_vocabulary
+from rlhf.models.adapters import add_adapter, base_source, check_same_shape, continued_config, fit_vocabulary
 from rlhf.models.heads import Float32Head, score_head
 from rlhf.models.load import (
     backbone,
@@ -34,20 +34,20 @@ def new_classifier(source: ModelSource, peft: Peft, *, outputs: int, pad_id: int
     """A causal LM's trunk, bit for bit, with its output layer replaced by one of N outputs.
 
     The head is drawn from N(0, 1/(H+1)), bias-free (Stiennon et al. 2020, arXiv:2009.01325; std 1/sqrt(H+1) as in
-    arXiv:2403.17031). With LoRA and an SFT adapter, that adapter continues; the head is trained and saved with it.
+    arXiv:2403.17031). With an SFT adapter and `peft`, that adapter continues; the head is trained and saved with it.
     """
     from transformers import AutoModelForSequenceClassification
 
     folder = resolve(source)
     if is_adapter(folder) and peft.enabled:
-        check_same_shape(peft, folder)
+        adapter = continued_config(peft, folder, "SEQ_CLS")
         base = base_source(source, folder)
         model = load_pretrained(AutoModelForSequenceClassification, base, resolve(base), num_labels=outputs)
         fit_vocabulary(model, folder)
         model.config.pad_token_id = pad_id
         _float32_head(model)
         _init_head(model.score, seed)
-        return _continue_adapter(model, peft, folder)
+        return _continue_adapter(model, adapter, folder)
     if is_adapter(folder):
         merged = load_causal(source)
         config = merged.config
@@ -108,6 +108,8 @@ def load_scorer(source: ModelSource, *, trainable: bool = False, peft: Peft | No
     keep = trainable and peft is not None and peft.enabled
     role, do = "reward model", "train it with 'rlhf reward'"
     if is_adapter(folder) and keep:
+        assert peft is not None
+        check_same_shape(peft, folder)
         model = _adapted_classifier(source, folder, role, do, trainable=True)
     else:
         model = load_classifier(source, role=role, do=do)
@@ -182,14 +184,14 @@ def _init_head(score: nn.Linear, seed: int) -> None:
             score.bias.zero_()
 
 
-def _continue_adapter(model: Any, peft: Peft, folder: str) -> Any:
+def _continue_adapter(model: Any, config: Any, folder: str) -> Any:
     from peft import get_peft_model, set_peft_model_state_dict
     from peft.utils import load_peft_weights
 
     disable_dropout(model)
     # The SFT adapter has no score head: the new one stands in for it.
     head = {f"base_model.model.score.{name}": p.detach().clone() for name, p in model.score.named_parameters()}
-    wrapped = get_peft_model(model, adapter_config(peft, "SEQ_CLS"))
+    wrapped = get_peft_model(model, config)
     saved = load_peft_weights(folder, device="cpu")  # with the embeddings and the LM head, if tokens were added
     weights = head | {name: tensor for name, tensor in saved.items() if "lm_head" not in name}
     result = set_peft_model_state_dict(wrapped, weights)

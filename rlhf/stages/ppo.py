@@ -137,13 +137,14 @@ def share(config: PPOConfig, console: Console) -> bool:
     """
     if config.roles == "separate" or not config.peft.enabled:
         return False
-    reason = why_apart(config.policy, config.reward_model) if config.reward_model is not None else None
+    scorer, method = config.reward_model, config.peft.method
+    reason = why_apart(config.policy, scorer, method) if scorer is not None else None
     if reason is None:
         console.note("roles: one frozen base; policy, value and reward model are adapters on it")
     elif config.roles == "shared":
         raise ConfigError(
             "the roles cannot share a base", found=reason, where="roles",
-            do="train the reward model with peft.method=lora from the model that the policy starts from, or set "
+            do=f"train the reward model with peft.method={method} from the model that the policy starts from, or set "
             "roles=separate",
         )  # fmt: skip
     else:
@@ -178,7 +179,7 @@ def _value_model(
     if kind == "trunk":
         return SharedValue(policy.config.get_text_config().hidden_size)
     if kind == "policy" and shared:
-        return new_on(policy, config.peft, resolve(config.policy))
+        return new_on(policy, resolve(config.policy))
     if kind == "policy":
         return new_value_model(
             config.policy, config.peft, pad_id=renderer.pad_id, vocab_size=vocab_size, seed=config.seed

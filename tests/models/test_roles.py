@@ -68,7 +68,7 @@ def test_each_role_computes_as_its_separate_model(chain: tuple[str, str]) -> Non
 
 def test_a_new_value_model_has_the_policys_trunk_and_says_0(chain: tuple[str, str]) -> None:
     policy = policy_with_adapter(tiny.source(chain[0]), tiny.LORA)
-    value = new_on(policy, tiny.LORA, chain[0])
+    value = new_on(policy, chain[0])
     assert not scores(value).any()
     with torch.no_grad():
         value.score.weight.fill_(1.0)
@@ -130,11 +130,12 @@ def test_an_adapter_is_worn_for_a_while_also_when_something_fails(chain: tuple[s
 
 def test_it_says_why_models_cannot_share(chain: tuple[str, str], reward_folder: str, tmp_path: Path) -> None:
     policy, reward = tiny.source(chain[0]), tiny.source(chain[1])
-    assert why_apart(policy, reward) is None
-    assert "is no adapter" in str(why_apart(policy, tiny.source(reward_folder)))
+    assert why_apart(policy, reward, "lora") is None
+    assert "is no adapter" in str(why_apart(policy, tiny.source(reward_folder), "lora"))
+    assert "adapter of method lora" in str(why_apart(policy, reward, "ia3"))
     other = tiny.save(tiny.new(9), tmp_path / "other")
-    assert "the policy's base is" in str(why_apart(tiny.source(other), reward))
-    assert "another dtype" in str(why_apart(policy.model_copy(update={"dtype": "bfloat16"}), reward))
+    assert "the policy's base is" in str(why_apart(tiny.source(other), reward, "lora"))
+    assert "another dtype" in str(why_apart(policy.model_copy(update={"dtype": "bfloat16"}), reward, "lora"))
 
 
 def test_an_adapter_without_a_head_is_no_reward_model(adapter_folder: str) -> None:
