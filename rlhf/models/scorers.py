@@ -82,7 +82,7 @@ def load_classifier(source: ModelSource, *, role: str = "classifier", do: str = 
 
     folder = resolve(source)
     if is_adapter(folder):
-        model = _adapted_classifier(source, folder, role, do, trainable=False).merge_and_unload()
+        model = adapted_classifier(source, folder, role, do, trainable=False).merge_and_unload()
         disable_dropout(model)
         return model
     model = load_pretrained(AutoModelForSequenceClassification, source, folder)
@@ -110,7 +110,7 @@ def load_scorer(source: ModelSource, *, trainable: bool = False, peft: Peft | No
     if is_adapter(folder) and keep:
         assert peft is not None
         check_same_shape(peft, folder)
-        model = _adapted_classifier(source, folder, role, do, trainable=True)
+        model = adapted_classifier(source, folder, role, do, trainable=True)
     else:
         model = load_classifier(source, role=role, do=do)
     check_one_output(model.config.num_labels, folder)
@@ -153,8 +153,11 @@ def _float32_head(model: Any) -> None:
     model.score = head.to(old.weight.device)
 
 
-def _adapted_classifier(source: ModelSource, folder: str, role: str, do: str, *, trainable: bool) -> Any:
-    """An adapter over a causal LM, with the head that was saved beside it; it has as many labels as that head."""
+def adapted_classifier(source: ModelSource, folder: str, role: str, do: str, *, trainable: bool) -> Any:
+    """An adapter over a causal LM, with the head that was saved beside it; it has as many labels as that head.
+
+    Raises: CheckpointError, in words about a `role`, if the folder has no head.
+    """
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
 

@@ -20,6 +20,13 @@ from rlhf.stages.pretrain import new_model, new_tokenizer
 
 TEXTS = ["the cat sat on the mat", "what is a dog? a dog is an animal", "good day to you", "yes or no, please tell me"]
 LORA = Peft(method="lora", r=4, alpha=8.0)
+METHODS = {
+    "LoRA": LORA,
+    "rsLoRA": Peft(method="lora", r=4, alpha=8.0, rslora=True),
+    "DoRA": Peft(method="lora", r=4, alpha=8.0, dora=True),
+    "IA3": Peft(method="ia3"),
+}
+"""Adapters that every stage can train."""
 VOCABULARY, HIDDEN = 320, 32
 
 
