@@ -40,12 +40,17 @@ def load_adapter(source: ModelSource, folder: str, auto_class: Any, *, trainable
     Args:
         config: PEFT configuration that replaces the saved one, see `continued_config`.
     """
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+    from peft.utils import load_peft_weights
 
     base = base_source(source, folder)
     model = load_pretrained(auto_class, base, resolve(base))
     fit_vocabulary(model, folder)
     disable_dropout(model)  # the base's; the adapter keeps its own
+    if trainable and method_of(folder) == "prompt":  # which PEFT loads frozen only
+        model = get_peft_model(model, config)
+        set_peft_model_state_dict(model, load_peft_weights(folder, device="cpu"))
+        return model
     return PeftModel.from_pretrained(model, folder, is_trainable=trainable, config=config)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -135,11 +134,10 @@ def _check(found: Tensor, wanted: Tensor, folder: str) -> float:
 @contextmanager
 def _beside(output: Path) -> Iterator[Path]:
     """A folder beside the output that becomes it if all goes well, and else disappears."""
-    parent = output.absolute().parent
-    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=parent))
+    temporary = output.absolute().with_name(f".{output.name}.{os.getpid()}")
+    temporary.mkdir()
     try:
         yield temporary
-        temporary.chmod(parent.stat().st_mode & 0o777)
         os.replace(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -27,6 +27,7 @@ METHODS = {
     "IA3": Peft(method="ia3"),
 }
 """Adapters that every stage can train."""
+PROMPT = Peft(method="prompt", prompt_tokens=5)
 VOCABULARY, HIDDEN = 320, 32
 
 
