@@ -148,17 +148,19 @@ def check_same_shape(peft: Peft, folder: str) -> None:
     pairs: dict[str, tuple[Any, Any]] = {"method": (peft.method, method_of(folder))}
     if pairs["method"][0] == pairs["method"][1]:
         keys = {name: key for name, key in SAVED_AS.items() if name in READ_BY[peft.method]}
-        pairs |= {name: (getattr(peft, name), saved[key]) for name, key in keys.items()}
+        pairs |= {name: (getattr(peft, name), saved.get(key, False)) for name, key in keys.items()}
         if "target_modules" in READ_BY[peft.method] and peft.target_modules != ALL:
             pairs["target_modules"] = (_sorted(peft.target_modules), _sorted(saved["target_modules"]))
     wrong = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     if wrong:
         made = [f"{name}={theirs}" for name, (_, theirs) in wrong.items()]
+        ours = method_of(folder) in METHODS.values()
+        fit = f"set {' '.join(f'peft.{pair}' for pair in made)}, or " if ours else ""
         raise ConfigError(
             f"the adapter in {folder} was trained with {', '.join(made)}",
-            found=", ".join(f"peft.{name}={ours}" for name, (ours, _) in wrong.items()),
+            found=", ".join(f"peft.{name}={value}" for name, (value, _) in wrong.items()),
             where=", ".join(f"peft.{name}" for name in wrong),
-            do=f"set {' '.join(f'peft.{pair}' for pair in made)}, or peft.method=none to train all weights",
+            do=f"{fit}peft.method=none to fold it into its base and train all weights",
         )  # fmt: skip
 
 

@@ -223,6 +223,23 @@ def test_all_differences_are_said_at_once(adapter_folder: str) -> None:
     check_same_shape(Peft(method="lora", r=4, alpha=8.0, dropout=0.1, lora_plus=4.0), adapter_folder)
 
 
+def test_a_foreign_method_is_named_and_old_folders_lack_keys(adapter_folder: str, tmp_path: Path) -> None:
+    import json
+    import shutil
+
+    shutil.copytree(adapter_folder, tmp_path / "a")
+    file = tmp_path / "a" / "adapter_config.json"
+    saved = json.loads(file.read_text())
+    for key in ("use_dora", "use_rslora"):
+        saved.pop(key)
+    file.write_text(json.dumps(saved))
+    check_same_shape(tiny.LORA, str(tmp_path / "a"))
+    file.write_text(json.dumps(saved | {"peft_type": "LOHA"}))
+    with pytest.raises(ConfigError, match="was trained with method=LOHA") as error:
+        check_same_shape(tiny.LORA, str(tmp_path / "a"))
+    assert "set peft.method=LOHA" not in str(error.value)
+
+
 # Configuration
 
 

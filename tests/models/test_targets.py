@@ -13,6 +13,7 @@ from rlhf.models.adapters import add_adapter
 from rlhf.models.targets import ia3_targets, linear_layers, lora_targets
 from tests.models import tiny
 from tests.models.architectures import LAYERS, OPTIONS, VOCABULARY, build
+from tests.models.fixtures import shake
 from tests.tolerances import assert_close
 
 USUAL = (["self_attn.k_proj", "self_attn.v_proj"], ["mlp.down_proj"])
@@ -78,6 +79,18 @@ def test_an_adapter_starts_without_effect_and_every_part_learns(name: str, metho
     trained = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
     assert trained
     assert [n for n, p in trained.items() if p.grad is None or not p.grad.any()] == []
+
+
+@pytest.mark.parametrize("method", tiny.METHODS)
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "opt", "phi", "qwen2", "gemma"])
+def test_a_trained_adapter_folds_into_any_layer(name: str, method: str) -> None:
+    """Transposed layers, biases, shared output embeddings."""
+    ids = torch.arange(10, 34).view(2, 12) % VOCABULARY
+    adapted = shake(add_adapter(build(name), tiny.METHODS[method], "CAUSAL_LM")).eval()
+    with torch.no_grad():
+        wanted, plain = adapted(input_ids=ids).logits, build(name)(input_ids=ids).logits
+        assert (wanted - plain).abs().max() > 1e-3
+        assert_close(adapted.merge_and_unload()(input_ids=ids).logits, wanted.tolist())
 
 
 def ends(**changes: Any) -> Peft:

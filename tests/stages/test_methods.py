@@ -9,8 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf.config.schema import SFTConfig
+from rlhf.errors import ConfigError
 from rlhf.models.load import load_causal
 from rlhf.models.prompt import SoftPrompt, load_speaker
+from rlhf.runs.console import Console
+from rlhf.stages.sft import _model
 from tests.models import tiny
 from tests.stages import setup
 
@@ -88,3 +92,16 @@ def test_a_soft_prompt_is_trained_used_and_trained_on(
         code, _, err = call_cli([stage, setup.write(tmp_path, stage, config)])
         assert code == 2
         assert "a soft prompt has no weights to fold" in err
+
+
+def test_a_soft_prompt_brings_no_tokens_and_takes_room(
+    files: setup.Files, call_cli: Any, sft_folder: str, tmp_path: Path
+) -> None:
+    made = setup.configs(tmp_path, sft_folder, files)["sft"] | {"peft": {"method": "prompt", "prompt_tokens": 4}}
+    size = len(tiny.tokenizer())
+    with pytest.raises(ConfigError, match="embeddings would not be saved"):
+        _model(SFTConfig.model_validate(made), size + 3, Console(quiet=True))
+    config = setup.write(tmp_path, "sft", made)
+    code, _, err = call_cli(["sft", config, "data.max_length=125"])  # of 128
+    assert code == 2
+    assert "sequences of 129 tokens do not fit the model's context of 128" in err

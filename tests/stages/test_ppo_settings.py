@@ -197,9 +197,9 @@ def test_a_base_that_cannot_be_shared_is_said_or_refused(
     assert "the roles cannot share a base" in err
     assert "is no adapter" in err
     assert not (tmp_path / "refused").exists()
-    code, _, err = call_cli(["ppo", wrong, "peft.method=none"])
+    code, _, err = call_cli(["ppo", wrong, "peft={method: none}"])
     assert code == 2
-    assert "set peft.method=lora" in err
+    assert "the roles share a frozen base as adapters; set peft.method=lora" in err
 
 
 def test_a_value_model_on_the_shared_base_can_start_from_the_policy(
