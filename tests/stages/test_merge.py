@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,17 @@ def test_tokens_that_a_stage_added_come_along(sft_folder: str, call_cli: Any, tm
     assert load_causal(tiny.source(tmp_path / "plain")).get_input_embeddings().weight.shape[0] == 3 + len(
         tiny.tokenizer()
     )
+
+
+def test_the_end_token_is_the_tokenizers_not_the_bases(sft_folder: str, call_cli: Any, tmp_path: Path) -> None:
+    """A base model from elsewhere stops at another token than the chat template does."""
+    shutil.copytree(sft_folder, tmp_path / "base")
+    (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": 7, "pad_token_id": 8}')
+    folder = causal("IA3", str(tmp_path / "base"), tmp_path / "adapter")
+    code, _, err = call_cli(["merge", folder, tmp_path / "plain"])
+    assert code == 0, err
+    end = load_causal(tiny.source(tmp_path / "plain")).generation_config
+    assert (end.eos_token_id, end.pad_token_id) == (tiny.renderer().end_id, tiny.renderer().pad_id)
 
 
 @pytest.mark.parametrize("broken", ["forgotten", "twice", "nan"])
