@@ -226,6 +226,25 @@ def generate(
 
 
 @app.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(help="run directory or model folder of an adapter (peft.method lora, ia3)")],
+    output: Annotated[Path, typer.Argument(help="folder to write; must not exist")],
+    quiet: QuietOpt = False,
+) -> None:
+    """Fold an adapter into its base: plain float32 weights that transformers loads without peft.
+
+    For serving, or to train all weights from there. Tokenizer, hand-over record, end token and, of a reward model or
+    classifier, its head come along. The folder appears only after the written model has been loaded again and has given
+    the adapter's logits.
+
+      rlhf merge runs/lora/3-ppo runs/lora/assistant
+    """
+    from rlhf.stages.merge import merge as run_merge
+
+    run_merge(adapter, output, _console(quiet, False))
+
+
+@app.command()
 def rate(
     model: Annotated[str, typer.Argument(help="run directory, model folder or hub id")],
     output: Annotated[Path, typer.Argument(help="JSONL file of comparisons to write; must not exist")],

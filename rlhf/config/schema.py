@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -10,10 +10,10 @@ from rlhf.config.ppo import KL, PPO, PPOOptim, Ptx, RewardSource, Watch
 from rlhf.config.sections import (
     Count,
     Data,
-    Lora,
     ModelSource,
     NonNegative,
     Optim,
+    Peft,
     Positive,
     Sampling,
     Section,
@@ -71,6 +71,19 @@ class PretrainConfig(Stage):
     optim: Optim = Optim(learning_rate=1e-3, batch_size=64, microbatch_size=64)
 
 
+def no_soft_prompt(config: RewardConfig | ClassifyConfig | PPOConfig) -> Any:
+    """Refuse a soft prompt where an output layer beside the language model's is read.
+
+    Raises: ValueError.
+    """
+    if config.peft.method == "prompt":
+        raise ValueError(
+            "peft.method=prompt: a soft prompt stands before the text, where neither a head nor packed rows see it; it "
+            "is for SFT only. Set peft.method=ia3 (as small) or lora"
+        )
+    return config
+
+
 class SFTConfig(Tuned):
     """Supervised fine-tuning on demonstrations."""
 
@@ -80,8 +93,14 @@ class SFTConfig(Tuned):
     )
     data: Data
     optim: Optim = Optim(learning_rate=2e-5, epochs=2)
-    lora: Lora = Lora()
+    peft: Peft = Peft()
     packing: bool = Field(False, description="fill sequences with several demonstrations (block-diagonal attention)")
+
+    @model_validator(mode="after")
+    def _a_prompt_before_each(self) -> SFTConfig:
+        if self.packing and self.peft.method == "prompt":
+            raise ValueError("packing=true: a soft prompt stands before a row, not before each text in it; set false")
+        return self
 
 
 class RewardConfig(Tuned):
@@ -90,8 +109,10 @@ class RewardConfig(Tuned):
     model: ModelSource = Field(description="the SFT model: the reward model starts from it")
     data: Data
     optim: Optim = Optim(learning_rate=1e-5, epochs=1, schedule="linear")
-    lora: Lora = Lora()
+    peft: Peft = Peft()
     center: NonNegative = Field(0.0, description="weight of the centring term (chosen + rejected)^2")
+
+    _seen_by_the_head = model_validator(mode="after")(no_soft_prompt)
 
 
 class ClassifyConfig(Tuned):
@@ -105,7 +126,9 @@ class ClassifyConfig(Tuned):
     )
     data: Data
     optim: Optim = Optim(learning_rate=1e-5, epochs=1, schedule="linear")
-    lora: Lora = Lora()
+    peft: Peft = Peft()
+
+    _seen_by_the_head = model_validator(mode="after")(no_soft_prompt)
 
     @model_validator(mode="after")
     def _labels_differ(self) -> ClassifyConfig:
@@ -141,16 +164,18 @@ class PPOConfig(Stage):
     optim: PPOOptim = PPOOptim()
     freeze: Freeze = Freeze()
     unfreeze: Unfreeze = Unfreeze()
-    lora: Lora = Lora()
+    peft: Peft = Peft()
     roles: Literal["auto", "separate", "shared"] = Field(
         "auto",
-        description="shared = one frozen base; policy, value and reward models are LoRA adapters with heads, the "
+        description="shared = one frozen base; policy, value and reward models are adapters with heads, the "
         "reference is the base with the SFT adapter; separate = a model for each; auto = shared if all are adapters of "
         "one base",
     )
     watch: Watch = Watch()
     checkpoint_every: Count = Field(50, description="steps between checkpoints")
     sample_every: Count = Field(10, description="steps between written samples")
+
+    _seen_by_the_head = model_validator(mode="after")(no_soft_prompt)
 
     @model_validator(mode="after")
     def _some_reward(self) -> PPOConfig:
@@ -160,8 +185,8 @@ class PPOConfig(Stage):
 
     @model_validator(mode="after")
     def _adapters_share(self) -> PPOConfig:
-        if self.roles == "shared" and not self.lora.enabled:
-            raise ValueError("roles=shared: the roles share a frozen base as LoRA adapters; set lora.enabled=true")
+        if self.roles == "shared" and not self.peft.enabled:
+            raise ValueError("roles=shared: the roles share a frozen base as adapters; set peft.method=lora")
         return self
 
     @model_validator(mode="after")

@@ -54,14 +54,56 @@ class ModelSource(Section):
     trust_remote_code: bool = Field(False, description="run Python code that comes with a hub model")
 
 
-class Lora(Section):
-    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685)."""
+class Peft(Section):
+    """A small trained part beside frozen weights: LoRA (Hu et al. 2021, arXiv:2106.09685) and its variants, IA3 (Liu et
+    al. 2022, arXiv:2205.05638) or a soft prompt (Lester et al. 2021, arXiv:2104.08691)."""
 
-    enabled: bool = Field(False, description="train low-rank adapters instead of all weights")
-    r: Count = Field(16, description="rank")
-    alpha: Positive = Field(32.0, description="scale; the update is multiplied by alpha / r")
-    dropout: Unit = Field(0.0, description="dropout on the adapter input; PPO needs 0")
-    target_modules: str | tuple[str, ...] = Field("all-linear", description="which linear layers get an adapter")
+    method: Literal["none", "lora", "ia3", "prompt"] = Field(
+        "none",
+        description="lora = low-rank adapters; ia3 = a factor for each key, value and feed-forward feature; prompt = "
+        "learnt embeddings before the text, SFT only; none = all weights are trained",
+    )
+    r: Count = Field(16, description="lora: rank")
+    alpha: Positive = Field(32.0, description="lora: scale; the update is multiplied by alpha / r")
+    dropout: Unit = Field(0.0, description="lora: dropout on the adapter input; PPO needs 0")
+    target_modules: str | tuple[str, ...] = Field(
+        "all-linear",
+        description="lora: which linear layers get an adapter, ends of names or a regular expression; ia3: "
+        "all-linear = keys, values and what the feed-forward's last layer reads",
+    )
+    rslora: bool = Field(False, description="lora: multiply by alpha / sqrt(r), for ranks above 32 (arXiv:2312.03732)")
+    dora: bool = Field(
+        False, description="lora: the length of each weight row is learnt apart; for small ranks (arXiv:2402.09353)"
+    )
+    lora_plus: Positive | None = Field(
+        None, description="lora: learning rate of B is this times A's (arXiv:2402.12354 uses 16); null = the same"
+    )
+    prompt_tokens: Count = Field(20, description="prompt: how many embeddings are learnt")
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the model's own weights stay frozen."""
+        return self.method != "none"
+
+    @model_validator(mode="after")
+    def _no_dead_setting(self) -> Peft:
+        """A setting that another method reads is a mistake, unless it says what would be anyway."""
+        for name, field in type(self).model_fields.items():
+            methods = [method for method, names in READ_BY.items() if name in names]
+            if name != "method" and self.method not in methods and getattr(self, name) != field.default:
+                raise ValueError(
+                    f"{name} has no effect with method={self.method}: set peft.method={' or '.join(methods)}, or take "
+                    f"{name} away"
+                )
+        return self
+
+
+READ_BY = {
+    "lora": ("r", "alpha", "dropout", "target_modules", "rslora", "dora", "lora_plus"),
+    "ia3": ("target_modules",),
+    "prompt": ("prompt_tokens",),
+}
+"""Which settings of `Peft` a method has."""
 
 
 class Source(Section):

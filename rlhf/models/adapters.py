@@ -1,4 +1,4 @@
-"""LoRA adapters: made fresh, continued from an earlier stage, or kept frozen as the reference."""
+"""Adapters: made fresh, continued from an earlier stage, or kept frozen as the reference."""
 
 from __future__ import annotations
 
@@ -8,11 +8,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf.config.sections import Lora, ModelSource
+from rlhf.config.sections import READ_BY, ModelSource, Peft
 from rlhf.errors import CheckpointError, ConfigError
 from rlhf.models.load import disable_dropout, grow_embeddings, is_adapter, load_causal, load_pretrained, resolve
+from rlhf.models.targets import ALL, ia3_targets, lora_targets
 
 REFERENCE = "reference"
+Task = Literal["CAUSAL_LM", "SEQ_CLS"]
+METHODS = {"LORA": "lora", "IA3": "ia3", "PROMPT_TUNING": "prompt"}  # PEFT's names and ours
+SAVED_AS = {
+    "r": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora", "prompt_tokens": "num_virtual_tokens",
+}  # fmt: skip
+"""What PEFT calls the settings that give an adapter its shape, in adapter_config.json."""
 
 
 def base_source(source: ModelSource, folder: str) -> ModelSource:
@@ -20,22 +27,31 @@ def base_source(source: ModelSource, folder: str) -> ModelSource:
 
     Raises: CheckpointError if it is not there.
     """
-    config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+    config = _saved(folder)
     base = config.get("base_model_name_or_path")
     if not base:
         raise CheckpointError("the adapter does not name its base model", where=folder)
     return source.model_copy(update={"path": base, "revision": config.get("revision")})
 
 
-def load_adapter(source: ModelSource, folder: str, auto_class: Any, *, trainable: bool, **options: Any) -> Any:
-    """Base model plus the adapter saved in `folder`, as a PeftModel."""
-    from peft import PeftModel
+def load_adapter(source: ModelSource, folder: str, auto_class: Any, *, trainable: bool, config: Any = None) -> Any:
+    """Base model plus the adapter saved in `folder`, as a PeftModel.
+
+    Args:
+        config: PEFT configuration that replaces the saved one, see `continued_config`.
+    """
+    from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+    from peft.utils import load_peft_weights
 
     base = base_source(source, folder)
-    model = load_pretrained(auto_class, base, resolve(base), **options)
+    model = load_pretrained(auto_class, base, resolve(base))
     fit_vocabulary(model, folder)
     disable_dropout(model)  # the base's; the adapter keeps its own
-    return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+    if trainable and method_of(folder) == "prompt":  # which PEFT loads frozen only
+        model = get_peft_model(model, config)
+        set_peft_model_state_dict(model, load_peft_weights(folder, device="cpu"))
+        return model
+    return PeftModel.from_pretrained(model, folder, is_trainable=trainable, config=config)
 
 
 def fit_vocabulary(model: Any, folder: str) -> None:
@@ -50,40 +66,115 @@ def fit_vocabulary(model: Any, folder: str) -> None:
             grow_embeddings(model, tensors.get_slice(key).get_shape()[0])
 
 
-def lora_config(lora: Lora, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> Any:
-    """PEFT configuration. SEQ_CLS also trains and saves the score head: without it a random head would be frozen."""
-    from peft import LoraConfig
+def adapter_config(model: Any, peft: Peft, task: Task) -> Any:
+    """PEFT configuration. SEQ_CLS also trains and saves the score head: without it a random head would be frozen.
 
-    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    Raises: ConfigError if the model has no layers of the names that are asked for.
+    """
+    from peft import IA3Config, LoraConfig, PromptTuningConfig, PromptTuningInit
+
+    head = ["score"] if task == "SEQ_CLS" else None
+    if peft.method == "prompt":
+        return PromptTuningConfig(
+            task_type=task, num_virtual_tokens=peft.prompt_tokens, prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB
+        )
+    if peft.method == "ia3":
+        layers, feedforward = ia3_targets(model, peft)
+        return IA3Config(
+            task_type=task, target_modules=layers, feedforward_modules=feedforward, modules_to_save=head
+        )  # fmt: skip
     return LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type=task,
-        modules_to_save=["score"] if task == "SEQ_CLS" else None,
+        r=peft.r, lora_alpha=peft.alpha, lora_dropout=peft.dropout, target_modules=lora_targets(model, peft),
+        use_rslora=peft.rslora, use_dora=peft.dora, task_type=task, modules_to_save=head,
     )  # fmt: skip
 
 
-def add_lora(model: Any, lora: Lora, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> Any:
-    """Wrap a full model with a fresh adapter (B = 0: the output does not change)."""
+def continued_config(peft: Peft, folder: str, task: Task) -> Any:
+    """PEFT configuration of a saved adapter that is trained on, the head of SEQ_CLS with it.
+
+    Raises: ConfigError if it was made with other settings.
+    """
+    from peft import PeftConfig
+
+    check_same_shape(peft, folder)
+    config = PeftConfig.from_pretrained(folder)
+    config.task_type, config.modules_to_save = task, ["score"] if task == "SEQ_CLS" else None
+    config.inference_mode = False
+    if peft.method == "lora":
+        config.lora_dropout = peft.dropout
+    return config
+
+
+def add_adapter(model: Any, peft: Peft, task: Task) -> Any:
+    """Wrap a full model with a fresh adapter. LoRA starts with B = 0 and IA3 with factors of 1, so that the output
+    does not change; a soft prompt starts as embeddings of random tokens."""
     from peft import get_peft_model
 
-    return get_peft_model(model, lora_config(lora, task))
+    return get_peft_model(model, adapter_config(model, peft, task))
 
 
-def check_same_shape(lora: Lora, folder: str) -> None:
-    """Refuse to continue an adapter under other settings than it was made with.
+def rate_factor(name: str, peft: Peft) -> float:
+    """By what the learning rate of a parameter is multiplied: LoRA+ (Hayou et al. 2024, arXiv:2402.12354) for B.
 
-    Raises: ConfigError.
+    Args:
+        name: of the parameter in a PeftModel.
     """
-    saved = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
-    for key, ours, theirs in (("r", lora.r, saved["r"]), ("alpha", lora.alpha, saved["lora_alpha"])):
-        if ours != theirs:
-            raise ConfigError(
-                f"the adapter in {folder} was trained with {key}={theirs}", found=f"lora.{key}={ours}",
-                where=f"lora.{key}", do=f"set lora.{key}={theirs}, or lora.enabled=false to train all weights",
-            )  # fmt: skip
+    return peft.lora_plus if peft.lora_plus is not None and ".lora_B." in name else 1.0
 
 
-def policy_with_adapter(source: ModelSource, lora: Lora) -> Any:
-    """A trainable LoRA policy; `reference_policy` gives its starting point without a second copy of the base.
+def is_adapter_weight(name: str) -> bool:
+    """Whether a name (of a parameter, or in a saved file) is an adapter's; not embeddings or heads saved beside it."""
+    return "lora_" in name or "ia3_" in name
+
+
+def method_of(folder: str) -> str:
+    """The method of a saved adapter as `peft.method` names it, or PEFT's own name of one that is not ours."""
+    kind = str(_saved(folder)["peft_type"])
+    return METHODS.get(kind, kind)
+
+
+def worn_method(model: Any) -> str:
+    """The method of a PeftModel's trained adapter, as `peft.method` names it."""
+    return METHODS[model.peft_config["default"].peft_type.value]
+
+
+def check_same_shape(peft: Peft, folder: str) -> None:
+    """Refuse to continue an adapter under other settings than it was made with. `all-linear` stands for whatever
+    layers it has.
+
+    Raises: ConfigError that names every difference.
+    """
+    saved = _saved(folder)
+    pairs: dict[str, tuple[Any, Any]] = {"method": (peft.method, method_of(folder))}
+    if pairs["method"][0] == pairs["method"][1]:
+        keys = {name: key for name, key in SAVED_AS.items() if name in READ_BY[peft.method]}
+        pairs |= {name: (getattr(peft, name), saved.get(key, False)) for name, key in keys.items()}
+        if "target_modules" in READ_BY[peft.method] and peft.target_modules != ALL:
+            pairs["target_modules"] = (_sorted(peft.target_modules), _sorted(saved["target_modules"]))
+    wrong = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    if wrong:
+        made = [f"{name}={theirs}" for name, (_, theirs) in wrong.items()]
+        ours = method_of(folder) in METHODS.values()
+        fit = f"set {' '.join(f'peft.{pair}' for pair in made)}, or " if ours else ""
+        raise ConfigError(
+            f"the adapter in {folder} was trained with {', '.join(made)}",
+            found=", ".join(f"peft.{name}={value}" for name, (value, _) in wrong.items()),
+            where=", ".join(f"peft.{name}" for name in wrong),
+            do=f"{fit}peft.method=none to fold it into its base and train all weights",
+        )  # fmt: skip
+
+
+def _saved(folder: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+    return found
+
+
+def _sorted(names: Any) -> Any:
+    return names if isinstance(names, str) else sorted(names)
+
+
+def policy_with_adapter(source: ModelSource, peft: Peft) -> Any:
+    """A trainable adapter policy; `reference_policy` gives its starting point without a second copy of the base.
 
     From full weights: a fresh adapter (the reference is the adapter switched off). From an adapter: that adapter
     continues, and a frozen copy of it is the reference, since base weights alone are not the SFT model.
@@ -92,8 +183,8 @@ def policy_with_adapter(source: ModelSource, lora: Lora) -> Any:
 
     folder = resolve(source)
     if not is_adapter(folder):
-        return add_lora(load_causal(source), lora, "CAUSAL_LM")
-    check_same_shape(lora, folder)
+        return add_adapter(load_causal(source), peft, "CAUSAL_LM")
+    check_same_shape(peft, folder)
     model = load_adapter(source, folder, AutoModelForCausalLM, trainable=True)
     model.load_adapter(folder, REFERENCE, is_trainable=False)
     model.set_adapter("default")
@@ -136,5 +227,5 @@ def adapter_parameters(model: Any, adapter: str) -> dict[str, Any]:
     """Named parameters of one adapter of a PeftModel."""
     return {
         name: p for name, p in model.named_parameters()
-        if f".{adapter}." in f"{name}." and ("lora_" in name or "modules_to_save" in name)
+        if f".{adapter}." in f"{name}." and (is_adapter_weight(name) or "modules_to_save" in name)
     }  # fmt: skip

@@ -81,6 +81,8 @@ def _place(name: str, module: nn.Module, stack: str, count: int, *, is_head: boo
         inner = name[len(stack) + 1 :]
         part = "norms" if norm else "attention" if re.search(r"attn|attention", inner) else "mlp"
         return Place(block, part, block + 1)
+    if "prompt_encoder" in pieces:  # a soft prompt stands below everything and is no part of the model
+        return Place(None, None, 0)
     if "score" in pieces:
         return Place(None, "score", count + 1)
     if is_head or "lm_head" in pieces:

@@ -118,8 +118,14 @@ def load_causal(source: ModelSource, *, vocab_size: int | None = None) -> Any:
 
     folder = resolve(source)
     if is_adapter(folder):
-        from rlhf.models.adapters import load_adapter
+        from rlhf.models.adapters import load_adapter, method_of
 
+        if method_of(folder) == "prompt":
+            raise CheckpointError(
+                "a soft prompt has no weights to fold into the model", found="peft.method=prompt", where=folder,
+                do="'rlhf generate', 'rlhf chat' and 'rlhf evaluate' read it as it is; train with peft.method=lora or "
+                "ia3 for a model that other stages start from",
+            )  # fmt: skip
         model = load_adapter(source, folder, AutoModelForCausalLM, trainable=False).merge_and_unload()
     else:
         model = load_pretrained(AutoModelForCausalLM, source, folder)
@@ -154,6 +160,9 @@ def backbone(model: Any) -> nn.Module:
 
 def context_length(model: Any) -> int | None:
     """Positions that the model was made for, or None if its configuration does not say."""
+    if not hasattr(model, "config"):  # a model with a soft prompt, which takes some of them
+        left: int | None = model.context
+        return left
     config = model.config.get_text_config()
     return getattr(config, "max_position_embeddings", None)
 

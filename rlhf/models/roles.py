@@ -11,6 +11,7 @@ Memory is one base and small adapters instead of a base for every role (PERL, ar
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.config.sections import Lora, ModelSource
+from rlhf.config.sections import ModelSource
 from rlhf.errors import CheckpointError
-from rlhf.models.adapters import adapter_parameters, base_source, lora_config, wearing, worn
+from rlhf.models.adapters import adapter_parameters, base_source, is_adapter_weight, method_of, wearing, worn
 from rlhf.models.heads import AdapterScorer, Float32Head
 from rlhf.models.load import is_adapter, resolve
 from rlhf.models.scorers import saved_head
@@ -28,11 +29,17 @@ from rlhf.models.scorers import saved_head
 VALUE, REWARD = "value_model", "reward_model"
 
 
-def why_apart(policy: ModelSource, scorer: ModelSource) -> str | None:
-    """Why a scorer cannot be an adapter on the policy's base, in words; None if it can."""
+def why_apart(policy: ModelSource, scorer: ModelSource, method: str) -> str | None:
+    """Why a scorer cannot be an adapter on the policy's base, in words; None if it can.
+
+    Args:
+        method: `peft.method` of the policy; a layer has adapters of one kind.
+    """
     folder = resolve(scorer)
     if not is_adapter(folder):
         return f"{scorer.path} is no adapter"
+    if method_of(folder) != method:
+        return f"{scorer.path} is an adapter of method {method_of(folder)}, the policy's is {method}"
     base, ours = base_source(scorer, folder).path, policy_base(policy)
     if _place(base) != _place(ours):
         return f"{scorer.path} is an adapter of {base}, the policy's base is {ours}"
@@ -87,7 +94,7 @@ def put_on(policy: Any, source: ModelSource, name: str, *, trainable: bool = Fal
         )
     weights = {key: w for key, w in load_peft_weights(folder, device="cpu").items() if ".score." not in key}
     own = dict(policy.named_parameters())
-    for key in [key for key in weights if "lora_" not in key]:  # embeddings that grew: the policy has them too
+    for key in [key for key in weights if not is_adapter_weight(key)]:  # embeddings that grew: the policy has them too
         tensor, ours = weights.pop(key), own.get(key)
         if ours is None or ours.shape != tensor.shape or not torch.equal(ours.cpu().to(tensor.dtype), tensor):
             raise CheckpointError(
@@ -99,16 +106,16 @@ def put_on(policy: Any, source: ModelSource, name: str, *, trainable: bool = Fal
     return _scorer(policy, name, head, trainable)
 
 
-def new_on(policy: Any, lora: Lora, folder: str, name: str = VALUE) -> AdapterScorer:
+def new_on(policy: Any, folder: str, name: str = VALUE) -> AdapterScorer:
     """A value model that starts as the policy does, with a head of zeros."""
     from peft import set_peft_model_state_dict
     from peft.utils import load_peft_weights
 
-    config, ours = lora_config(lora, "CAUSAL_LM"), policy.peft_config["default"]
-    config.base_model_name_or_path, config.revision = ours.base_model_name_or_path, ours.revision
+    config = copy.deepcopy(policy.peft_config["default"])
+    config.inference_mode = False
     policy.add_adapter(name, config)
     if is_adapter(folder):
-        weights = {key: w for key, w in load_peft_weights(folder, device="cpu").items() if "lora_" in key}
+        weights = {key: w for key, w in load_peft_weights(folder, device="cpu").items() if is_adapter_weight(key)}
         set_peft_model_state_dict(policy, weights, adapter_name=name)
     hidden = policy.config.get_text_config().hidden_size
     return _scorer(policy, name, {"weight": torch.zeros(1, hidden)}, trainable=True)

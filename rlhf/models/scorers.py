@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf.config.sections import Lora, ModelSource
+from rlhf.config.sections import ModelSource, Peft
 from rlhf.errors import CheckpointError
-from rlhf.models.adapters import add_lora, base_source, check_same_shape, fit_vocabulary, lora_config
+from rlhf.models.adapters import add_adapter, base_source, check_same_shape, continued_config, fit_vocabulary
 from rlhf.models.heads import Float32Head, score_head
 from rlhf.models.load import (
     backbone,
@@ -25,29 +25,29 @@ from rlhf.models.load import (
 )
 
 
-def new_reward_model(source: ModelSource, lora: Lora, *, pad_id: int, vocab_size: int, seed: int) -> Any:
+def new_reward_model(source: ModelSource, peft: Peft, *, pad_id: int, vocab_size: int, seed: int) -> Any:
     """A reward model that starts from an SFT model: a `new_classifier` with one output, the score."""
-    return new_classifier(source, lora, outputs=1, pad_id=pad_id, vocab_size=vocab_size, seed=seed)
+    return new_classifier(source, peft, outputs=1, pad_id=pad_id, vocab_size=vocab_size, seed=seed)
 
 
-def new_classifier(source: ModelSource, lora: Lora, *, outputs: int, pad_id: int, vocab_size: int, seed: int) -> Any:
+def new_classifier(source: ModelSource, peft: Peft, *, outputs: int, pad_id: int, vocab_size: int, seed: int) -> Any:
     """A causal LM's trunk, bit for bit, with its output layer replaced by one of N outputs.
 
     The head is drawn from N(0, 1/(H+1)), bias-free (Stiennon et al. 2020, arXiv:2009.01325; std 1/sqrt(H+1) as in
-    arXiv:2403.17031). With LoRA and an SFT adapter, that adapter continues; the head is trained and saved with it.
+    arXiv:2403.17031). With an SFT adapter and `peft`, that adapter continues; the head is trained and saved with it.
     """
     from transformers import AutoModelForSequenceClassification
 
     folder = resolve(source)
-    if is_adapter(folder) and lora.enabled:
-        check_same_shape(lora, folder)
+    if is_adapter(folder) and peft.enabled:
+        adapter = continued_config(peft, folder, "SEQ_CLS")
         base = base_source(source, folder)
         model = load_pretrained(AutoModelForSequenceClassification, base, resolve(base), num_labels=outputs)
         fit_vocabulary(model, folder)
         model.config.pad_token_id = pad_id
         _float32_head(model)
         _init_head(model.score, seed)
-        return _continue_adapter(model, lora, folder)
+        return _continue_adapter(model, adapter, folder)
     if is_adapter(folder):
         merged = load_causal(source)
         config = merged.config
@@ -61,12 +61,12 @@ def new_classifier(source: ModelSource, lora: Lora, *, outputs: int, pad_id: int
     disable_dropout(model)
     _float32_head(model)
     _init_head(model.score, seed)
-    return add_lora(model, lora, "SEQ_CLS") if lora.enabled else model
+    return add_adapter(model, peft, "SEQ_CLS") if peft.enabled else model
 
 
-def new_value_model(source: ModelSource, lora: Lora, *, pad_id: int, vocab_size: int, seed: int) -> Any:
+def new_value_model(source: ModelSource, peft: Peft, *, pad_id: int, vocab_size: int, seed: int) -> Any:
     """A value model on the policy's trunk, with a head of zeros: V = 0 everywhere (Ziegler et al. 2019)."""
-    model = new_reward_model(source, lora, pad_id=pad_id, vocab_size=vocab_size, seed=seed)
+    model = new_reward_model(source, peft, pad_id=pad_id, vocab_size=vocab_size, seed=seed)
     with torch.no_grad():
         for parameter in score_head(model).parameters():
             parameter.zero_()
@@ -82,7 +82,7 @@ def load_classifier(source: ModelSource, *, role: str = "classifier", do: str = 
 
     folder = resolve(source)
     if is_adapter(folder):
-        model = _adapted_classifier(source, folder, role, do, trainable=False).merge_and_unload()
+        model = adapted_classifier(source, folder, role, do, trainable=False).merge_and_unload()
         disable_dropout(model)
         return model
     model = load_pretrained(AutoModelForSequenceClassification, source, folder)
@@ -97,24 +97,26 @@ def load_classifier(source: ModelSource, *, role: str = "classifier", do: str = 
     return model
 
 
-def load_scorer(source: ModelSource, *, trainable: bool = False, lora: Lora | None = None) -> Any:
+def load_scorer(source: ModelSource, *, trainable: bool = False, peft: Peft | None = None) -> Any:
     """A trained reward model, or a value model that starts as one.
 
     Args:
-        trainable: keep (or add, if `lora` is enabled) adapters that can be trained; else adapters are merged.
+        trainable: keep (or add, if `peft` is enabled) adapters that can be trained; else adapters are merged.
     Raises: CheckpointError if the folder is not a one-output classifier.
     """
     folder = resolve(source)
-    keep = trainable and lora is not None and lora.enabled
+    keep = trainable and peft is not None and peft.enabled
     role, do = "reward model", "train it with 'rlhf reward'"
     if is_adapter(folder) and keep:
-        model = _adapted_classifier(source, folder, role, do, trainable=True)
+        assert peft is not None
+        check_same_shape(peft, folder)
+        model = adapted_classifier(source, folder, role, do, trainable=True)
     else:
         model = load_classifier(source, role=role, do=do)
     check_one_output(model.config.num_labels, folder)
     if keep and not is_adapter(folder):
-        assert lora is not None
-        model = add_lora(model, lora, "SEQ_CLS")
+        assert peft is not None
+        model = add_adapter(model, peft, "SEQ_CLS")
     disable_dropout(model)
     return model
 
@@ -151,8 +153,11 @@ def _float32_head(model: Any) -> None:
     model.score = head.to(old.weight.device)
 
 
-def _adapted_classifier(source: ModelSource, folder: str, role: str, do: str, *, trainable: bool) -> Any:
-    """An adapter over a causal LM, with the head that was saved beside it; it has as many labels as that head."""
+def adapted_classifier(source: ModelSource, folder: str, role: str, do: str, *, trainable: bool) -> Any:
+    """An adapter over a causal LM, with the head that was saved beside it; it has as many labels as that head.
+
+    Raises: CheckpointError, in words about a `role`, if the folder has no head.
+    """
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
 
@@ -182,21 +187,21 @@ def _init_head(score: nn.Linear, seed: int) -> None:
             score.bias.zero_()
 
 
-def _continue_adapter(model: Any, lora: Lora, folder: str) -> Any:
+def _continue_adapter(model: Any, config: Any, folder: str) -> Any:
     from peft import get_peft_model, set_peft_model_state_dict
     from peft.utils import load_peft_weights
 
     disable_dropout(model)
     # The SFT adapter has no score head: the new one stands in for it.
     head = {f"base_model.model.score.{name}": p.detach().clone() for name, p in model.score.named_parameters()}
-    wrapped = get_peft_model(model, lora_config(lora, "SEQ_CLS"))
+    wrapped = get_peft_model(model, config)
     saved = load_peft_weights(folder, device="cpu")  # with the embeddings and the LM head, if tokens were added
     weights = head | {name: tensor for name, tensor in saved.items() if "lm_head" not in name}
     result = set_peft_model_state_dict(wrapped, weights)
     if result.unexpected_keys:
         raise CheckpointError(
             "the SFT adapter has weights that a reward model has no place for", found=result.unexpected_keys[0],
-            where=folder, do="train the SFT adapter on the trunk only (lora.target_modules)",
+            where=folder, do="train the SFT adapter on the trunk only (peft.target_modules)",
         )  # fmt: skip
     return wrapped
 

@@ -132,7 +132,7 @@ def limits_of(
     forward = policy.forward(everything, context, responses)
     scorers = [Shape.of(model) for model in reward_models(ready)]
     score = 2 * forward + sum(s.forward(everything, context) for s in (*scorers, *([value] if value else [])))
-    whole = not config.lora.enabled
+    whole = not config.peft.enabled
     passes = forward * policy.backward_factor(whole)
     trainable = policy.trainable
     if value is not None:

@@ -40,7 +40,7 @@ def run(config: ClassifyConfig, console: Console) -> RunResult:
     _check_shares(config, labels, target)
     weight = _weight(config, labels, target)
     model = new_classifier(
-        config.model, config.lora, outputs=len(labels), pad_id=renderer.pad_id, vocab_size=len(tokenizer),
+        config.model, config.peft, outputs=len(labels), pad_id=renderer.pad_id, vocab_size=len(tokenizer),
         seed=config.seed,
     )  # fmt: skip
     model.config.id2label, model.config.label2id = dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}

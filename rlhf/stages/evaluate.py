@@ -22,7 +22,7 @@ from rlhf.evaluation.baselines import longer_wins, tfidf_accuracy
 from rlhf.evaluation.judge import Judge, load_judge
 from rlhf.evaluation.stats import best_of_n_kl, bootstrap, wins
 from rlhf.models.distributed import use_cpu
-from rlhf.models.load import load_causal
+from rlhf.models.prompt import load_speaker
 from rlhf.models.scorers import load_scorer
 from rlhf.runs.console import Console
 from rlhf.runs.report import write_report
@@ -91,7 +91,7 @@ def _prepare(config: EvaluateConfig, console: Console) -> Bench:
 
 
 def _load(source: ModelSource, bench: Bench) -> Any:
-    return load_causal(source).to(bench.device).eval()
+    return load_speaker(source).to(bench.device).eval()
 
 
 def _answers(config: EvaluateConfig, bench: Bench, console: Console) -> dict[str, dict[str, Any]]:

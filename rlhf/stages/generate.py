@@ -15,7 +15,8 @@ from rlhf.data.sources import load_records
 from rlhf.errors import ConfigError, DataError
 from rlhf.evaluation.answers import answer
 from rlhf.models.distributed import quiet_libraries, use_cpu
-from rlhf.models.load import context_length, load_causal, resolve
+from rlhf.models.load import context_length, resolve
+from rlhf.models.prompt import load_speaker
 from rlhf.runs.console import Console
 from rlhf.stages import rendering
 from rlhf.stages.common import check_context, open_tokenizer
@@ -27,7 +28,7 @@ def open_model(model: str, console: Console) -> tuple[Any, Renderer]:
     resolve(source)
     quiet_libraries(telemetry=False)
     tokenizer, renderer = open_tokenizer(source, console)
-    loaded = load_causal(source, vocab_size=len(tokenizer))
+    loaded = load_speaker(source, vocab_size=len(tokenizer))
     return loaded.to(torch.device("cpu" if use_cpu() else "cuda")).eval(), renderer
 
 

@@ -137,15 +137,16 @@ def share(config: PPOConfig, console: Console) -> bool:
 
     Raises: ConfigError if they should be and cannot.
     """
-    if config.roles == "separate" or not config.lora.enabled:
+    if config.roles == "separate" or not config.peft.enabled:
         return False
-    reason = why_apart(config.policy, config.reward_model) if config.reward_model is not None else None
+    scorer, method = config.reward_model, config.peft.method
+    reason = why_apart(config.policy, scorer, method) if scorer is not None else None
     if reason is None:
         console.note("roles: one frozen base; policy, value and reward model are adapters on it")
     elif config.roles == "shared":
         raise ConfigError(
             "the roles cannot share a base", found=reason, where="roles",
-            do="train the reward model with lora.enabled=true from the model that the policy starts from, or set "
+            do=f"train the reward model with peft.method={method} from the model that the policy starts from, or set "
             "roles=separate",
         )  # fmt: skip
     else:
@@ -155,8 +156,8 @@ def share(config: PPOConfig, console: Console) -> bool:
 
 def _policy(config: PPOConfig, vocab_size: int) -> tuple[Any, Any]:
     """The policy, and the reference unless the policy is an adapter."""
-    if config.lora.enabled:
-        policy = policy_with_adapter(config.policy, config.lora)
+    if config.peft.enabled:
+        policy = policy_with_adapter(config.policy, config.peft)
         disable_dropout(policy)  # an SFT adapter may have some, and the first ratio must be 1
         return policy, None
     reference = load_causal(config.policy, vocab_size=vocab_size).requires_grad_(False)
@@ -180,10 +181,10 @@ def _value_model(
     if kind == "trunk":
         return SharedValue(policy.config.get_text_config().hidden_size)
     if kind == "policy" and shared:
-        return new_on(policy, config.lora, resolve(config.policy))
+        return new_on(policy, resolve(config.policy))
     if kind == "policy":
         return new_value_model(
-            config.policy, config.lora, pad_id=renderer.pad_id, vocab_size=vocab_size, seed=config.seed
+            config.policy, config.peft, pad_id=renderer.pad_id, vocab_size=vocab_size, seed=config.seed
         )
     if source is None or not fits:
         raise ConfigError(
@@ -192,10 +193,10 @@ def _value_model(
             where="ppo.value_model", do="set ppo.value_model=policy",
         )  # fmt: skip
     if shared:
-        check_same_shape(config.lora, resolve(source))
+        check_same_shape(config.peft, resolve(source))
         model = put_on(policy, source, VALUE, trainable=True)
     else:
-        model = load_scorer(source, trainable=True, lora=config.lora)
+        model = load_scorer(source, trainable=True, peft=config.peft)
     rescale_head(model, reward_deviation(config))  # values predict rescaled rewards
     return model
 

@@ -31,7 +31,7 @@ def run(config: RewardConfig, console: Console) -> RunResult:
     train_pairs = rendering.pairs(train, renderer, config.data, "training", console)
     valid_pairs = rendering.pairs(validation, renderer, config.data, "validation", console)
     model = new_reward_model(
-        config.model, config.lora, pad_id=renderer.pad_id, vocab_size=len(tokenizer), seed=config.seed
+        config.model, config.peft, pad_id=renderer.pad_id, vocab_size=len(tokenizer), seed=config.seed
     )
     check_context(config.data.max_length, context_length(model), "data.max_length")
     program = plan(model, config, rows=len(train_pairs), evaluate=bool(valid_pairs), console=console)

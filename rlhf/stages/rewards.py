@@ -12,6 +12,7 @@ from rlhf.config.schema import PPOConfig
 from rlhf.config.sections import ModelSource
 from rlhf.data.render import Renderer, prepare_tokenizer, tokenizer_fingerprint
 from rlhf.errors import CheckpointError
+from rlhf.models.adapters import worn_method
 from rlhf.models.heads import score_head
 from rlhf.models.load import load_tokenizer, resolve
 from rlhf.models.roles import REWARD, put_on, why_apart
@@ -108,7 +109,7 @@ class _Loader:
         self.policy, self.base, self.number = policy, base, 0
 
     def __call__(self, source: ModelSource, alone: Callable[[ModelSource], Any]) -> Any:
-        if self.base is None or why_apart(self.policy, source) is not None:
+        if self.base is None or why_apart(self.policy, source, worn_method(self.base)) is not None:
             return alone(source).requires_grad_(False)
         self.number += 1
         return put_on(self.base, source, f"{REWARD}_{self.number}")

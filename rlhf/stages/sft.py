@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from rlhf.config.schema import SFTConfig
-from rlhf.models.adapters import add_lora, check_same_shape, load_adapter
+from rlhf.errors import ConfigError
+from rlhf.models.adapters import add_adapter, continued_config, load_adapter
 from rlhf.models.load import context_length, grow_embeddings, is_adapter, load_causal, resolve
 from rlhf.runs.console import Console
 from rlhf.stages import rendering
@@ -32,7 +33,8 @@ def run(config: SFTConfig, console: Console) -> RunResult:
     train_rows = rendering.conversations(train, renderer, config.data, "training", console)
     valid_rows = rendering.conversations(validation, renderer, config.data, "validation", console)
     model = _model(config, len(tokenizer), console)
-    check_context(config.data.max_length, context_length(model), "data.max_length")
+    before = config.peft.prompt_tokens if config.peft.method == "prompt" else 0
+    check_context(config.data.max_length + before, context_length(model), "data.max_length")
     from rlhf.trainers.sft import build, packed_rows
 
     length = config.data.max_length if config.packing else None
@@ -50,17 +52,23 @@ def run(config: SFTConfig, console: Console) -> RunResult:
 
 
 def _model(config: SFTConfig, vocab_size: int, console: Console) -> Any:
-    if not config.lora.enabled:
+    if not config.peft.enabled:
         return load_causal(config.model, vocab_size=vocab_size)
     folder = resolve(config.model)
     if is_adapter(folder):
         from transformers import AutoModelForCausalLM
 
-        check_same_shape(config.lora, folder)
-        return load_adapter(config.model, folder, AutoModelForCausalLM, trainable=True)
+        adapter = continued_config(config.peft, folder, "CAUSAL_LM")
+        return load_adapter(config.model, folder, AutoModelForCausalLM, trainable=True, config=adapter)
     model = load_causal(config.model)
     added = vocab_size - model.get_input_embeddings().weight.shape[0]
     if added > 0:
-        console.note(f"LoRA does not train embeddings: {added} added tokens keep the mean of the others")
+        if config.peft.method == "prompt":
+            raise ConfigError(
+                "a soft prompt cannot be trained with new tokens: their embeddings would not be saved",
+                found=f"{added} added tokens", where="peft.method",
+                do="set peft.method=lora, or keep the tokenizer's own chat template",
+            )  # fmt: skip
+        console.note(f"adapters do not train embeddings: {added} added tokens keep the mean of the others")
         grow_embeddings(model, vocab_size)
-    return add_lora(model, config.lora, "CAUSAL_LM")
+    return add_adapter(model, config.peft, "CAUSAL_LM")

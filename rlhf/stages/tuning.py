@@ -11,6 +11,7 @@ from torch import Tensor
 from rlhf.config.schema import ClassifyConfig, PPOConfig, PretrainConfig, RewardConfig, SFTConfig, Tuned
 from rlhf.config.tuning import NOTHING
 from rlhf.errors import ConfigError
+from rlhf.models.adapters import rate_factor
 from rlhf.models.freezing import Layout, layout
 from rlhf.models.load import count_parameters
 from rlhf.runs.console import Console
@@ -41,10 +42,12 @@ def plan(model: Any, config: Trains, *, rows: int, evaluate: bool, console: Cons
         )
     everything = layout(model)
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    factors = rate_factors(everything, layer_decay=optim.layer_decay, head_factor=optim.head_factor)
+    if not isinstance(config, PretrainConfig):
+        factors = {name: factor * rate_factor(name, config.peft) for name, factor in factors.items()}
     made = program(
         everything.only(trainable), optim, freeze=freeze, unfreeze=unfreeze,
-        per_epoch=math.ceil(rows / optim.batch_size),
-        factors=rate_factors(everything, layer_decay=optim.layer_decay, head_factor=optim.head_factor),
+        per_epoch=math.ceil(rows / optim.batch_size), factors=factors,
     )  # fmt: skip
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in made.names)
@@ -82,7 +85,7 @@ def say(
     frozen = {p.block for n, p in everything.places.items() if p.block is not None} - {
         everything.places[name].block for name in made.names
     }
-    if lowest == 0 and 0 in frozen:
+    if lowest == 0 and 0 in frozen and any(everything.places[name].part == "embeddings" for name in made.names):
         console.note(
             "the embeddings are trained below frozen blocks, which therefore keep their activations: freeze them too "
             "(freeze.parts=[embeddings]) to save time and memory"

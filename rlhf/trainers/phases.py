@@ -159,8 +159,9 @@ def program(
 
 
 def ppo_program(
-    of: Layout, *, freeze: Selection, unfreeze: Sequence[Steps], steps: int, learning_rate: float, where: str
-) -> Program:
+    of: Layout, *, freeze: Selection, unfreeze: Sequence[Steps], steps: int, learning_rate: float, where: str,
+    factors: Mapping[str, float],
+) -> Program:  # fmt: skip
     """The same for one of the models of PPO, counted in steps.
 
     Raises: ConfigError, as `program`.
@@ -171,9 +172,7 @@ def ppo_program(
     if not all(names for names, _ in resolved):
         raise ConfigError("nothing is left to train", where=f"freeze.{where}", do="freeze less")
     rates = [phase.learning_rate or learning_rate for _, phase in resolved]
-    return Program(
-        tuple(Stretch(n, p.steps or steps, r) for (n, p), r in zip(resolved, rates, strict=True)), {}
-    )  # fmt: skip
+    return Program(tuple(Stretch(n, p.steps or steps, r) for (n, p), r in zip(resolved, rates, strict=True)), factors)
 
 
 def _trained(phase: Phase | Steps, of: Layout, number: int, where: str = "unfreeze") -> list[frozenset[str]]:

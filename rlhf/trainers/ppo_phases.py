@@ -9,6 +9,7 @@ from torch import nn
 
 from rlhf.config.schema import PPOConfig
 from rlhf.config.tuning import Selection, Steps
+from rlhf.models.adapters import rate_factor
 from rlhf.models.distributed import forget_steps
 from rlhf.models.freezing import Layout, Place, layout
 from rlhf.models.heads import AdapterScorer, SharedValue
@@ -32,11 +33,13 @@ def programs(config: PPOConfig, model: PolicyAndValue) -> tuple[Program, Program
 def _program(config: PPOConfig, name: str, of: Any, trained: Iterable[str], rate: float) -> Program:
     freeze: Selection = getattr(config.freeze, name)
     unfreeze: Sequence[Steps] = getattr(config.unfreeze, name)
+    factors = {parameter: rate_factor(parameter, config.peft) for parameter in trained}
     if not freeze.given and not unfreeze:  # any module will do: it need not be a transformer
-        return Program((Stretch(frozenset(trained), config.ppo.steps, rate),), {})
+        return Program((Stretch(frozenset(factors), config.ppo.steps, rate),), factors)
     return ppo_program(
-        of().only(trained), freeze=freeze, unfreeze=unfreeze, steps=config.ppo.steps, learning_rate=rate, where=name
-    )
+        of().only(factors), freeze=freeze, unfreeze=unfreeze, steps=config.ppo.steps, learning_rate=rate, where=name,
+        factors=factors,
+    )  # fmt: skip
 
 
 def value_layout(model: PolicyAndValue) -> Layout:
@@ -88,5 +91,5 @@ class PairPhases:
         for (i, group), target in zip(self.groups, optimizer.param_groups, strict=True):
             plan = self.programs[i]
             phase = plan.now(step).phase
-            rate = plan.stretches[phase].learning_rate if group.phases[phase] else 0.0
+            rate = plan.stretches[phase].learning_rate * group.factor if group.phases[phase] else 0.0
             target["lr"] = rate * (policy, value)[i]

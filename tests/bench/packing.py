@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from rlhf.config.sections import Lora, ModelSource, Sampling
+from rlhf.config.sections import ModelSource, Peft, Sampling
 from rlhf.models.load import load_causal
 from rlhf.models.packing import microbatches, pack
 from rlhf.models.scorers import new_value_model
@@ -37,7 +37,7 @@ def prepare(attention: str, rows: int) -> tuple[Any, Any, Rollout]:
     tokenizer, renderer = open_tokenizer(source, Console(quiet=True))
     policy = load_causal(source).train()
     size = len(tokenizer)
-    value = new_value_model(source, Lora(), pad_id=renderer.pad_id, vocab_size=size, seed=1).train()
+    value = new_value_model(source, Peft(), pad_id=renderer.pad_id, vocab_size=size, seed=1).train()
     lines = Path("data/demo/prompts.jsonl").read_text(encoding="utf-8").splitlines()[:rows]
     prompts = [renderer.prompt(json.loads(line)["prompt"]) for line in lines]
     rollout = sample(

@@ -68,9 +68,14 @@ class Meter:
         return {"steps": steps, "imports": self.imports, "peak": peak_mib(), "versions": versions}
 
 
+def adapter(work: Work) -> dict[str, Any]:
+    """Our configuration of the adapter that both sides train."""
+    return {"method": "lora", "r": work.lora, "alpha": ALPHA} if work.lora else {}
+
+
 def build(work: Work) -> Result:
     """Policy, reward model and prompts; with LoRA the reward model also as an adapter on the policy's folder."""
-    from rlhf.config.sections import Lora, ModelSource
+    from rlhf.config.sections import ModelSource, Peft
     from rlhf.models.load import count_parameters, load_causal
     from rlhf.models.scorers import load_scorer, new_reward_model
     from rlhf.runs.console import Console
@@ -82,9 +87,9 @@ def build(work: Work) -> Result:
         shutil.copytree(ROOT / "data" / "demo" / "model", policy)
     else:
         random_policy(work, policy)
-    source, lora = ModelSource(path=str(policy)), Lora(enabled=bool(work.lora), r=work.lora or 1, alpha=ALPHA)
+    source, peft = ModelSource(path=str(policy)), Peft.model_validate(adapter(work))
     tokenizer, renderer = open_tokenizer(source, Console(quiet=True))
-    model = new_reward_model(source, lora, pad_id=renderer.pad_id, vocab_size=len(tokenizer), seed=work.seed)
+    model = new_reward_model(source, peft, pad_id=renderer.pad_id, vocab_size=len(tokenizer), seed=work.seed)
     folders = ["reward_adapter", "reward"] if work.lora else ["reward"]
     for name in folders:
         if name == "reward" and work.lora:
@@ -170,7 +175,7 @@ def our_config(work: Work, longest: int) -> dict[str, Any]:
             "adam_eps": ADAM_EPS, "precision": work.precision,
             "microbatch_size": work.microbatch or work.episodes // work.minibatches,
         },
-        "lora": {"enabled": bool(work.lora), "r": work.lora or 1, "alpha": ALPHA},
+        "peft": adapter(work),
     }  # fmt: skip
 
 

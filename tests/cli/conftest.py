@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.config.sections import Lora, ModelSource
+from rlhf.config.sections import ModelSource, Peft
 from rlhf.data.render import Renderer
 from rlhf.models.scorers import new_reward_model
 from rlhf.stages.common import seal
@@ -68,7 +68,7 @@ def _other_tokenizer() -> Any:
 def _reward(start: Path, folder: Path, tokenizer: Any) -> None:
     renderer = Renderer(tokenizer)
     source = ModelSource(path=str(start), dtype="float32")
-    model = new_reward_model(source, Lora(), pad_id=renderer.pad_id, vocab_size=len(tokenizer), seed=1)
+    model = new_reward_model(source, Peft(), pad_id=renderer.pad_id, vocab_size=len(tokenizer), seed=1)
     model.save_pretrained(str(folder))
     seal(folder, "reward", renderer, tokenizer, head_dtype="float32", score_mean=0.0, score_std=1.0)
 

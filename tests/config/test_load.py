@@ -82,7 +82,7 @@ def test_a_number_may_be_written_without_a_point(sft_yaml: Path, text: str) -> N
         ("optim.schedule=sine", "'linear', 'cosine' or 'constant'"),
         ("model.path=7", "string"),
         ("data.train=[]", "at least 1"),
-        ("lora=7", "dictionary"),
+        ("peft=7", "dictionary"),
     ],
 )
 def test_a_wrong_value_names_key_rule_and_origin(sft_yaml: Path, override: str, rule: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf.config.sections import Lora
+from rlhf.config.sections import Peft
 from rlhf.models.scorers import new_classifier
 from tests.models import tiny
 from tests.trainers.on_trl import label_trainer
@@ -32,11 +32,11 @@ def rows(seed: int, count: int, *, several: bool) -> list[dict[str, Any]]:
     return made
 
 
-@pytest.mark.parametrize("lora", [Lora(), tiny.LORA], ids=["full", "LoRA"])
+@pytest.mark.parametrize("peft", [Peft(), tiny.LORA], ids=["full", "LoRA"])
 @pytest.mark.parametrize("several", [False, True], ids=["exclusive", "several"])
-def test_a_classifier_learns_a_rule(several: bool, lora: Lora, sft_folder: str, tmp_path: Path) -> None:
+def test_a_classifier_learns_a_rule(several: bool, peft: Peft, sft_folder: str, tmp_path: Path) -> None:
     pad, size = tiny.renderer().pad_id, len(tiny.tokenizer())
-    model = new_classifier(tiny.source(sft_folder), lora, outputs=3, pad_id=pad, vocab_size=size, seed=1)
+    model = new_classifier(tiny.source(sft_folder), peft, outputs=3, pad_id=pad, vocab_size=size, seed=1)
     train, validation = (rows(seed, count, several=several) for seed, count in ((1, 640), (2, 150)))
     settings = {"batch_size": 32, "microbatch_size": 32, "epochs": 4, "learning_rate": 1e-2, "schedule": "linear"}
     trainer = label_trainer(tmp_path, model, train, validation, several=several, **settings)

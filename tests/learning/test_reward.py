@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rlhf.config.sections import Lora
+from rlhf.config.sections import Peft
 from rlhf.models.scorers import new_reward_model
 from tests.models import tiny
 from tests.trainers.on_trl import reward_trainer
@@ -39,14 +39,14 @@ def learnt(model: Any, folder: Path, **optim: Any) -> tuple[float, float]:
     return before, trainer.evaluate()["eval_accuracy"]
 
 
-def new(folder: str, lora: Lora) -> Any:
+def new(folder: str, peft: Peft) -> Any:
     return new_reward_model(
-        tiny.source(folder), lora, pad_id=tiny.renderer().pad_id, vocab_size=len(tiny.tokenizer()), seed=1
+        tiny.source(folder), peft, pad_id=tiny.renderer().pad_id, vocab_size=len(tiny.tokenizer()), seed=1
     )
 
 
 def test_a_reward_model_learns_a_rule(sft_folder: str, tmp_path: Path) -> None:
-    before, after = learnt(new(sft_folder, Lora()), tmp_path, learning_rate=3e-3)
+    before, after = learnt(new(sft_folder, Peft()), tmp_path, learning_rate=3e-3)
     assert before < 0.8
     assert after >= 0.9
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from rlhf.config.sections import Lora
-from rlhf.models.adapters import add_lora
+from rlhf.config.sections import Peft
+from rlhf.models.adapters import add_adapter
 from rlhf.models.load import load_causal
 from rlhf.models.scorers import new_reward_model
 from tests.models import tiny
@@ -34,7 +34,7 @@ def sft_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def adapter_folder(sft_folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """An SFT model that is a trained adapter over `sft_folder`."""
-    model = shake(add_lora(load_causal(tiny.source(sft_folder)), tiny.LORA, "CAUSAL_LM"))
+    model = shake(add_adapter(load_causal(tiny.source(sft_folder)), tiny.LORA, "CAUSAL_LM"))
     return tiny.save(model, tmp_path_factory.mktemp("adapter"))
 
 
@@ -42,7 +42,7 @@ def adapter_folder(sft_folder: str, tmp_path_factory: pytest.TempPathFactory) ->
 def reward_folder(sft_folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Full weights of a reward model."""
     model = new_reward_model(
-        tiny.source(sft_folder), Lora(), pad_id=tiny.renderer().pad_id, vocab_size=len(tiny.tokenizer()), seed=3
+        tiny.source(sft_folder), Peft(), pad_id=tiny.renderer().pad_id, vocab_size=len(tiny.tokenizer()), seed=3
     )
     return tiny.save(shake(model), tmp_path_factory.mktemp("reward"))
 
@@ -50,7 +50,12 @@ def reward_folder(sft_folder: str, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="session")
 def rewarder(adapter_folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A reward model that continues the SFT adapter."""
+    return rewarder_of(adapter_folder, tiny.LORA, tmp_path_factory.mktemp("reward"))
+
+
+def rewarder_of(sft: str, peft: Peft, folder: Any) -> str:
+    """A reward model that continues an SFT adapter, in `folder`."""
     model = new_reward_model(
-        tiny.source(adapter_folder), tiny.LORA, pad_id=tiny.renderer().pad_id, vocab_size=len(tiny.tokenizer()), seed=3
+        tiny.source(sft), peft, pad_id=tiny.renderer().pad_id, vocab_size=len(tiny.tokenizer()), seed=3
     )
-    return tiny.save(shake(model, 8), tmp_path_factory.mktemp("reward"), with_tokenizer=False)
+    return tiny.save(shake(model, 8), folder, with_tokenizer=False)

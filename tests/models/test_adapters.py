@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.config.sections import Lora
+from rlhf.config.sections import Peft
 from rlhf.data.collate import pad_right
 from rlhf.errors import ConfigError, TrainingError
-from rlhf.models.adapters import add_lora, load_adapter, policy_with_adapter, reference_policy
+from rlhf.models.adapters import add_adapter, load_adapter, policy_with_adapter, reference_policy
 from rlhf.models.heads import score_head, sequence_scores
 from rlhf.models.load import backbone, count_parameters, disable_dropout, load_causal
 from rlhf.models.scorers import load_scorer, new_reward_model
@@ -27,8 +27,8 @@ ADAPTERS = LAYERS * R * (4 * (HIDDEN + HIDDEN) + 3 * (HIDDEN + MLP))
 """Sum of r (d_in + d_out) over the four attention and three MLP matrices of each layer."""
 
 
-def reward_model(folder: str, lora: Lora = tiny.LORA) -> Any:
-    return new_reward_model(tiny.source(folder), lora, pad_id=PAD, vocab_size=len(tiny.tokenizer()), seed=1).eval()
+def reward_model(folder: str, peft: Peft = tiny.LORA) -> Any:
+    return new_reward_model(tiny.source(folder), peft, pad_id=PAD, vocab_size=len(tiny.tokenizer()), seed=1).eval()
 
 
 def scores(model: Any) -> Tensor:
@@ -60,8 +60,8 @@ def trainable(model: Any) -> set[str]:
 def test_a_fresh_adapter_changes_no_output_bit(sft_folder: str) -> None:
     plain = load_causal(tiny.source(sft_folder))
     before = logits(plain)
-    assert torch.equal(logits(add_lora(plain, tiny.LORA, "CAUSAL_LM")), before)
-    assert torch.equal(scores(reward_model(sft_folder)), scores(reward_model(sft_folder, Lora())))
+    assert torch.equal(logits(add_adapter(plain, tiny.LORA, "CAUSAL_LM")), before)
+    assert torch.equal(scores(reward_model(sft_folder)), scores(reward_model(sft_folder, Peft())))
 
 
 def test_only_adapters_are_trained_and_in_a_reward_model_the_head(sft_folder: str) -> None:
@@ -76,23 +76,23 @@ def test_only_adapters_are_trained_and_in_a_reward_model_the_head(sft_folder: st
 
 
 def test_an_adapter_can_be_limited_to_some_matrices(sft_folder: str) -> None:
-    lora = Lora(enabled=True, r=R, alpha=8.0, target_modules=("q_proj", "v_proj"))
-    policy = policy_with_adapter(tiny.source(sft_folder), lora)
+    peft = Peft(method="lora", r=R, alpha=8.0, target_modules=("q_proj", "v_proj"))
+    policy = policy_with_adapter(tiny.source(sft_folder), peft)
     assert count_parameters(policy)[0] == LAYERS * R * 2 * (HIDDEN + HIDDEN)
 
 
 def test_doubling_alpha_doubles_the_update(sft_folder: str) -> None:
     def delta(alpha: float) -> Tensor:
         torch.manual_seed(0)
-        lora = Lora(enabled=True, r=R, alpha=alpha)
-        model = shake(add_lora(load_causal(tiny.source(sft_folder)), lora, "CAUSAL_LM"))
+        peft = Peft(method="lora", r=R, alpha=alpha)
+        model = shake(add_adapter(load_causal(tiny.source(sft_folder)), peft, "CAUSAL_LM"))
         return backbone(model).layers[0].self_attn.q_proj.get_delta_weight("default")
 
     assert_close(delta(16.0), (2 * delta(8.0)).tolist())
 
 
 def test_merged_equals_unmerged(sft_folder: str) -> None:
-    model = shake(add_lora(load_causal(tiny.source(sft_folder)), tiny.LORA, "CAUSAL_LM"))
+    model = shake(add_adapter(load_causal(tiny.source(sft_folder)), tiny.LORA, "CAUSAL_LM"))
     before = logits(model)
     assert not torch.equal(before, logits(load_causal(tiny.source(sft_folder))))
     assert_close(logits(model.merge_and_unload()), before.tolist())
@@ -105,7 +105,7 @@ def test_the_score_head_is_saved_with_the_adapter_and_comes_back(sft_folder: str
     model = shake(reward_model(sft_folder))
     model.save_pretrained(str(tmp_path / "reward"))
     assert_close(scores(load_scorer(tiny.source(tmp_path / "reward"))), scores(model).tolist())
-    kept = load_scorer(tiny.source(tmp_path / "reward"), trainable=True, lora=tiny.LORA)
+    kept = load_scorer(tiny.source(tmp_path / "reward"), trainable=True, peft=tiny.LORA)
     assert torch.equal(scores(kept), scores(model))
     assert count_parameters(kept)[0] == ADAPTERS + HIDDEN
 
@@ -127,7 +127,7 @@ def test_a_frozen_score_head_is_refused(sft_folder: str) -> None:
 
     from rlhf.trainers.reward import build
 
-    naked = get_peft_model(reward_model(sft_folder, Lora()), LoraConfig(r=4, target_modules=["q_proj"]))
+    naked = get_peft_model(reward_model(sft_folder, Peft()), LoraConfig(r=4, target_modules=["q_proj"]))
     assert not any(p.requires_grad for p in score_head(naked).parameters())
     with pytest.raises(TrainingError, match="score head is frozen"):
         build(naked, tiny.tokenizer(), [], [], {}, None, center=0.0)
@@ -153,10 +153,10 @@ def _causal_class() -> Any:
 
 
 def test_an_adapter_is_not_continued_under_other_settings(adapter_folder: str) -> None:
-    for lora in (Lora(enabled=True, r=8, alpha=8.0), Lora(enabled=True, r=R, alpha=16.0)):
+    for peft in (Peft(method="lora", r=8, alpha=8.0), Peft(method="lora", r=R, alpha=16.0)):
         for make in (policy_with_adapter, lambda s, one: reward_model(s.path, one)):
             with pytest.raises(ConfigError, match="was trained with"):
-                make(tiny.source(adapter_folder), lora)
+                make(tiny.source(adapter_folder), peft)
 
 
 # Policy and reference
@@ -230,8 +230,8 @@ def test_a_continued_adapter_is_saved_with_its_original_base(
 
 
 def test_dropout_of_an_adapter_can_be_turned_off(sft_folder: str) -> None:
-    lora = Lora(enabled=True, r=R, alpha=8.0, dropout=0.5)
-    model = shake(policy_with_adapter(tiny.source(sft_folder), lora)).train()
+    peft = Peft(method="lora", r=R, alpha=8.0, dropout=0.5)
+    model = shake(policy_with_adapter(tiny.source(sft_folder), peft)).train()
     ids = torch.tensor(tiny.rows(4, [14, 14]))
     assert not torch.equal(model(ids).logits, model(ids).logits)
     disable_dropout(model)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf.config.sections import Lora
+from rlhf.config.sections import Peft
 from rlhf.data.collate import pad_left, pad_right
 from rlhf.models.heads import Float32Head, head_dtype, score_head, sequence_outputs, token_outputs
 from rlhf.models.load import backbone, load_causal
@@ -18,12 +18,12 @@ from tests.models.fixtures import shake
 from tests.tolerances import assert_close
 
 PAD, END = tiny.renderer().pad_id, tiny.renderer().end_id
-FORMS = pytest.mark.parametrize("lora", [Lora(), tiny.LORA], ids=["full", "LoRA"])
+FORMS = pytest.mark.parametrize("peft", [Peft(), tiny.LORA], ids=["full", "LoRA"])
 
 
-def make(folder: str, *, outputs: int = 3, seed: int = 1, dtype: str = "float32", lora: Lora | None = None) -> Any:
+def make(folder: str, *, outputs: int = 3, seed: int = 1, dtype: str = "float32", peft: Peft | None = None) -> Any:
     return new_classifier(
-        tiny.source(folder, dtype), lora or Lora(), outputs=outputs, pad_id=PAD, vocab_size=len(tiny.tokenizer()),
+        tiny.source(folder, dtype), peft or Peft(), outputs=outputs, pad_id=PAD, vocab_size=len(tiny.tokenizer()),
         seed=seed,
     )  # fmt: skip
 
@@ -31,19 +31,19 @@ def make(folder: str, *, outputs: int = 3, seed: int = 1, dtype: str = "float32"
 @pytest.mark.parametrize("outputs", [1, 2, 5])
 @FORMS
 def test_it_starts_with_the_trunk_of_its_source_bit_for_bit(
-    outputs: int, lora: Lora, sft_folder: str, adapter_folder: str
+    outputs: int, peft: Peft, sft_folder: str, adapter_folder: str
 ) -> None:
     """Weights where no adapter is added; the hidden states of the source in any case."""
     ids = torch.tensor(tiny.rows(6, [12, 12]))
     for folder in (sft_folder, adapter_folder):
-        trunk, expected = backbone(make(folder, outputs=outputs, lora=lora)), backbone(load_causal(tiny.source(folder)))
-        if not lora.enabled:
+        trunk, expected = backbone(make(folder, outputs=outputs, peft=peft)), backbone(load_causal(tiny.source(folder)))
+        if not peft.enabled:
             ours, theirs = trunk.state_dict(), expected.state_dict()
             assert ours.keys() == theirs.keys()
             assert all(torch.equal(ours[name], theirs[name]) for name in ours)
         with torch.no_grad():
             found, wanted = (m(input_ids=ids).last_hidden_state for m in (trunk, expected))
-        if lora.enabled and folder == adapter_folder:  # the source's adapter is merged, ours is beside its base
+        if peft.enabled and folder == adapter_folder:  # the source's adapter is merged, ours is beside its base
             assert_close(found, wanted.tolist())
         else:
             assert torch.equal(found, wanted)
@@ -51,15 +51,15 @@ def test_it_starts_with_the_trunk_of_its_source_bit_for_bit(
 
 @pytest.mark.parametrize("outputs", [1, 2, 5])
 @FORMS
-def test_it_has_as_many_outputs_as_labels(outputs: int, lora: Lora, sft_folder: str, adapter_folder: str) -> None:
+def test_it_has_as_many_outputs_as_labels(outputs: int, peft: Peft, sft_folder: str, adapter_folder: str) -> None:
     ids, mask = pad_right(tiny.rows(2, [7, 4, 9]), PAD)
     for folder in (sft_folder, adapter_folder):
-        model = make(folder, outputs=outputs, lora=lora).eval()
+        model = make(folder, outputs=outputs, peft=peft).eval()
         assert (model.config.num_labels, len(model.config.id2label)) == (outputs, outputs)
         with torch.no_grad():
             assert sequence_outputs(model, ids, mask).shape == (3, outputs)
             assert token_outputs(model, ids, mask).shape == (3, 9, outputs)
-        assert all(p.requires_grad for p in model.parameters()) is not lora.enabled
+        assert all(p.requires_grad for p in model.parameters()) is not peft.enabled
         trained = [name for name, p in model.named_parameters() if p.requires_grad and "score" in name]
         assert len(trained) == 1
 
@@ -87,7 +87,7 @@ def test_its_head_is_float32_seeded_without_bias_and_differs_between_labels(sft_
 
 def test_a_reward_model_is_one_with_one_output(sft_folder: str) -> None:
     reward = new_reward_model(
-        tiny.source(sft_folder), Lora(), pad_id=PAD, vocab_size=len(tiny.tokenizer()), seed=1
+        tiny.source(sft_folder), Peft(), pad_id=PAD, vocab_size=len(tiny.tokenizer()), seed=1
     ).state_dict()
     one = make(sft_folder, outputs=1).state_dict()
     assert reward.keys() == one.keys()
@@ -118,10 +118,10 @@ def test_its_outputs_depend_neither_on_padding_nor_on_neighbours(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @FORMS
-def test_the_outputs_survive_saving(lora: Lora, dtype: str, sft_folder: str, tmp_path: Path) -> None:
+def test_the_outputs_survive_saving(peft: Peft, dtype: str, sft_folder: str, tmp_path: Path) -> None:
     """Also on a bfloat16 trunk, whose head stays float32."""
     ids, mask = pad_right(tiny.rows(4, [12, 5]), PAD)
-    made = make(sft_folder, dtype=dtype, lora=lora)
+    made = make(sft_folder, dtype=dtype, peft=peft)
     made = (shake(made) if dtype == "float32" else made).eval()  # merging a moved adapter rounds a bfloat16 trunk
     made.save_pretrained(str(tmp_path))
     loaded = load_classifier(tiny.source(tmp_path, dtype)).eval()

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from rlhf.config.sections import Lora
-from rlhf.models.adapters import add_lora
+from rlhf.config.sections import Peft
+from rlhf.models.adapters import add_adapter
 from rlhf.models.cost import Machine, Shape
 from rlhf.models.scorers import load_scorer
 from tests.models import tiny
@@ -60,7 +60,7 @@ def test_with_backward_it_is_three_times_that(policy: Any) -> None:
 def test_frozen_weights_save_a_third(policy: Any) -> None:
     """Rank 1, so that the adapters themselves are small."""
     shape, tokens = Shape.of(policy), ROWS * LENGTH
-    adapted = add_lora(policy, Lora(enabled=True, r=1), "CAUSAL_LM").train()
+    adapted = add_adapter(policy, Peft(method="lora", r=1), "CAUSAL_LM").train()
     wanted = shape.forward(tokens, LENGTH, tokens) * shape.backward_factor(whole=False)
     assert counted(adapted, backward=True) == pytest.approx(wanted, rel=0.2)
     assert Shape.of(adapted).trainable < 0.15 * shape.trainable

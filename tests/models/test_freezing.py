@@ -10,7 +10,7 @@ from torch import nn
 
 from rlhf.config.tuning import Selection
 from rlhf.errors import ConfigError
-from rlhf.models.adapters import add_lora
+from rlhf.models.adapters import add_adapter
 from rlhf.models.freezing import Layout, Place, layout, select, top
 from tests.models import tiny
 
@@ -68,7 +68,7 @@ def test_the_order_is_from_the_tokens_to_the_scores() -> None:
 
 
 def test_adapters_lie_where_the_layers_lie_that_they_change() -> None:
-    of = layout(add_lora(build("llama", scorer=True), tiny.LORA, "SEQ_CLS"))
+    of = layout(add_adapter(build("llama", scorer=True), tiny.LORA, "SEQ_CLS"))
     name = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.default.weight"
     assert of.places[name] == Place(1, "attention", 2)
     assert of.places["base_model.model.score.modules_to_save.default.weight"].part == "score"

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.config.sections import Lora
+from rlhf.config.sections import Peft
 from rlhf.data.collate import pad_left, pad_right
 from rlhf.errors import CheckpointError
 from rlhf.models import heads, scorers
-from rlhf.models.adapters import add_lora
+from rlhf.models.adapters import add_adapter
 from rlhf.models.heads import (
     Float32Head,
     last_index,
@@ -104,9 +104,9 @@ def test_positions_and_last_index_by_hand() -> None:
 # A new reward model
 
 
-def make(folder: str, *, seed: int = 1, dtype: str = "float32", lora: Lora | None = None) -> Any:
+def make(folder: str, *, seed: int = 1, dtype: str = "float32", peft: Peft | None = None) -> Any:
     return new_reward_model(
-        tiny.source(folder, dtype), lora or Lora(), pad_id=PAD, vocab_size=len(tiny.tokenizer()), seed=seed
+        tiny.source(folder, dtype), peft or Peft(), pad_id=PAD, vocab_size=len(tiny.tokenizer()), seed=seed
     )
 
 
@@ -151,9 +151,9 @@ def test_a_saved_reward_model_loads_plainly_and_scores_the_same(reward_folder: s
     assert_close(sequence_scores(model, ids, mask), theirs[:, 0].tolist())
 
 
-@pytest.mark.parametrize("lora", [Lora(), tiny.LORA], ids=["full", "LoRA"])
-def test_the_head_stays_float32_on_a_bfloat16_trunk(lora: Lora, sft_folder: str, tmp_path: Path) -> None:
-    made = make(sft_folder, dtype="bfloat16", lora=lora).eval()
+@pytest.mark.parametrize("peft", [Peft(), tiny.LORA], ids=["full", "LoRA"])
+def test_the_head_stays_float32_on_a_bfloat16_trunk(peft: Peft, sft_folder: str, tmp_path: Path) -> None:
+    made = make(sft_folder, dtype="bfloat16", peft=peft).eval()
     made.save_pretrained(str(tmp_path / "saved"))
     loaded = load_scorer(tiny.source(tmp_path / "saved", "bfloat16")).eval()
     ids, mask = pad_right(tiny.rows(4, [30] * 64), PAD)
@@ -215,9 +215,9 @@ def test_a_rescaled_head_gives_scores_of_the_other_scale(reward_folder: str) -> 
 
 def test_a_value_model_without_a_reward_model_starts_at_0(sft_folder: str, adapter_folder: str) -> None:
     ids = torch.tensor([[20, 30, 40]])
-    for folder, lora in ((sft_folder, Lora()), (adapter_folder, tiny.LORA)):
+    for folder, peft in ((sft_folder, Peft()), (adapter_folder, tiny.LORA)):
         model = scorers.new_value_model(
-            tiny.source(folder), lora, pad_id=tiny.renderer().pad_id, vocab_size=len(tiny.tokenizer()), seed=1
+            tiny.source(folder), peft, pad_id=tiny.renderer().pad_id, vocab_size=len(tiny.tokenizer()), seed=1
         )
         assert not heads.token_scores(model, ids, torch.ones_like(ids).bool()).any()
         assert any(p.requires_grad for p in heads.score_head(model).parameters())
@@ -229,7 +229,7 @@ def test_an_adapter_over_a_causal_model_can_be_a_classifier(
     from transformers import AutoModelForSequenceClassification
 
     base = AutoModelForSequenceClassification.from_pretrained(sft_folder, num_labels=3, pad_token_id=1)
-    model = shake(add_lora(base, tiny.LORA, "SEQ_CLS")).eval()
+    model = shake(add_adapter(base, tiny.LORA, "SEQ_CLS")).eval()
     model.save_pretrained(str(tmp_path / "classifier"))
     loaded = scorers.load_classifier(tiny.source(tmp_path / "classifier")).eval()
     assert loaded.config.num_labels == 3

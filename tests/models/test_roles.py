@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf.data.collate import pad_right
 from rlhf.errors import CheckpointError
-from rlhf.models.adapters import adapter_parameters, add_lora, policy_with_adapter, reference_policy, wearing, worn
+from rlhf.models.adapters import adapter_parameters, add_adapter, policy_with_adapter, reference_policy, wearing, worn
 from rlhf.models.heads import AdapterScorer, rescale_head, sequence_scores, token_scores
 from rlhf.models.load import count_parameters, load_causal
 from rlhf.models.roles import REWARD, VALUE, new_on, put_on, why_apart
@@ -51,7 +51,7 @@ def logits(model: Any) -> Tensor:
 
 def test_each_role_computes_as_its_separate_model(chain: tuple[str, str]) -> None:
     policy, value, reward = built(chain)
-    alone = load_scorer(tiny.source(chain[1]), trainable=True, lora=tiny.LORA)
+    alone = load_scorer(tiny.source(chain[1]), trainable=True, peft=tiny.LORA)
     assert scores(alone).std() > 0.1
     assert_close(scores(reward), scores(alone).tolist())
     assert_close(scores(value), scores(alone).tolist())
@@ -68,7 +68,7 @@ def test_each_role_computes_as_its_separate_model(chain: tuple[str, str]) -> Non
 
 def test_a_new_value_model_has_the_policys_trunk_and_says_0(chain: tuple[str, str]) -> None:
     policy = policy_with_adapter(tiny.source(chain[0]), tiny.LORA)
-    value = new_on(policy, tiny.LORA, chain[0])
+    value = new_on(policy, chain[0])
     assert not scores(value).any()
     with torch.no_grad():
         value.score.weight.fill_(1.0)
@@ -130,11 +130,12 @@ def test_an_adapter_is_worn_for_a_while_also_when_something_fails(chain: tuple[s
 
 def test_it_says_why_models_cannot_share(chain: tuple[str, str], reward_folder: str, tmp_path: Path) -> None:
     policy, reward = tiny.source(chain[0]), tiny.source(chain[1])
-    assert why_apart(policy, reward) is None
-    assert "is no adapter" in str(why_apart(policy, tiny.source(reward_folder)))
+    assert why_apart(policy, reward, "lora") is None
+    assert "is no adapter" in str(why_apart(policy, tiny.source(reward_folder), "lora"))
+    assert "adapter of method lora" in str(why_apart(policy, reward, "ia3"))
     other = tiny.save(tiny.new(9), tmp_path / "other")
-    assert "the policy's base is" in str(why_apart(tiny.source(other), reward))
-    assert "another dtype" in str(why_apart(policy.model_copy(update={"dtype": "bfloat16"}), reward))
+    assert "the policy's base is" in str(why_apart(tiny.source(other), reward, "lora"))
+    assert "another dtype" in str(why_apart(policy.model_copy(update={"dtype": "bfloat16"}), reward, "lora"))
 
 
 def test_an_adapter_without_a_head_is_no_reward_model(adapter_folder: str) -> None:
@@ -148,7 +149,7 @@ def test_embeddings_that_grew_must_be_the_policys_own(same: bool, sft_folder: st
     size = len(tiny.tokenizer()) + 3
     grown = load_causal(tiny.source(sft_folder))
     grown.resize_token_embeddings(size)
-    sft = tiny.save(shake(add_lora(grown, tiny.LORA, "CAUSAL_LM")), tmp_path / "sft", with_tokenizer=False)
+    sft = tiny.save(shake(add_adapter(grown, tiny.LORA, "CAUSAL_LM")), tmp_path / "sft", with_tokenizer=False)
     model = new_reward_model(tiny.source(sft), tiny.LORA, pad_id=PAD, vocab_size=size, seed=3)
     if not same:
         with torch.no_grad():
@@ -159,7 +160,7 @@ def test_embeddings_that_grew_must_be_the_policys_own(same: bool, sft_folder: st
         with pytest.raises(CheckpointError, match="differ from the policy's base"):
             put_on(policy, tiny.source(reward), REWARD)
         return
-    alone = load_scorer(tiny.source(reward), trainable=True, lora=tiny.LORA)
+    alone = load_scorer(tiny.source(reward), trainable=True, peft=tiny.LORA)
     assert_close(scores(put_on(policy, tiny.source(reward), REWARD)), scores(alone).tolist())
 
 

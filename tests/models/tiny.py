@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf.config.schema import Architecture
-from rlhf.config.sections import Lora, ModelSource
+from rlhf.config.sections import ModelSource, Peft
 from rlhf.data.collate import pad_left, pad_right
 from rlhf.data.render import Renderer
 from rlhf.models.load import disable_dropout
@@ -19,7 +19,15 @@ from rlhf.stages.common import seal, stop_at
 from rlhf.stages.pretrain import new_model, new_tokenizer
 
 TEXTS = ["the cat sat on the mat", "what is a dog? a dog is an animal", "good day to you", "yes or no, please tell me"]
-LORA = Lora(enabled=True, r=4, alpha=8.0)
+LORA = Peft(method="lora", r=4, alpha=8.0)
+METHODS = {
+    "LoRA": LORA,
+    "rsLoRA": Peft(method="lora", r=4, alpha=8.0, rslora=True),
+    "DoRA": Peft(method="lora", r=4, alpha=8.0, dora=True),
+    "IA3": Peft(method="ia3"),
+}
+"""Adapters that every stage can train."""
+PROMPT = Peft(method="prompt", prompt_tokens=5)
 VOCABULARY, HIDDEN = 320, 32
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.models.fixtures import sft_folder  # noqa: F401 - fixture
 from tests.stages import setup
 
 

@@ -60,9 +60,9 @@ def write_data(folder: Path) -> Files:
     return files
 
 
-def lora(enabled: bool) -> dict[str, Any]:
+def adapter(enabled: bool) -> dict[str, Any]:
     """The adapter of these tests."""
-    return {"enabled": enabled, "r": 4, "alpha": 8.0}
+    return {"method": "lora", "r": 4, "alpha": 8.0} if enabled else {}
 
 
 def optim(**changes: Any) -> dict[str, Any]:
@@ -75,19 +75,19 @@ def configs(top: Path, model: str, files: Files, *, adapters: bool = False) -> d
     data = {"max_length": 96, "validation_fraction": 0.25}
     return {
         "sft": {
-            "output_dir": str(top / "sft"), "model": {"path": model}, "lora": lora(adapters), "optim": optim(),
+            "output_dir": str(top / "sft"), "model": {"path": model}, "peft": adapter(adapters), "optim": optim(),
             "data": {"train": [{"path": files["sft"]}], **data},
         },
         "reward": {
-            "output_dir": str(top / "reward"), "model": {"path": str(top / "sft")}, "lora": lora(adapters),
+            "output_dir": str(top / "reward"), "model": {"path": str(top / "sft")}, "peft": adapter(adapters),
             "optim": optim(), "data": {"train": [{"path": files["preferences"]}], **data},
         },
         "classify": {
-            "output_dir": str(top / "classify"), "model": {"path": str(top / "sft")}, "lora": lora(adapters),
+            "output_dir": str(top / "classify"), "model": {"path": str(top / "sft")}, "peft": adapter(adapters),
             "optim": optim(), "data": {"train": [{"path": files["labels"]}], **data}, "class_weights": "balanced",
         },
         "ppo": {
-            "output_dir": str(top / "ppo"), "policy": {"path": str(top / "sft")}, "lora": lora(adapters),
+            "output_dir": str(top / "ppo"), "policy": {"path": str(top / "sft")}, "peft": adapter(adapters),
             "reward_model": {"path": str(top / "reward")}, "checkpoint_every": 2, "sample_every": 2,
             "data": {"prompts": [{"path": files["prompts"]}], "max_prompt_tokens": 64},
             "sampling": {"max_new_tokens": 8}, "ppo": {"steps": 3, "rollout_size": 8, "epochs": 2, "minibatches": 2},

@@ -22,7 +22,7 @@ from rlhf.stages.ppo import prepare
 from rlhf.stages.pretrain import new_tokenizer
 from tests.models import tiny
 from tests.stages import setup
-from tests.stages.setup import metrics
+from tests.stages.setup import adapter, metrics
 
 
 def longer(prompt: Any, response: str, record: dict[str, Any]) -> float:
@@ -134,11 +134,11 @@ def test_inspect_paints_what_the_stage_wrote(full: Any, call_cli: Any) -> None:
     assert "no samples here" in err
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_the_value_model_can_share_the_policys_trunk(lora: bool, full: Any, run_stage: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("peft", [False, True])
+def test_the_value_model_can_share_the_policys_trunk(peft: bool, full: Any, run_stage: Any, tmp_path: Path) -> None:
     out = run_stage(
         "ppo", config(full, tmp_path / "run", ppo={"value_model": "trunk", "value_clip_range": None},
-                      lora={"enabled": lora}),
+                      peft=adapter(peft)),
     )  # fmt: skip
     assert "value model: a head on the policy's own trunk" in out
     assert metrics(tmp_path / "run")[0]["explained_variance"] == pytest.approx(0.0, abs=1e-4)
@@ -189,7 +189,7 @@ def test_a_lora_chain_shares_one_base_without_being_asked(adapted: Any, run_stag
 def test_a_base_that_cannot_be_shared_is_said_or_refused(
     full: Any, run_stage: Any, call_cli: Any, tmp_path: Path
 ) -> None:
-    mixed = config(full, tmp_path / "run", lora={"enabled": True, "r": 4, "alpha": 8.0})
+    mixed = config(full, tmp_path / "run", peft=adapter(True))
     assert "roles: separate models, since" in run_stage("ppo", mixed)
     wrong = setup.write(tmp_path, "ppo", mixed | {"output_dir": str(tmp_path / "refused"), "roles": "shared"})
     code, _, err = call_cli(["ppo", wrong])
@@ -197,9 +197,9 @@ def test_a_base_that_cannot_be_shared_is_said_or_refused(
     assert "the roles cannot share a base" in err
     assert "is no adapter" in err
     assert not (tmp_path / "refused").exists()
-    code, _, err = call_cli(["ppo", wrong, "lora.enabled=false"])
+    code, _, err = call_cli(["ppo", wrong, "peft={method: none}"])
     assert code == 2
-    assert "set lora.enabled=true" in err
+    assert "the roles share a frozen base as adapters; set peft.method=lora" in err
 
 
 def test_a_value_model_on_the_shared_base_can_start_from_the_policy(

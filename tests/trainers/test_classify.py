@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.config.sections import Lora
+from rlhf.config.sections import Peft
 from rlhf.errors import TrainingError
 from rlhf.functional import balanced_weights
 from rlhf.models.heads import sequence_outputs
@@ -34,10 +34,10 @@ TARGETS: dict[bool, list[list[float]]] = {
 BOTH = pytest.mark.parametrize("several", [False, True], ids=["exclusive", "several"])
 
 
-def classifier(folder: str, lora: Lora | None = None) -> Any:
+def classifier(folder: str, peft: Peft | None = None) -> Any:
     """Three labels on the SFT model, moved a little so that they differ."""
     new = new_classifier(
-        tiny.source(folder), lora or Lora(), outputs=3, pad_id=PAD, vocab_size=len(tiny.tokenizer()), seed=3
+        tiny.source(folder), peft or Peft(), outputs=3, pad_id=PAD, vocab_size=len(tiny.tokenizer()), seed=3
     )
     return shake(new)
 
@@ -248,10 +248,10 @@ def test_accumulation_changes_neither_loss_nor_step(several: bool, sft_folder: s
             assert_close(torch.tensor(line[name]), lines[0][name], name)
 
 
-@pytest.mark.parametrize(("lora", "rate"), [(None, 3e-3), (tiny.LORA, 1e-2)], ids=["full", "LoRA"])
-def test_the_model_of_the_lowest_held_out_loss_is_kept(lora: Any, rate: float, sft_folder: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("peft", "rate"), [(None, 3e-3), (tiny.LORA, 1e-2)], ids=["full", "LoRA"])
+def test_the_model_of_the_lowest_held_out_loss_is_kept(peft: Any, rate: float, sft_folder: str, tmp_path: Path) -> None:
     """Trained on turned labels, the model gets worse: the checkpoint kept is not the last."""
-    model = classifier(sft_folder, lora)
+    model = classifier(sft_folder, peft)
     validation = rows(False)
     turned = [row | {"target": row["target"][1:] + row["target"][:1]} for row in validation]
     trainer = label_trainer(tmp_path, model, turned, validation, epochs=8, learning_rate=rate)

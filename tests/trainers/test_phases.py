@@ -156,13 +156,17 @@ def test_the_factor_of_a_rate() -> None:
 
 def test_the_phases_of_ppo_and_the_rest_of_the_run() -> None:
     phases = [Steps(train=Selection(last=1), steps=2, learning_rate=3.0), Steps()]
-    plan = ppo_program(OF, freeze=NOTHING, unfreeze=phases, steps=5, learning_rate=1.0, where="policy")
+    plan = ppo_program(OF, freeze=NOTHING, unfreeze=phases, steps=5, learning_rate=1.0, where="policy", factors={})
     assert [plan.now(step).phase for step in range(5)] == [0, 0, 1, 1, 1]
     assert [s.learning_rate for s in plan.stretches] == [3.0, 1.0]
-    short = ppo_program(OF, freeze=NOTHING, unfreeze=[Steps(steps=2)], steps=5, learning_rate=1.0, where="policy")
+    short = ppo_program(
+        OF, freeze=NOTHING, unfreeze=[Steps(steps=2)], steps=5, learning_rate=1.0, where="policy", factors={}
+    )
     assert short.now(4).phase == 0  # a run longer than its phases stays in the last
     with pytest.raises(ConfigError, match=r"freeze\.policy: nothing is left"):
-        ppo_program(OF, freeze=Selection(names=("*",)), unfreeze=(), steps=1, learning_rate=1.0, where="policy")
+        ppo_program(
+            OF, freeze=Selection(names=("*",)), unfreeze=(), steps=1, learning_rate=1.0, where="policy", factors={}
+        )
 
 
 def test_the_table_says_what_is_trained_when_and_how_fast() -> None:

@@ -115,3 +115,16 @@ def test_a_selection_that_matches_nothing_is_an_error(reward_folder: str) -> Non
         make(reward_folder, freeze={"value_model": {"names": ["*.nothing.*"]}})
     with pytest.raises(ConfigError, match=r"unfreeze\.policy\[0\]\.train\.parts: the model has no score"):
         make(reward_folder, unfreeze={"policy": [{"train": {"parts": ["score"]}}]})
+
+
+def test_lora_plus_trains_b_faster(adapter_folder: str, rewarder: str) -> None:
+    trainer = shared_trainer(
+        adapter_folder, rewarder, shared=True, peft=tiny.LORA.model_copy(update={"lora_plus": 16.0})
+    )
+    trainer.set_learning_rates(0)
+    named = {id(p): n for n, p in trainer.model.named_parameters()}
+    rates = {named[id(p)]: g["lr"] for g in trainer.optimizer.param_groups for p in g["params"]}
+    for adapter in ("default", VALUE):
+        a, b = ({r for n, r in rates.items() if f".lora_{part}.{adapter}." in n} for part in "AB")
+        assert len(a) == len(b) == 1
+        assert max(b) == pytest.approx(16.0 * max(a))

@@ -153,10 +153,10 @@ def as_it_prefers(model: Any, pair: dict[str, Any]) -> dict[str, Any]:
     return pair | {"chosen_ids": pair["rejected_ids"], "rejected_ids": pair["chosen_ids"]}
 
 
-@pytest.mark.parametrize(("lora", "rate"), [(None, 3e-4), (tiny.LORA, 3e-3)], ids=["full", "LoRA"])
-def test_the_best_held_out_model_is_kept(lora: Any, rate: float, reward_folder: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("peft", "rate"), [(None, 3e-4), (tiny.LORA, 3e-3)], ids=["full", "LoRA"])
+def test_the_best_held_out_model_is_kept(peft: Any, rate: float, reward_folder: str, tmp_path: Path) -> None:
     """Trained on turned labels, the model gets worse: the checkpoint kept is not the last."""
-    model = load_scorer(tiny.source(reward_folder), trainable=True, lora=lora)
+    model = load_scorer(tiny.source(reward_folder), trainable=True, peft=peft)
     validation = [as_it_prefers(model, pair) for pair in pairs() if pair["preference"] == 1.0]
     turned = [pair | {"preference": 0.0} for pair in validation]
     trainer = reward_trainer(tmp_path, model, turned, validation, epochs=8, learning_rate=rate)

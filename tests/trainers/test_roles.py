@@ -7,40 +7,47 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf.models.adapters import adapter_parameters, policy_with_adapter
+from rlhf.config.sections import Peft
+from rlhf.models.adapters import adapter_parameters, add_adapter, policy_with_adapter
+from rlhf.models.load import load_causal
 from rlhf.models.roles import REWARD, VALUE, put_on
 from rlhf.models.scorers import load_scorer
 from rlhf.trainers.ppo import PPOTrainer
 from tests.models import tiny
+from tests.models.fixtures import rewarder_of, shake
 from tests.tolerances import assert_close
 from tests.trainers.setup import make, reward_of
 
-SETTINGS: dict[str, Any] = {"lora": {"enabled": True, "r": tiny.LORA.r, "alpha": tiny.LORA.alpha}}
+
+def settings(peft: Peft) -> dict[str, Any]:
+    return {"peft": peft.model_dump()}
 
 
-def trainer(sft: str, reward: str, *, shared: bool, report: Any = None, **sections: Any) -> PPOTrainer:
-    policy = policy_with_adapter(tiny.source(sft), tiny.LORA)
+def trainer(
+    sft: str, reward: str, *, shared: bool, report: Any = None, peft: Peft = tiny.LORA, **sections: Any
+) -> PPOTrainer:
+    policy = policy_with_adapter(tiny.source(sft), peft)
     if shared:
         scorer: Any = put_on(policy, tiny.source(reward), REWARD)
         value: Any = put_on(policy, tiny.source(reward), VALUE, trainable=True)
     else:
         scorer = load_scorer(tiny.source(reward)).requires_grad_(False)
-        value = load_scorer(tiny.source(reward), trainable=True, lora=tiny.LORA)
+        value = load_scorer(tiny.source(reward), trainable=True, peft=peft)
     made = make(
         "", policy=policy, value_model=value, reward_model=scorer, rewards=reward_of(scorer), report=report,
-        **SETTINGS | sections,
+        **settings(peft) | sections,
     )  # fmt: skip
     made.reference = None  # the policy is an adapter over it
     return made
 
 
-@pytest.mark.parametrize("sections", [{}, {"ppo": {"ema": 0.5, "value_warmup": 1}}], ids=["plain", "warm-up and ema"])
-def test_shared_and_separate_roles_train_alike(sections: dict[str, Any], adapter_folder: str, rewarder: str) -> None:
+def check_alike(sft: str, reward: str, peft: Peft, **sections: Any) -> dict[bool, list[dict[str, float]]]:
+    """Trains with shared and with separate roles; returns the numbers of each."""
     lines: dict[bool, list[dict[str, float]]] = {True: [], False: []}
     trained = {}
     for shared in (True, False):
         trained[shared] = trainer(
-            adapter_folder, rewarder, shared=shared, report=lambda _, __, s, to=lines[shared]: to.append(s), **sections
+            sft, reward, shared=shared, report=lambda _, __, s, to=lines[shared]: to.append(s), peft=peft, **sections
         )
         trained[shared].train()
     for ours, theirs in zip(lines[True], lines[False], strict=True):
@@ -53,6 +60,23 @@ def test_shared_and_separate_roles_train_alike(sections: dict[str, Any], adapter
     assert_close(one.value_model.score.weight.detach(), _head(other.value_model).tolist())
     if trained[True].average is not None:
         assert set(trained[True].average.weights) == set(trained[False].average.weights)
+    return lines
+
+
+@pytest.mark.parametrize("sections", [{}, {"ppo": {"ema": 0.5, "value_warmup": 1}}], ids=["plain", "warm-up and ema"])
+def test_shared_and_separate_roles_train_alike(sections: dict[str, Any], adapter_folder: str, rewarder: str) -> None:
+    check_alike(adapter_folder, rewarder, tiny.LORA, **sections)
+
+
+@pytest.mark.parametrize("name", ["rsLoRA", "DoRA", "IA3"])
+def test_other_methods_train_alike_too_and_start_at_a_ratio_of_1(name: str, sft_folder: str, tmp_path: Any) -> None:
+    peft = tiny.METHODS[name]
+    sft = tiny.save(shake(add_adapter(load_causal(tiny.source(sft_folder)), peft, "CAUSAL_LM")), tmp_path / "sft")
+    lines = check_alike(sft, rewarder_of(sft, peft, tmp_path / "reward"), peft)
+    for steps in lines.values():
+        assert [line["first_ratio_error"] for line in steps] == pytest.approx([0.0, 0.0], abs=1e-5)
+        assert steps[0]["kl"] == pytest.approx(0.0, abs=1e-5)
+        assert abs(steps[1]["kl"]) > 1e-3  # it has moved
 
 
 def test_only_the_two_trained_adapters_move(adapter_folder: str, rewarder: str) -> None:

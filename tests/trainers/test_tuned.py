@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from rlhf.config.sections import Lora
+from rlhf.config.sections import Peft
 from rlhf.config.tuning import Phase, Selection
 from rlhf.models.distributed import forget_steps
 from rlhf.trainers.tuned import set_trained
@@ -193,7 +193,7 @@ def test_early_stopping_restores_the_best_weights(sft_folder: str, tmp_path: Pat
 
 
 def test_adapters_are_unfrozen_as_what_they_change(sft_folder: str, tmp_path: Path) -> None:
-    adapter = Lora(enabled=True, r=4, alpha=8.0)
+    adapter = Peft(method="lora", r=4, alpha=8.0)
     model = classifier(sft_folder, adapter)
     before = tiny.snapshot(model)
     trained(tmp_path / "probe", model, [PROBE])

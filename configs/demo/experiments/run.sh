@@ -30,8 +30,8 @@ tax() {
 
 sharing() {
   rlhf reward $here/reward-on-policy.yaml seed="$1" model.path="$top/sft/model" data.train.1.path="$top/rated.jsonl" \
-    lora.enabled=true optim.learning_rate=1.5e-3 output_dir="$top/reward-lora"
-  adapters=(lora.enabled=true reward_model.path="$top/reward-lora/model" roles=shared optim.learning_rate=3e-3
+    peft.method=lora optim.learning_rate=1.5e-3 output_dir="$top/reward-lora"
+  adapters=(peft.method=lora reward_model.path="$top/reward-lora/model" roles=shared optim.learning_rate=3e-3
     optim.value_learning_rate=1e-2)
   rlhf ppo configs/demo/ppo.yaml seed="$1" "${models[@]}" output_dir="$top/sharing-separate"
   rlhf ppo configs/demo/ppo.yaml seed="$1" "${models[@]}" ppo.value_model=trunk output_dir="$top/sharing-trunk"

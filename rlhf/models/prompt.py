@@ -1,0 +1,63 @@
+"""A model with a soft prompt (Lester et al. 2021, arXiv:2104.08691): learnt embeddings that stand before the text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.config.sections import ModelSource
+from rlhf.models.adapters import load_adapter, method_of
+from rlhf.models.load import context_length, is_adapter, load_causal, resolve
+
+
+def load_speaker(source: ModelSource, *, vocab_size: int | None = None) -> Any:
+    """A causal LM to sample from: as `load_causal`, and models with a soft prompt too."""
+    from transformers import AutoModelForCausalLM
+
+    folder = resolve(source)
+    if not (is_adapter(folder) and method_of(folder) == "prompt"):
+        return load_causal(source, vocab_size=vocab_size)
+    return SoftPrompt(load_adapter(source, folder, AutoModelForCausalLM, trainable=False))
+
+
+class SoftPrompt(nn.Module):
+    """A PeftModel with a soft prompt, called as a causal LM without one: no logits of the prompt come out.
+
+    PEFT itself puts the prompt before each new token again and drops the positions that left-padded rows need. Without
+    a `config` it is decoded in batches and never packed.
+
+    Attributes:
+        context: positions left for the text, or None if not known.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.base = model.get_base_model()
+        prompt: Tensor = model.get_prompt(batch_size=1).detach()
+        self.prompt: Tensor
+        self.register_buffer("prompt", prompt)  # [1, n, H]
+        whole = context_length(self.base)
+        self.context = None if whole is None else whole - prompt.shape[1]
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past_key_values: Any = None,
+        logits_to_keep: int = 0, **options: Any,
+    ) -> Any:  # fmt: skip
+        size, number = len(input_ids), self.prompt.shape[1]
+        embeddings = self.base.get_input_embeddings()(input_ids)
+        positions = position_ids + number
+        first = past_key_values is None
+        if first:
+            embeddings = torch.cat([self.prompt.expand(size, -1, -1).to(embeddings.dtype), embeddings], dim=1)
+            before = torch.arange(number, device=positions.device).expand(size, -1)
+            positions = torch.cat([before, positions], dim=1)
+        output = self.base(
+            inputs_embeds=embeddings,
+            attention_mask=torch.cat([attention_mask.new_ones(size, number), attention_mask], dim=1),
+            position_ids=positions, past_key_values=past_key_values, logits_to_keep=logits_to_keep, **options,
+        )  # fmt: skip
+        if first and not logits_to_keep:
+            output.logits = output.logits[:, number:]
+        return output
