@@ -212,7 +212,7 @@ def majority_vote(votes: Tensor, classes: int) -> Tensor:
 def dawid_skene(
     votes: Tensor, classes: int, symmetric: bool, a: float, iterations: int
 ) -> tuple[Tensor, Tensor, Tensor, list[float]]:
-    """Dawid and Skene 1979, equations 2.3 to 2.5, by loops over records, sources and classes; a fixed number of steps."""
+    """Dawid and Skene 1979, eq. 2.3 to 2.5, by loops over records, sources and classes; a fixed number of times."""
     rows, named, sources = votes.tolist(), range(classes), range(votes.shape[1])
     q = majority_vote(votes, classes).tolist()
     objectives = []
