@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from rlhf.config.schema import WeakConfig
@@ -81,3 +83,13 @@ def test_what_does_not_fit_together(config: dict[str, Any], says: str) -> None:
 )
 def test_what_fits(config: dict[str, Any]) -> None:
     WeakConfig.model_validate(config)
+
+
+def test_show_explains_every_value(call_cli: Any, tmp_path: Path) -> None:
+    path = tmp_path / "weak.yaml"
+    path.write_text(yaml.safe_dump(GOOD | {"label_model": {"kind": "majority"}}))
+    code, out, _ = call_cli(["show", path])
+    assert code == 0
+    lines = out.splitlines()
+    assert any(line.startswith(f"label_model.kind = 'majority'   # {path}:") for line in lines)
+    assert any(line.startswith("no_votes = 'drop'   # default; records that nobody votes on") for line in lines)

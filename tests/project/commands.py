@@ -75,11 +75,11 @@ def _rlhf(arguments: list[str]) -> list[str]:
     if not arguments or arguments[0] in ("-h", "--help"):
         return []
     name = arguments[0]
-    while name in commands and hasattr(commands[name], "commands") and arguments[1:]:
-        commands, arguments = commands[name].commands, arguments[1:]  # type: ignore[attr-defined]
+    while name in commands and hasattr(commands[name], "commands"):  # a group, which alone shows its help
+        commands, arguments = commands[name].commands, arguments[1:]
+        if not arguments or arguments[0] in ("-h", "--help"):
+            return []
         name = arguments[0]
-    if name in ("-h", "--help"):
-        return []
     if name not in commands:
         return [f"no such command '{name}'"]
     try:
