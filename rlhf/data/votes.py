@@ -266,4 +266,7 @@ def _table(config: WeakConfig, items: Sequence[Item], reader: _Reader, notes: li
     index: dict[str | None, int] = {None: -1} | {label: i for i, label in enumerate(labels)}
     votes = [[index[item.votes.get(name)] for name in names] for item in items]
     gold = [index.get(item.gold, -1) for item in items]
+    strange = sum(item.gold is not None and item.gold not in index for item in items)
+    if strange:
+        notes.append(f"the gold of {strange} records is a class that nobody can vote for: left out of the table")
     return Ballots([item.row for item in items], names, labels, votes, gold, notes)

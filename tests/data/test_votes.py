@@ -130,6 +130,13 @@ def test_classes_are_those_voted_for_in_alphabetical_order(ballots: Any) -> None
     assert (named.labels, named.votes) == (("spam", "ham", "x"), [[0], [1]])
 
 
+def test_gold_adds_no_class_and_one_that_nobody_votes_for_is_said(ballots: Any) -> None:
+    rows = [TEXT | {"a": "spam", "truth": "eggs"}, TEXT | {"a": "ham", "truth": "ham"}]
+    found = ballots(rows, [{"column": "a"}], kind="labelled", gold="truth")
+    assert (found.labels, found.gold) == (("ham", "spam"), [-1, 0])
+    assert "the gold of 1 records is a class that nobody can vote for: left out of the table" in found.notes
+
+
 def test_the_cells_of_a_table(ballots: Any, tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     path.write_text('question,good,bad,votes,z\nq,a,b,"{""ann"": ""chosen"", ""bob"": 0}",1\nq,c,d,,\n')
