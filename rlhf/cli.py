@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -141,13 +142,13 @@ def show(
 ) -> None:  # fmt: skip
     """Print every value of a configuration with its origin (default, file:line, command line) and meaning."""
     from rlhf.config.load import load
-    from rlhf.config.schema import STAGES
+    from rlhf.config.schema import RECIPES
     from rlhf.config.show import lines
 
     name = stage or config.stem
-    if name not in STAGES:
-        raise ConfigError(f"no stage called '{name}'", where=str(config), do=f"give --stage: {', '.join(STAGES)}")
-    for line in lines(load(STAGES[name], config, overrides or [])):
+    if name not in RECIPES:
+        raise ConfigError(f"no stage called '{name}'", where=str(config), do=f"give --stage: {', '.join(RECIPES)}")
+    for line in lines(load(RECIPES[name], config, overrides or [])):
         typer.echo(line)
 
 
@@ -259,25 +260,64 @@ def rate(
     run_rate(model, output, rows=rows, max_new_tokens=max_new_tokens, seed=seed, console=_console(quiet, False))
 
 
-@app.command()
-def data(
-    what: Annotated[str, typer.Argument(help="demo, or rules: comparisons by answer alone, and replies with rules")] = (
-        "demo"
-    ),
-    output: Annotated[
-        Path | None, typer.Option(help="folder to write, data/WHAT by default; files of the same names are replaced")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="0 gives the shipped files byte for byte")] = 0,
-) -> None:
-    """Regenerate embedded data."""
-    if what not in ("demo", "rules"):
-        raise ConfigError(f"no embedded data called '{what}'", where="command line", do="there are 'demo' and 'rules'")
-    from rlhf.demo.generate import generate as generate_demo
-    from rlhf.demo.rules import generate_rules
+data = typer.Typer(
+    name="data", no_args_is_help=True,
+    help="Make data: the embedded world's, and labels out of the votes of rules, functions and annotators.\n\n"
+    "  rlhf data annotators\n\n"
+    "  rlhf data weak configs/demo/experiments/weak.yaml output=labelled.jsonl",
+)  # fmt: skip
+app.add_typer(data)
+FolderOpt = Annotated[
+    Path | None, typer.Option(help="folder to write, data/NAME by default; files of the same names are replaced")
+]
+DataSeedOpt = Annotated[int, typer.Option(help="0 gives the shipped files byte for byte")]
 
-    folder = output or Path("data") / what
-    for name, count in (generate_demo if what == "demo" else generate_rules)(folder, seed=seed).items():
-        typer.echo(f"{folder / name}: {count} records")
+
+def _embedded(name: str, make: Callable[..., dict[str, int]], output: Path | None, seed: int) -> None:
+    folder = output or Path("data") / name
+    for file, count in make(folder, seed=seed).items():
+        typer.echo(f"{folder / file}: {count} records")
+
+
+@data.command("demo")
+def data_demo(output: FolderOpt = None, seed: DataSeedOpt = 0) -> None:
+    """Regenerate the embedded world: corpus, demonstrations, comparisons, prompts, evaluation."""
+    from rlhf.demo.generate import generate as make
+
+    _embedded("demo", make, output, seed)
+
+
+@data.command("rules")
+def data_rules(output: FolderOpt = None, seed: DataSeedOpt = 0) -> None:
+    """Comparisons by answer alone, and replies with the rules that they break."""
+    from rlhf.demo.rules import generate_rules as make
+
+    _embedded("rules", make, output, seed)
+
+
+@data.command("annotators")
+def data_annotators(output: FolderOpt = None, seed: DataSeedOpt = 0) -> None:
+    """Pairs with the votes of six simulated annotators of different skill, and the truth in files beside them."""
+    from rlhf.demo.annotators import generate_annotators as make
+
+    _embedded("annotators", make, output, seed)
+
+
+@data.command("weak")
+def data_weak(
+    config: ConfigArg, overrides: OverridesArg = None, quiet: QuietOpt = False, as_json: JsonOpt = False
+) -> None:
+    """Label pairs or classes by votes: labelling functions, rules and noisy annotators, weighed by how right each is.
+
+    Writes a file that 'rlhf reward' (pairs) or 'rlhf classify' (classes) reads, and prints a table of the sources.
+    """
+    from rlhf.config.load import load
+    from rlhf.config.schema import WeakConfig
+
+    loaded = load(WeakConfig, config, overrides or [])
+    from rlhf.stages.weak import run as run_weak
+
+    run_weak(loaded.config, _console(quiet, as_json))
 
 
 def main() -> None:

@@ -199,3 +199,69 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: 
         return 0.5 * max((v - g) ** 2, (clipped - g) ** 2)
 
     return _elementwise(one, values, old_values, returns)
+
+
+def majority_vote(votes: Tensor, classes: int) -> Tensor:
+    out = []
+    for row in votes.tolist():
+        cast = [v for v in row if v != -1]
+        out.append([cast.count(n) / len(cast) if cast else 1 / classes for n in range(classes)])
+    return torch.tensor(out, dtype=torch.float64)
+
+
+def dawid_skene(
+    votes: Tensor, classes: int, symmetric: bool, a: float, iterations: int
+) -> tuple[Tensor, Tensor, Tensor, list[float]]:
+    """Dawid and Skene 1979, eq. 2.3 to 2.5, by loops over records, sources and classes; a fixed number of times."""
+    rows, named, sources = votes.tolist(), range(classes), range(votes.shape[1])
+    q = majority_vote(votes, classes).tolist()
+    objectives = []
+    for _ in range(iterations):
+        prior = [1 / classes] * classes
+        if not symmetric:
+            heard = [i for i, row in enumerate(rows) if max(row) > -1]
+            prior = [(sum(q[i][n] for i in heard) + a) / (len(heard) + a * classes) for n in named]
+        theta = []
+        for s in sources:
+            on = [i for i, row in enumerate(rows) if row[s] != -1]
+            if symmetric:
+                p = (sum(q[i][rows[i][s]] for i in on) + a) / (len(on) + a * classes) if on or a else 1 / classes
+                theta.append([[p if v == n else (1 - p) / (classes - 1) for v in named] for n in named])
+                continue
+            matrix = []
+            for n in named:
+                mass = sum(q[i][n] for i in on) + a * classes
+                matrix.append([(sum(q[i][n] for i in on if rows[i][s] == v) + a) / mass for v in named])
+            theta.append(matrix)
+        total = 0.0
+        for i, row in enumerate(rows):
+            joint = [prior[n] * math.prod(theta[s][n][row[s]] for s in sources if row[s] != -1) for n in named]
+            q[i] = [x / sum(joint) for x in joint]
+            total += math.log(sum(joint))
+        if a and symmetric:
+            total += a * sum(math.log(x) for matrix in theta for x in matrix[0])
+        elif a:
+            total += a * sum(math.log(x) for matrix in theta for line in matrix for x in line)
+            total += a * sum(math.log(x) for x in prior)
+        objectives.append(total)
+    tensors = (torch.tensor(x, dtype=torch.float64) for x in (q, theta, prior))
+    return (*tensors, objectives)  # type: ignore[return-value]
+
+
+def vote_accuracy(votes: Tensor, labels: Tensor) -> Tensor:
+    out = []
+    for s in range(votes.shape[1]):
+        right = [float(labels[i, v]) for i, v in enumerate(votes[:, s].tolist()) if v != -1]
+        out.append(sum(right) / len(right) if right else math.nan)
+    return torch.tensor(out, dtype=torch.float64)
+
+
+def vote_shares(votes: Tensor) -> list[list[float]]:
+    """[coverage, overlap, conflict] of every source."""
+    rows, out = votes.tolist(), []
+    for s in range(votes.shape[1]):
+        others = [[v for k, v in enumerate(row) if k != s and v != -1] for row in rows if row[s] != -1]
+        own = [row[s] for row in rows if row[s] != -1]
+        differ = [any(v != mine for v in some) for mine, some in zip(own, others, strict=True)]
+        out.append([len(own) / len(rows), sum(bool(some) for some in others) / len(rows), sum(differ) / len(rows)])
+    return out

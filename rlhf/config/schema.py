@@ -20,6 +20,7 @@ from rlhf.config.sections import (
     Source,
 )
 from rlhf.config.tuning import NOTHING, Freeze, Phase, Selection, Unfreeze
+from rlhf.config.weak import WeakConfig
 
 
 class Stage(Section):
@@ -253,4 +254,5 @@ STAGES: dict[str, type[Stage]] = {
     "ppo": PPOConfig,
     "evaluate": EvaluateConfig,
 }
+RECIPES: dict[str, type[Section]] = {**STAGES, "weak": WeakConfig}  # every kind of file but the pipeline's
 CHAIN = tuple(name for name in STAGES if name in PipelineConfig.model_fields)  # the stages of a pipeline, in order

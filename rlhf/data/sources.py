@@ -104,6 +104,27 @@ def load_records(
 
 def _load(kind: Kind, source: Source) -> _Loaded:
     """Read one source and convert its rows, keeping the bad ones aside."""
+    rows, columns, said = read_rows(source)
+    if source.format == "auto":
+        format = recognise(columns, kind, source.path)
+    else:
+        format = check_format(source.format, columns, kind, source.path)
+    how = describe(format, columns, kind, recognised=source.format == "auto")
+    result = _Loaded(source.path, how + (f", {said}" if said else ""))
+    for number, row in rows:
+        where = f"{source.path} row {number}"
+        try:
+            result.records.append(convert(check_object(row, where), format, kind, where))
+        except BadRow as exc:
+            result.bad.append(exc)
+    return result
+
+
+def read_rows(source: Source) -> tuple[list[tuple[int, Any]], set[str], str]:
+    """The rows of one source under our column names, unchecked; the columns that hold something; a remark.
+
+    Raises: DataError if the source cannot be read, has no rows, or lacks a column that `columns` names.
+    """
     table = _read(source)
     if not table.rows:
         raise DataError("there are no rows", where=source.path, do="name another file")
@@ -116,23 +137,15 @@ def _load(kind: Kind, source: Source) -> _Loaded:
                 found=f"columns {', '.join(sorted(raw))}", do=_near(theirs, raw) or "use one of these",
             )  # fmt: skip
     columns = {name for _, row in rows if isinstance(row, Mapping) for name, value in row.items() if value is not None}
-    if source.format == "auto":
-        format = recognise(columns, kind, source.path)
-    else:
-        format = check_format(source.format, columns, kind, source.path)
-    how = describe(format, columns, kind, recognised=source.format == "auto")
-    result = _Loaded(source.path, how + (f", {table.said}" if table.said else ""))
-    for number, row in rows:
-        where = f"{source.path} row {number}"
-        try:
-            if not isinstance(row, Mapping):
-                raise BadRow(
-                    "not an object", "the row is not an object with named columns", found=f"{row!r:.40}", where=where
-                )
-            result.records.append(convert(row, format, kind, where))
-        except BadRow as exc:
-            result.bad.append(exc)
-    return result
+    return rows, columns, table.said
+
+
+def check_object(row: Any, where: str) -> Mapping[str, Any]:
+    """Raises: BadRow unless the row is a mapping of columns."""
+    if not isinstance(row, Mapping):
+        what = "the row is not an object with named columns"
+        raise BadRow("not an object", what, found=f"{row!r:.40}", where=where)
+    return row
 
 
 def _note(part: _Loaded, used: int, sources: int) -> str:

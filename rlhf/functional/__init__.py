@@ -12,16 +12,19 @@ from rlhf.functional.ppo import policy_loss, value_loss
 from rlhf.functional.preference import bradley_terry_loss, ensemble_score
 from rlhf.functional.reduce import token_mean
 from rlhf.functional.returns import gae, shaped_rewards
+from rlhf.functional.weak import dawid_skene, majority_vote, vote_accuracy, vote_shares
 
 __all__ = [
     "adaptive_kl",
     "balanced_weights",
     "bradley_terry_loss",
     "classification_loss",
+    "dawid_skene",
     "ensemble_score",
     "explained_variance",
     "gae",
     "kl_estimate",
+    "majority_vote",
     "masked_mean",
     "masked_moments",
     "masked_sum",
@@ -32,4 +35,6 @@ __all__ = [
     "token_logprobs",
     "token_mean",
     "value_loss",
+    "vote_accuracy",
+    "vote_shares",
 ]

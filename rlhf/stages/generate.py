@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,8 @@ import torch
 from rlhf.config.sections import ModelSource, Sampling, Source
 from rlhf.data.render import Renderer
 from rlhf.data.sources import load_records
-from rlhf.errors import ConfigError, DataError
+from rlhf.data.write import refuse_existing, write_lines
+from rlhf.errors import DataError
 from rlhf.evaluation.answers import answer
 from rlhf.models.distributed import quiet_libraries, use_cpu
 from rlhf.models.load import context_length, resolve
@@ -40,10 +39,7 @@ def generate(
     Raises: ConfigError if the output exists or its folder does not; DataError on bad prompts, or one too long for
         the model's context.
     """
-    if output.exists():
-        raise ConfigError("the output file exists", where=str(output), do="choose another name")
-    if not output.parent.is_dir():
-        raise ConfigError("no such folder to write into", where=str(output.parent), do="make it first")
+    refuse_existing(output)
     records = load_records("prompt", [Source(path=prompts)], seed=seed, on_bad_row="error", deduplicate=False).records
     loaded, renderer = open_model(model, console)
     context = context_length(loaded)
@@ -57,12 +53,8 @@ def generate(
             chunk = ids[start : start + settings.batch_size]
             answers += answer(loaded, chunk, renderer, settings, seed=seed, draw=start)
             bar.update(len(answers), {})
-    temporary = output.with_name(output.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        for record, a in zip(records, answers, strict=True):
-            line = {"prompt": record.messages, "response": a.text, "finished": a.finished}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    os.replace(temporary, output)
+    pairs = zip(records, answers, strict=True)
+    write_lines(output, ({"prompt": r.messages, "response": a.text, "finished": a.finished} for r, a in pairs))
     console.note(f"{len(answers)} responses in {output}")
 
 

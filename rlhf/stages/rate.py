@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rlhf.config.sections import Sampling
 from rlhf.data.records import Messages
+from rlhf.data.write import refuse_existing
 from rlhf.demo.generate import Generator, write_rows
-from rlhf.errors import ConfigError
 from rlhf.evaluation.answers import answer
 from rlhf.runs.console import Console
 from rlhf.stages.generate import open_model
@@ -25,10 +25,7 @@ def rate(model: str, output: Path, *, rows: int, max_new_tokens: int, seed: int,
 
     Raises: ConfigError if the output exists or its folder does not.
     """
-    if output.exists():
-        raise ConfigError("the output file exists", where=str(output), do="choose another name")
-    if not output.parent.is_dir():
-        raise ConfigError("no such folder to write into", where=str(output.parent), do="make it first")
+    refuse_existing(output)
     loaded, renderer = open_model(model, console)
     settings = Sampling(max_new_tokens=max_new_tokens, temperature=1.0)
 

@@ -23,6 +23,7 @@ LABELS = [
     {"prompt": f"name {w}", "completion": f"a {w}" if i % 2 else "no", "label": "kind" if i % 2 else "short"}
     for i, w in enumerate(WORDS)
 ]
+VOTES = [pair | {"votes": {"ann": "chosen", "bob": int(i % 3 > 0), "cat": "chosen"}} for i, pair in enumerate(PAIRS)]
 PROMPTS = [{"prompt": f"name {w}"} for w in WORDS]
 DATA = "data: {{train: [{{path: {}.jsonl}}], validation_fraction: 0.2, max_length: 64}}\n"
 OPTIM = "optim: {batch_size: 4, microbatch_size: 4, max_updates: 2}\n"
@@ -35,6 +36,7 @@ CONFIGS = {
     "ppo: {steps: 1, rollout_size: 4, epochs: 1}\noptim: {microbatch_size: 4}\n",
     "evaluate.yaml": "output_dir: out\nmodels: {sft: {path: sft}}\nprompts: {all: {path: prompts.jsonl}}\n"
     "best_of: 0\nbootstrap: 20\nmax_prompt_tokens: 64\nsampling: {max_new_tokens: 8}\n",
+    "weak.yaml": "output: out.jsonl\ndata: {path: votes.jsonl}\nsources: [{votes: votes}]\n",
     "pipeline.yaml": "output_dir: out\nsft: {config: sft.yaml}\nreward: {config: reward.yaml}\n",
 }
 
@@ -78,7 +80,7 @@ def place(tmp_path: Path, models: Path, write_jsonl: Callable[..., Path]) -> Pat
     """The current folder of a command: configurations, data, and copies of the models."""
     for name, text in CONFIGS.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
-    for name, rows in (("demos", DEMOS), ("pairs", PAIRS), ("labels", LABELS), ("prompts", PROMPTS)):
+    for name, rows in (("demos", DEMOS), ("pairs", PAIRS), ("labels", LABELS), ("votes", VOTES), ("prompts", PROMPTS)):
         write_jsonl(tmp_path / f"{name}.jsonl", rows)
     shutil.copytree(models, tmp_path, dirs_exist_ok=True)
     return tmp_path

@@ -123,6 +123,24 @@ DATA = [
          rows("labels.jsonl", SPAM, HAM | {"label": ["ham", "spam"]})),
     Case("no label column", "classify classify.yaml data.train.0.path=demos.jsonl",
          ("demos.jsonl: no format of the kind 'labelled' fits (found: columns messages)", "text (text, label)")),
+    Case("no votes column", "data weak weak.yaml sources=[{'votes':'vote'}] gold=tru",
+         ("2 problems", "votes.jsonl: there is no column 'tru' (found: columns", "column 'vote'", "name one that")),
+    Case("a vote that is none", "data weak weak.yaml",
+         ("votes.jsonl row 2: the vote of 'ann' on a pair is 'chosen', 'rejected' or 'tie'", "(found: 'a')",
+          "data.on_bad_row=drop"), rows("votes.jsonl", PAIR | {"votes": {}}, PAIR | {"votes": {"ann": "a"}})),
+    Case("votes that are no mapping", "data weak weak.yaml",
+         ("votes.jsonl row 1: 'votes' must be a mapping annotator -> vote", "(found: ['chosen'])", "fix or remove"),
+         rows("votes.jsonl", PAIR | {"votes": ["chosen"]})),
+    Case("a bad pair (weak)", "data weak weak.yaml", ("votes.jsonl row 1: chosen is empty", "fix or remove the row"),
+         rows("votes.jsonl", PAIR | {"chosen": "", "votes": {"ann": 1}})),
+    Case("nobody votes", "data weak weak.yaml",
+         ("votes.jsonl: nobody votes on any record (found: sources ann)", "check sources"),
+         rows("votes.jsonl", PAIR | {"votes": {"ann": "tie"}})),
+    Case("too few sources for accuracies", "data weak weak.yaml",
+         ("votes.jsonl: the accuracies of sources show only where 3 or more meet", "set label_model.kind=majority"),
+         rows("votes.jsonl", PAIR | {"votes": {"ann": 1, "bob": 1}})),
+    Case("a labelling function that fails", "data weak weak.yaml sources=[{'function':'json:loads'}]",
+         ("votes.jsonl row 1: the labelling function 'json:loads' failed (found: TypeError", "or None to abstain")),
     Case("no prompts", "generate sft nope.jsonl out.jsonl", ("nope.jsonl: no such file", "did you mean '")),
 ]  # fmt: skip
 CONFIG = [
@@ -184,7 +202,18 @@ CONFIG = [
          ("command line: 'class_weights", "expected greater than 0")),
     Case("context (classify)", "classify classify.yaml data.max_length=129",
          ("data.max_length: sequences of 129", "at most 128")),
-    Case("demo data", "data dmeo", ("no embedded data called 'dmeo'", "there are 'demo' and 'rules'")),
+    Case("a source that is two", "data weak weak.yaml sources=[{'votes':'v','column':'c'}]",
+         ("command line: 'sources.0': give exactly one of votes, column,", "got votes, column")),
+    Case("a rule without a name", "data weak weak.yaml sources=[{'regex':'x'}]", ("a rule needs a name",)),
+    Case("unknown key (weak)", "data weak weak.yaml label_model.kin=majority",
+         ("unknown key 'label_model.kin'; did you mean 'label_model.kind'",)),
+    Case("a labelling function that does not import", "data weak weak.yaml sources=[{'function':'no.module:f'}]",
+         ("sources: the labelling function does not import (found: no.module:f (", "give module:function")),
+    Case("two sources of one name", "data weak weak.yaml sources=[{'column':'prompt'},{'name':'prompt','regex':'x'}]",
+         ("sources: two sources are called 'prompt'", "give one another name")),
+    Case("one class", "data weak weak.yaml kind=labelled sources=[{'column':'label'}]",
+         ("labels: two classes are needed at least (found: spam)", "name the classes in labels"),
+         rows("votes.jsonl", SPAM)),
 ]  # fmt: skip
 MODELS = [
     Case("absent", "sft sft.yaml model.path=tny", ("tny: no such model", "train the stage that makes it first")),
@@ -231,6 +260,10 @@ OUTPUT = [
     Case("an existing answer file", "generate sft prompts.jsonl out.jsonl",
          ("out.jsonl: the output file exists", "choose"),
          put("out.jsonl", "x")),
+    Case("an existing file of labels", "data weak weak.yaml", ("out.jsonl: the output file exists", "choose"),
+         put("out.jsonl", "x")),
+    Case("a file of labels in no folder", "data weak weak.yaml output=no/out.jsonl",
+         ("no: no such folder", "make it first")),
     Case("an answer file in no folder", "generate sft prompts.jsonl no/out.jsonl",
          ("no: no such folder", "make it first")),
 ]  # fmt: skip
@@ -267,6 +300,8 @@ def test_one_message_and_nothing_left_behind(
         ("sfft sft.yaml", "No such command 'sfft'"),
         ("sft sft.yaml --quite", "No such option: --quite"),
         ("sft", "Missing argument"),
+        ("data dmeo", "No such command 'dmeo'"),
+        ("data weak", "Missing argument"),
         ("generate sft prompts.jsonl out.jsonl --max-new-tokens -1", "--max-new-tokens"),
         ("generate sft prompts.jsonl out.jsonl --temperature -0.5", "--temperature"),
         ("chat sft --max-new-tokens many", "--max-new-tokens"),
@@ -287,9 +322,14 @@ def test_wrong_usage_shows_the_usage(
 def test_the_place_itself_is_good(place: Path, call_cli: Run) -> None:
     """Without a planted fault the same commands work, so that each case fails for its own reason."""
     stages = [f"{name} {name}.yaml output_dir=out-{name}" for name in ("sft", "reward", "classify", "ppo", "evaluate")]
-    for command in (*stages, "generate sft prompts.jsonl out.jsonl --max-new-tokens 8"):
+    for command in (
+        *stages,
+        "data weak weak.yaml output=weak.jsonl",
+        "generate sft prompts.jsonl out.jsonl --max-new-tokens 8",
+    ):
         code, _, err = call_cli([*command.split(), "--quiet"], cwd=place)
         assert (code, err) == (0, ""), command
+    assert len((place / "weak.jsonl").read_text(encoding="utf-8").splitlines()) == 10
     assert (place / "out-ppo" / "model" / "config.json").is_file()
     assert len((place / "out.jsonl").read_text(encoding="utf-8").splitlines()) == 10
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlhf import functional as F
-from tests.laws import label_laws, label_twins, laws, twins
+from tests.laws import label_laws, label_twins, laws, twins, weak_laws, weak_twins
 
 CASES = {
     laws.whitened_advantages_have_mean_0_and_variance_1: [
@@ -196,6 +196,63 @@ CASES = {
         ("balanced_weights", label_twins.balance_counts_hard_labels),
         ("classification_loss", label_twins.labels_weigh_the_negative_part),
     ],
+    weak_laws.labels_are_distributions_and_a_tie_stays_a_tie: [
+        ("majority_vote", weak_twins.majority_ties_to_the_first),
+        ("majority_vote", weak_twins.majority_counts_abstentions),
+        ("majority_vote", weak_twins.majority_over_all_sources),
+        ("dawid_skene", weak_twins.em_breaks_ties_towards_class_0),
+    ],
+    weak_laws.an_abstention_changes_nothing: [
+        ("majority_vote", weak_twins.majority_counts_abstentions),
+        ("majority_vote", weak_twins.majority_over_all_sources),
+        ("dawid_skene", weak_twins.em_counts_abstentions),
+        ("vote_accuracy", weak_twins.accuracy_counts_abstentions_as_wrong),
+        ("vote_accuracy", weak_twins.accuracy_reads_abstentions_as_a_class),
+    ],
+    weak_laws.permuting_sources_permutes_the_answer: [
+        ("dawid_skene", weak_twins.em_favours_early_sources),
+    ],
+    weak_laws.renaming_the_classes_renames_the_answer: [
+        ("majority_vote", weak_twins.majority_ties_to_the_first),
+        ("dawid_skene", weak_twins.em_counts_abstentions),
+        ("dawid_skene", weak_twins.em_breaks_ties_towards_class_0),
+    ],
+    weak_laws.turning_a_pair_round_turns_its_label_round_and_no_other: [
+        ("dawid_skene", weak_twins.em_prefers_a_place),
+        ("dawid_skene", weak_twins.em_breaks_ties_towards_class_0),
+        ("dawid_skene", weak_twins.em_counts_abstentions),
+    ],
+    weak_laws.the_objective_never_falls: [
+        ("dawid_skene", weak_twins.em_reports_falling_objective),
+    ],
+    weak_laws.the_label_is_bayes_rule_with_the_parameters: [
+        ("dawid_skene", weak_twins.em_transposes_the_matrix),
+        ("dawid_skene", weak_twins.em_forgets_the_prior),
+        ("dawid_skene", weak_twins.em_is_the_majority),
+    ],
+    weak_laws.when_it_settles_accuracies_are_the_smoothed_shares_of_right_votes: [
+        ("dawid_skene", weak_twins.em_stops_at_once),
+        ("dawid_skene", weak_twins.em_is_the_majority),
+        ("vote_accuracy", weak_twins.accuracy_counts_abstentions_as_wrong),
+    ],
+    weak_laws.one_who_is_always_right_decides: [
+        ("dawid_skene", weak_twins.em_is_the_majority),
+        ("dawid_skene", weak_twins.em_switches_labels),
+    ],
+    weak_laws.sources_of_equal_accuracy_decide_by_majority: [
+        ("dawid_skene", weak_twins.em_switches_labels),
+        ("dawid_skene", weak_twins.em_favours_early_sources),
+        ("dawid_skene", weak_twins.em_counts_abstentions),
+    ],
+    weak_laws.truth_gives_the_share_of_right_votes: [
+        ("vote_accuracy", weak_twins.accuracy_counts_abstentions_as_wrong),
+        ("vote_accuracy", weak_twins.accuracy_reads_abstentions_as_a_class),
+    ],
+    weak_laws.conflict_is_part_of_overlap_and_overlap_of_coverage: [
+        ("vote_shares", weak_twins.shares_of_all_who_vote),
+        ("vote_shares", weak_twins.shares_meet_themselves),
+        ("vote_shares", weak_twins.shares_conflict_with_abstentions),
+    ],
 }
 
 SOUND = {"gae": twins.gae_correct, "shaped_rewards": twins.rewards_correct}
@@ -233,13 +290,13 @@ def test_the_parts_that_twins_are_made_of_are_sound(name):
 
 
 def test_every_law_has_a_twin_and_every_twin_a_law():
-    written = [thing for module in (laws, label_laws) for thing in vars(module).values() if is_law(thing)]
+    written = [thing for module in (laws, label_laws, weak_laws) for thing in vars(module).values() if is_law(thing)]
     assert set(written) == set(CASES)
     assert all(CASES.values())
     used = {twin.__name__ for pairs in CASES.values() for _, twin in pairs} | {t.__name__ for t in SOUND.values()}
     defined = {
         name
-        for module in (twins, label_twins)
+        for module in (twins, label_twins, weak_twins)
         for name, thing in vars(module).items()
         if inspect.isfunction(thing) and thing.__module__ == module.__name__ and not name.startswith("_")
     }

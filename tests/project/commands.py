@@ -13,7 +13,7 @@ import typer
 
 from rlhf.cli import app
 from rlhf.config.load import load, load_pipeline
-from rlhf.config.schema import STAGES
+from rlhf.config.schema import RECIPES
 from rlhf.errors import RLHFError
 from tests.project.code import ROOT
 
@@ -75,6 +75,11 @@ def _rlhf(arguments: list[str]) -> list[str]:
     if not arguments or arguments[0] in ("-h", "--help"):
         return []
     name = arguments[0]
+    while name in commands and hasattr(commands[name], "commands"):  # a group, which alone shows its help
+        commands, arguments = commands[name].commands, arguments[1:]
+        if not arguments or arguments[0] in ("-h", "--help"):
+            return []
+        name = arguments[0]
     if name not in commands:
         return [f"no such command '{name}'"]
     try:
@@ -98,7 +103,7 @@ def _load(command: str, config: Path, stage: str | None, overrides: list[str]) -
     if command == "run":
         load_pipeline(config, overrides)
     else:
-        load(STAGES[stage or (command if command in STAGES else config.stem)], config, overrides)
+        load(RECIPES[stage or (command if command in RECIPES else config.stem)], config, overrides)
 
 
 def _launcher(name: str | None) -> list[str]:

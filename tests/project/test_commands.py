@@ -43,6 +43,7 @@ accelerate launch --config_file configs/accelerate/ddp.yaml -m rlhf sft configs/
 rlhf show configs/demo/ppo.yaml | less
 rlhf sft CONFIG --help; cd /anywhere; pip install rlhf
 rlhf generate runs/demo/1-sft prompts.jsonl out.jsonl --temperature 0
+rlhf data rules --seed 1 && rlhf data weak configs/demo/experiments/weak.yaml gold=null && rlhf data && rlhf data -h
 ```
 ```python
 rlhf = "nonsense"
@@ -52,7 +53,7 @@ rlhf = "nonsense"
 
 def test_good_commands_pass() -> None:
     lines = list(in_markdown(GOOD))
-    assert len(lines) == 7  # the first is empty: what follows the fence
+    assert len(lines) == 8  # the first is empty: what follows the fence
     assert [p for line in lines for p in problems(line)] == []
 
 
@@ -71,6 +72,9 @@ def test_good_commands_pass() -> None:
         ("accelerate launch --config_file dpp.yaml -m rlhf sft configs/demo/sft.yaml", "--config_file"),
         ("accelerate launch -m rlhf stf configs/demo/sft.yaml", "no such command 'stf'"),
         ("accelerate launch --num_process many -m rlhf sft configs/demo/sft.yaml", "num_process"),
+        ("rlhf data weka configs/demo/experiments/weak.yaml", "no such command 'weka'"),
+        ("rlhf data weak configs/demo/experiments/weak.yaml output=x kin=labelled", "did you mean 'kind'"),
+        ("rlhf data annotators --sed 1", "No such option"),
         ("make demos", "no such target 'demos'"),
         ("make -j2 demo tests", "no such target 'tests'"),
         ('rlhf show "configs', "quotation"),

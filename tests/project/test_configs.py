@@ -11,7 +11,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
 from rlhf.config.load import load, load_pipeline
-from rlhf.config.schema import STAGES
+from rlhf.config.schema import RECIPES
 from rlhf.errors import ConfigError
 from tests.project.code import ROOT
 
@@ -28,10 +28,10 @@ def check(path: Path) -> None:
     if path.stem == "pipeline":
         load_pipeline(path)
         return None
-    stage = next((s for s in STAGES if path.stem == s or path.stem.startswith(f"{s}-")), None)
+    stage = next((s for s in RECIPES if path.stem == s or path.stem.startswith(f"{s}-")), None)
     if stage is None:
-        raise ConfigError("a recipe is named after its stage", where=str(path), do=f"one of {', '.join(STAGES)}")
-    load(STAGES[stage], path)
+        raise ConfigError("a recipe is named after its stage", where=str(path), do=f"one of {', '.join(RECIPES)}")
+    load(RECIPES[stage], path)
     return None
 
 
@@ -60,6 +60,7 @@ def test_it_begins_with_what_it_is_for(path: Path) -> None:
     ("name", "text"),
     [
         ("demo/sft.yaml", "output_dir: x\nmodel: {path: m}\ndata: {train: [{path: d}]}\noptm: {}\n"),
+        ("demo/weak-mine.yaml", "output: x\ndata: {path: d}\nsources: [{regx: a}]\n"),
         ("demo/mine.yaml", "output_dir: x\n"),
         ("demo/pipeline.yaml", "output_dir: x\nsft: {config: nothing.yaml}\n"),
         ("accelerate/ddp.yaml", "distributed_type: MULTI_GPU\nnum_proceses: 2\n"),

@@ -28,16 +28,17 @@ def commands(place: Path, what: str) -> list[str]:
     return (place / "said").read_text().splitlines()
 
 
-@pytest.mark.parametrize(("what", "stages"), [("on-policy", 5), ("tax", 6), ("sharing", 9), ("rules", 5)])
+@pytest.mark.parametrize(("what", "stages"), [("on-policy", 5), ("tax", 6), ("sharing", 9), ("rules", 5), ("weak", 6)])
 def test_its_commands_are_valid_and_its_seeds_kept_apart(
     what: str, stages: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    said = [line for line in commands(tmp_path / "place", what) if not line.startswith("rlhf data")]
+    said = [line for line in commands(tmp_path / "place", what) if not line.startswith("rlhf data rules")]
     assert [p for line in said for p in problems(line)] == []
     assert len(said) == 2 * stages
     for seed, lines in (("1", said[:stages]), ("2", said[stages:])):
-        assert all(f"seed={seed}" in line or f"--seed {seed}" in line for line in lines)
+        drawn = [line for line in lines if not line.startswith("rlhf data weak")]  # which draws nothing
+        assert all(f"seed={seed}" in line or f"--seed {seed}" in line for line in drawn)
         assert all(f"runs/experiments/seed{seed}/" in line for line in lines)
         assert not any(f"runs/experiments/seed{3 - int(seed)}/" in line for line in lines)
 

@@ -30,6 +30,7 @@ TRAINING = (
     "rlhf.stages.reward",
     "rlhf.stages.classify",
     "rlhf.stages.ppo",
+    "rlhf.stages.weak",
     "rlhf.trainers",
 )
 

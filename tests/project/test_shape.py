@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from rlhf.config import schema, sections
+from rlhf.config import schema, sections, weak
 from rlhf.runs.metrics import METRICS
 from tests.project.code import ROOT, Code, package
 
@@ -88,12 +88,12 @@ def unread(sections: Iterable[type[BaseModel]], code: Code) -> list[str]:
 
 def all_sections() -> list[type[sections.Section]]:
     """Every class of settings."""
-    found = {**vars(sections), **vars(schema)}.values()
+    found = {**vars(sections), **vars(schema), **vars(weak)}.values()
     return [c for c in found if isinstance(c, type) and issubclass(c, sections.Section) and c is not sections.Section]
 
 
 def test_every_setting_is_read_somewhere() -> None:
-    assert len(all_sections()) >= 15
+    assert len(all_sections()) >= 18
     assert unread(all_sections(), package()) == []
 
 

@@ -4,6 +4,7 @@
 #   tax        PPO-ptx against a higher KL penalty: gold utility and perplexity (after on-policy)
 #   sharing    separate models, a value head on the policy's trunk, one LoRA base for all roles (after on-policy)
 #   rules      preference reward with and without rule classifiers (after on-policy)
+#   weak       reward models on labels out of noisy votes: majority, Dawid-Skene, the truth (after on-policy)
 # Run: bash configs/demo/experiments/run.sh on-policy 1 2 3      2 CPU cores, no GPU, no network
 set -euo pipefail
 here=configs/demo/experiments
@@ -60,6 +61,23 @@ rules() {
     output_dir="$top/evaluate-rules"
 }
 
+weak() {
+  data=$top/weak-data
+  [ -f "$data/pairs.jsonl" ] || rlhf data annotators --seed "$1" --output "$data"
+  for model in majority dawid-skene; do
+    [ -f "$top/weak-$model.jsonl" ] || rlhf data weak $here/weak.yaml data.path="$data/pairs.jsonl" \
+      label_model.kind=$model output="$top/weak-$model.jsonl"
+  done
+  for name in majority dawid-skene truth; do
+    labels=$top/weak-$name.jsonl
+    if [ $name = truth ]; then
+      labels=$data/truth.jsonl
+    fi
+    rlhf reward $here/reward-weak.yaml seed="$1" model.path="$top/sft/model" data.train.0.path="$labels" \
+      data.validation.0.path="$data/truth_valid.jsonl" output_dir="$top/weak-reward-$name"
+  done
+}
+
 judge() { # folder, model, seed, best of how many SFT samples
   rlhf evaluate configs/demo/evaluate.yaml seed="$3" models.sft.path="$top/sft/model" "$2" best_of="$4" \
     reward_model.path="$top/reward/model" output_dir="$top/$1"
@@ -74,6 +92,7 @@ for seed in "$@"; do
     tax) tax "$seed" ;;
     sharing) sharing "$seed" ;;
     rules) rules "$seed" ;;
-    *) echo "no experiment called $what: on-policy, tax, sharing or rules" >&2; exit 2 ;;
+    weak) weak "$seed" ;;
+    *) echo "no experiment called $what: on-policy, tax, sharing, rules or weak" >&2; exit 2 ;;
   esac
 done

@@ -1,0 +1,37 @@
+"""Writing a data file: all of it or nothing, and never over another."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf.errors import ConfigError
+
+
+def refuse_existing(output: Path) -> None:
+    """Raises: ConfigError if the file exists or its folder does not."""
+    if output.exists():
+        raise ConfigError("the output file exists", where=str(output), do="choose another name")
+    if not output.parent.is_dir():
+        raise ConfigError("no such folder to write into", where=str(output.parent), do="make it first")
+
+
+def write_lines(output: Path, rows: Iterable[Mapping[str, Any]]) -> int:
+    """Write one JSON object a line; returns how many. If it fails, or is interrupted, nothing is left.
+
+    Raises: ConfigError as `refuse_existing`.
+    """
+    refuse_existing(output)
+    temporary, count = output.with_name(output.name + ".tmp"), 0
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                count += 1
+        os.replace(temporary, output)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return count

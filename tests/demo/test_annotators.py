@@ -1,0 +1,126 @@
+"""The data of the experiment with weak labels: annotators as good as they are said to be, no order, no secret."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.config.sections import Source
+from rlhf.data.sources import load_records
+from rlhf.demo import annotators
+from rlhf.demo.annotators import COVERAGE, SKILLS, generate_annotators
+from rlhf.demo.chats import Chats
+from rlhf.demo.generate import Generator, prompt_key
+from rlhf.demo.gold import utility
+
+Row = dict[str, Any]
+FILES = ("pairs", "truth", "truth_valid")
+
+
+def rows(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Row]]:
+    """name -> rows."""
+    folder = tmp_path_factory.mktemp("annotators")
+    counts = generate_annotators(folder, seed=0)
+    found = {name: rows(folder / f"{name}.jsonl") for name in FILES}
+    assert counts == {f"{name}.jsonl": len(some) for name, some in found.items()}
+    return found
+
+
+def test_sizes_and_columns(made: dict[str, list[Row]]) -> None:
+    assert {name: len(some) for name, some in made.items()} == {"pairs": 1500, "truth": 1500, "truth_valid": 1000}
+    columns = {"prompt", "chosen", "rejected"}
+    assert all(set(row) == columns | {"votes", "truth"} for row in made["pairs"])
+    for name in ("truth", "truth_valid"):
+        assert all(set(row) == columns | {"preference"} and row["preference"] in (0.0, 1.0) for row in made[name])
+
+
+def test_the_truth_file_labels_the_same_pairs(made: dict[str, list[Row]]) -> None:
+    for voted, labelled in zip(made["pairs"], made["truth"], strict=True):
+        assert all(voted[name] == labelled[name] for name in ("prompt", "chosen", "rejected"))
+        assert (voted["truth"] == "chosen") == (labelled["preference"] == 1.0)
+
+
+def test_annotators_are_as_good_and_as_busy_as_they_are_said_to_be(made: dict[str, list[Row]]) -> None:
+    """Four standard errors."""
+    for name, skill in SKILLS.items():
+        votes = [(row["votes"][name], row["truth"]) for row in made["pairs"] if name in row["votes"]]
+        assert abs(len(votes) / 1500 - COVERAGE) < 4 * (COVERAGE * (1 - COVERAGE) / 1500) ** 0.5
+        right = sum(vote == truth for vote, truth in votes) / len(votes)
+        assert abs(right - skill) < 4 * (skill * (1 - skill) / len(votes)) ** 0.5
+    assert {vote for row in made["pairs"] for vote in row["votes"].values()} == {"chosen", "rejected"}
+
+
+@pytest.mark.parametrize("name", ["truth", "truth_valid"])
+def test_the_place_in_a_pair_says_nothing(name: str, made: dict[str, list[Row]]) -> None:
+    first = sum(row["preference"] for row in made[name]) / len(made[name])
+    assert abs(first - 0.5) < 4 * 0.5 / len(made[name]) ** 0.5
+
+
+def test_no_prompt_of_training_is_held_out_or_shipped(made: dict[str, list[Row]]) -> None:
+    training, held_out = ({prompt_key(row["prompt"]) for row in made[name]} for name in ("pairs", "truth_valid"))
+    assert not training & held_out
+    shipped = {prompt_key(p) for pairs in Generator(0, 1.0)._drawn().values() for p, *_ in pairs}
+    assert not shipped & (training | held_out)
+
+
+def test_the_better_reply_is_the_one_of_higher_utility(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known: dict[str, Any] = {}
+    real = Chats.prompt
+
+    def remembered(self: Chats, **options: Any) -> Any:
+        prompt, ask = real(self, **options)
+        known[prompt_key(prompt)] = ask.task
+        return prompt, ask
+
+    monkeypatch.setattr(Chats, "prompt", remembered)
+    generate_annotators(tmp_path, seed=5, scale=0.05)
+    for row in rows(tmp_path / "truth.jsonl"):
+        task = known[prompt_key(row["prompt"])]
+        assert (utility(row["chosen"], task) > utility(row["rejected"], task)) == (row["preference"] == 1.0)
+        assert utility(row["chosen"], task) != utility(row["rejected"], task)
+
+
+def test_same_seed_gives_the_same_bytes_whatever_the_hash_seed(tmp_path: Path) -> None:
+    code = "import sys, pathlib; from rlhf.demo.annotators import generate_annotators as g;"
+    code += "g(pathlib.Path(sys.argv[1]), 3, 0.01)"
+    for hash_seed in ("1", "2"):
+        env = {**os.environ, "PYTHONHASHSEED": hash_seed}
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / hash_seed)], check=True, env=env)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+    generate_annotators(tmp_path / "other", seed=4, scale=0.01)
+    assert not {*contents(tmp_path / "other").values()} & {*contents(tmp_path / "1").values()}
+
+
+def test_the_stages_read_the_files(made: dict[str, list[Row]], write_jsonl: Any, tmp_path: Path) -> None:
+    for name in ("truth", "truth_valid"):
+        path = str(write_jsonl(tmp_path / f"{name}.jsonl", made[name]))
+        loaded = load_records("comparison", [Source(path=path)], seed=0, on_bad_row="error", deduplicate=False)
+        assert len(loaded) == len(made[name])
+
+
+def test_the_command_writes_them_where_the_example_looks(
+    call_cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(annotators, "PAIRS", {"pairs": 40, "pairs_valid": 10})
+    code, out, _ = call_cli(["data", "annotators"], cwd=tmp_path)
+    assert code == 0
+    assert "data/annotators/pairs.jsonl: 40 records" in out
+    example = Path("configs/demo/experiments/weak.yaml").resolve()
+    code, out, err = call_cli(["data", "weak", str(example), "output=labels.jsonl"], cwd=tmp_path)
+    assert code == 0, err
+    assert len(rows(tmp_path / "labels.jsonl")) >= 39
