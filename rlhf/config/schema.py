@@ -19,7 +19,7 @@ from rlhf.config.sections import (
     Section,
     Source,
 )
-from rlhf.config.tuning import NOTHING, Freeze, Phase, Selection, Unfreeze
+from rlhf.config.tuning import NOTHING, Freeze, Phase, Probe, Selection, Unfreeze
 from rlhf.config.weak import WeakConfig
 
 
@@ -52,6 +52,7 @@ class Tuned(Stage):
         description="phases in order, each with its trained weights and length; empty = all at once, for optim.epochs",
     )
     evaluations: Count = Field(5, description="how often held-out records are read, and checkpoints written")
+    probe: Probe = Probe()
 
     @model_validator(mode="after")
     def _one_length(self) -> Tuned:

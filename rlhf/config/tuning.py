@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from rlhf.config.sections import Count, Positive, Section, Unit
+from rlhf.config.sections import Count, Positive, Section, Source, Unit
 
 Part = Literal["embeddings", "norms", "attention", "mlp", "lm_head", "score"]
 RANGE = re.compile(r"(-?\d+)(?:-(-?\d+))?|(\d+)%?-(\d+)%")
@@ -97,6 +97,25 @@ class Phase(Trained):
     def _one_length(self) -> Phase:
         if (self.epochs is None) == (self.updates is None):
             raise ValueError("a phase has a length: give exactly one of epochs and updates")
+        return self
+
+
+class Probe(Section):
+    """What fine-tuning costs elsewhere, measured before training and at each evaluation."""
+
+    text: tuple[Source, ...] = Field(
+        (),
+        description="text of the source domain; reward models and classifiers read it with the source's output layer",
+    )
+    ood: tuple[Source, ...] = Field((), description="records like those trained on, but from another distribution")
+    stop_above: Positive | None = Field(
+        None, description="stop when the text costs so many nats per token more than before training; null = only say"
+    )
+
+    @model_validator(mode="after")
+    def _stop_by_something(self) -> Probe:
+        if self.stop_above is not None and not self.text:
+            raise ValueError("stop_above: give text, which it is measured on")
         return self
 
 

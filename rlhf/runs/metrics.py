@@ -32,6 +32,13 @@ METRICS: dict[str, Metric] = {
     "gap": Metric(
         "nats", "held-out loss minus the mean training loss since the evaluation before; grows by over-fitting"
     ),
+    "text_loss": Metric("nats", "mean loss per token of the probe's text, read by the source's output layer", 0.0),
+    "forgetting": Metric("nats", "text_loss above that before training: what fine-tuning costs on the source domain"),
+    "ood_loss": Metric("nats", "mean loss on the probe's records of another distribution", 0.0),
+    "ood_accuracy": Metric("share", "pairs of them whose chosen response scores higher", 0.5, 1.0),
+    "ood_margin": Metric("score", "mean score of chosen minus rejected of them", 0.0),
+    "ood_label_accuracy": Metric("share", "decisions on them that are right", 0.0, 1.0),
+    "ood_macro_f1": Metric("1", "macro_f1 on them", 0.0, 1.0),
     "learning_rate": Metric("1", "learning rate of the update", 0.0),
     "grad_norm": Metric("1", "global gradient norm before clipping", 0.0, 100.0),
     "epoch": Metric("epochs", "passes over the training records", 0.0),

@@ -21,6 +21,7 @@ from rlhf.runs.console import Console
 from rlhf.stages import rendering
 from rlhf.stages.common import RunResult, begin, check_context, open_tokenizer, read_data, start
 from rlhf.stages.fit import fit, save_trained
+from rlhf.stages.probe import probe
 from rlhf.stages.tuning import plan
 
 
@@ -32,10 +33,11 @@ def run(config: ClassifyConfig, console: Console) -> RunResult:
     tokenizer, renderer = open_tokenizer(config.model, console)
     train, validation, prints = read_data("labelled", config.data, config.seed, console)
     labels = label_names(config, train, validation)
-    rows, held_out = (
-        rendering.labelled(records, renderer, config.data, labels, config.several, what, console)
-        for records, what in ((train, "training"), (validation, "validation"))
-    )
+
+    def render(records: Sequence[Labelled], what: str = "probe") -> list[dict[str, Any]]:
+        return rendering.labelled(records, renderer, config.data, labels, config.several, what, console)
+
+    rows, held_out = render(train, "training"), render(validation, "validation")
     target = torch.tensor([row["target"] for row in rows])
     _check_shares(config, labels, target)
     weight = _weight(config, labels, target)
@@ -47,6 +49,10 @@ def run(config: ClassifyConfig, console: Console) -> RunResult:
     model.config.problem_type = "multi_label_classification" if config.several else "single_label_classification"
     check_context(config.data.max_length, context_length(model), "data.max_length")
     program = plan(model, config, rows=len(rows), evaluate=bool(held_out), console=console)
+    probed = probe(
+        config, config.data, config.model, renderer, console, kind="labelled", evaluate=bool(held_out), scorer=True,
+        render=render,
+    )  # fmt: skip
     start(directory, "classify", config)
     directory.note(data=prints)
     from rlhf.trainers.classify import Counts, build
@@ -65,7 +71,7 @@ def run(config: ClassifyConfig, console: Console) -> RunResult:
             model, tokenizer, rows, held_out, args, report, several=config.several, weight=weight
         ),
         save=save, resume=state == "interrupted", what="records",
-        shown=("loss", "eval_loss", "gap", "eval_label_accuracy"), evaluations=config.evaluations,
+        shown=("loss", "eval_loss", "gap", "eval_label_accuracy"), evaluations=config.evaluations, probed=probed,
     )  # fmt: skip
     if final:
         names = ("eval_loss", "eval_label_accuracy", "eval_macro_f1")

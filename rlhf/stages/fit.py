@@ -15,6 +15,7 @@ from rlhf.runs.run_dir import RunDir
 from rlhf.stages.common import processes, say_batch, seal, stop_at
 from rlhf.trainers.hf import Report, arguments, last_checkpoint, silence, tokens_until
 from rlhf.trainers.phases import Program
+from rlhf.trainers.probe import Forgetting, Probed
 from rlhf.trainers.tuned import follow
 
 
@@ -22,6 +23,7 @@ def fit(
     stage: str, directory: RunDir, optim: Optim, seed: int, console: Console, *, program: Program, evaluate: bool,
     build: Callable[[dict[str, Any], Report], Any], save: Callable[[Any, Path], dict[str, Any]], resume: bool,
     what: str = "sequences", shown: tuple[str, ...] = ("loss", "eval_loss"), evaluations: int = 5,
+    probed: Probed | None = None,
 ) -> tuple[dict[str, Any], dict[str, float]]:  # fmt: skip
     """Train, or go on from the newest checkpoint, and write the model.
 
@@ -33,6 +35,7 @@ def fit(
         save: writes the model of the trainer into a folder; what it returns joins the summary.
         shown: metrics on the progress bar.
         evaluations: how often held-out records are read, and checkpoints written.
+        probed: what else is read then.
     Returns: the run's summary so far (updates and what `save` returned), and the numbers of the last evaluation.
     """
     world = processes()
@@ -54,13 +57,17 @@ def fit(
         follow(trainer, program)
         silence(trainer)
         check_accelerator(trainer.accelerator)
+        probe = Forgetting(trainer, probed, console.note) if probed is not None else None
+        if probe is not None:
+            trainer.add_callback(probe)
         trainer.train(resume_from_checkpoint=checkpoint.path if checkpoint else None)
         updates = trainer.state.global_step  # patience may have ended it early
         final = trainer.evaluate() if evaluate else {}
+        elsewhere = {name: round(value, 6) for name, value in probe.last.items()} if probe is not None else {}
         with directory.new_model() as folder:
             more = save(trainer, folder)
     writer.close()
-    return {"updates": updates, **more}, final
+    return {"updates": updates, **more, **elsewhere}, final
 
 
 def save_trained(trainer: Any, folder: Path, stage: str, renderer: Renderer, tokenizer: Any, **record: Any) -> None:
@@ -73,7 +80,7 @@ def save_trained(trainer: Any, folder: Path, stage: str, renderer: Renderer, tok
 def fit_lm(
     stage: str, model: Any, tokenizer: Any, renderer: Renderer, directory: RunDir, optim: Optim, seed: int,
     console: Console, *, program: Program, records: int, evaluate: bool, build: Callable[[dict[str, Any], Report], Any],
-    resume: bool, evaluations: int = 5,
+    resume: bool, evaluations: int = 5, probed: Probed | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """`fit` for a language model, to the end of the run. Returns: the summary."""
 
@@ -84,7 +91,7 @@ def fit_lm(
 
     summary, final = fit(
         stage, directory, optim, seed, console, program=program, evaluate=evaluate, build=build, save=save,
-        resume=resume, shown=("loss", "eval_loss", "gap", "token_accuracy"), evaluations=evaluations,
+        resume=resume, shown=("loss", "eval_loss", "gap", "token_accuracy"), evaluations=evaluations, probed=probed,
     )  # fmt: skip
     if final:
         summary["eval_loss"] = round(final["eval_loss"], 6)

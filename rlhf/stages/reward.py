@@ -18,6 +18,7 @@ from rlhf.runs.console import Console
 from rlhf.stages import rendering
 from rlhf.stages.common import RunResult, begin, check_context, open_tokenizer, read_data, start
 from rlhf.stages.fit import fit, save_trained
+from rlhf.stages.probe import probe
 from rlhf.stages.tuning import plan
 
 
@@ -35,6 +36,10 @@ def run(config: RewardConfig, console: Console) -> RunResult:
     )
     check_context(config.data.max_length, context_length(model), "data.max_length")
     program = plan(model, config, rows=len(train_pairs), evaluate=bool(valid_pairs), console=console)
+    probed = probe(
+        config, config.data, config.model, renderer, console, kind="comparison", evaluate=bool(valid_pairs),
+        scorer=True, render=lambda records: rendering.pairs(records, renderer, config.data, "probe", console),
+    )  # fmt: skip
     start(directory, "reward", config)
     directory.note(data=prints)
     from rlhf.trainers.reward import build
@@ -52,7 +57,7 @@ def run(config: RewardConfig, console: Console) -> RunResult:
             model, tokenizer, train_pairs, valid_pairs, args, report, center=config.center
         ),
         save=save, resume=state == "interrupted", what="pairs", shown=("loss", "gap", "accuracy", "eval_accuracy"),
-        evaluations=config.evaluations,
+        evaluations=config.evaluations, probed=probed,
     )  # fmt: skip
     if final:
         summary |= {"eval_accuracy": final["eval_accuracy"], "eval_loss": final["eval_loss"]}

@@ -20,6 +20,7 @@ from rlhf.stages.common import (
     start,
 )
 from rlhf.stages.fit import fit_lm
+from rlhf.stages.probe import probe
 from rlhf.stages.tuning import plan
 
 
@@ -35,17 +36,23 @@ def run(config: SFTConfig, console: Console) -> RunResult:
     model = _model(config, len(tokenizer), console)
     before = config.peft.prompt_tokens if config.peft.method == "prompt" else 0
     check_context(config.data.max_length + before, context_length(model), "data.max_length")
-    from rlhf.trainers.sft import build, packed_rows
+    from rlhf.trainers.sft import build, packed_rows, to_dataset
 
     length = config.data.max_length if config.packing else None
     rows = len(train_rows) if length is None else packed_rows(train_rows, length)
     program = plan(model, config, rows=rows, evaluate=bool(valid_rows), console=console)
+    probed = probe(
+        config, config.data, config.model, renderer, console, kind="demonstration", evaluate=bool(valid_rows),
+        scorer=False, render=lambda records: to_dataset(
+            rendering.conversations(records, renderer, config.data, "probe", console)
+        ),
+    )  # fmt: skip
     start(directory, "sft", config)
     directory.note(data=prints)
     summary = fit_lm(
         "sft", model, tokenizer, renderer, directory, config.optim, config.seed, console,
         program=program, records=len(train_rows), evaluate=bool(valid_rows), resume=state == "interrupted",
-        evaluations=config.evaluations,
+        evaluations=config.evaluations, probed=probed,
         build=lambda args, report: build(model, tokenizer, train_rows, valid_rows, args, report, packing=length),
     )  # fmt: skip
     return RunResult(directory.path, summary)

@@ -125,11 +125,11 @@ class LabelTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add accuracy and macro F1 over everything seen since the last log line."""
-        mode = "eval" if any(k.startswith("eval_") for k in logs) else "train"
+        prefix = next((p for p in ("eval_", "ood_") if any(k.startswith(p) for k in logs)), "")
+        mode = "eval" if prefix else "train"
         sums = self._sums.pop(mode, None)
         if sums is not None:
-            counts = self.counts[mode] = read_counts(self.accelerator.reduce(sums, "sum").cpu())
-            prefix = "eval_" if mode == "eval" else ""
+            counts = self.counts[prefix.rstrip("_") or mode] = read_counts(self.accelerator.reduce(sums, "sum").cpu())
             logs |= {f"{prefix}label_accuracy": counts.accuracy, f"{prefix}macro_f1": counts.macro_f1}
         super().log(logs, start_time)
 

@@ -51,11 +51,11 @@ class PairTrainer(RewardTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add accuracy and margin over everything seen since the last log line."""
-        mode = "eval" if any(k.startswith("eval_") for k in logs) else "train"
+        prefix = next((p for p in ("eval_", "ood_") if any(k.startswith(p) for k in logs)), "")
+        mode = "eval" if prefix else "train"
         sums = self._sums.pop(mode, None)
         if sums is not None:
             right, decided, margin, pairs = self.accelerator.reduce(sums, "sum").tolist()
-            prefix = "eval_" if mode == "eval" else ""
             logs[f"{prefix}accuracy"] = right / max(decided, 1.0)
             logs[f"{prefix}margin"] = margin / max(pairs, 1.0)
         super().log(logs, start_time)
