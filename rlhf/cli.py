@@ -242,22 +242,27 @@ def rate(
 
 @app.command()
 def data(
-    what: Annotated[str, typer.Argument(help="demo, or rules: comparisons by answer alone, and replies with rules")] = (
-        "demo"
-    ),
+    what: Annotated[
+        str,
+        typer.Argument(help="demo; rules: comparisons by answer alone; features: replies with traits, a narrow task"),
+    ] = "demo",
     output: Annotated[
         Path | None, typer.Option(help="folder to write, data/WHAT by default; files of the same names are replaced")
     ] = None,
     seed: Annotated[int, typer.Option(help="0 gives the shipped files byte for byte")] = 0,
 ) -> None:
     """Regenerate embedded data."""
-    if what not in ("demo", "rules"):
-        raise ConfigError(f"no embedded data called '{what}'", where="command line", do="there are 'demo' and 'rules'")
+    from rlhf.demo.features import generate_features
     from rlhf.demo.generate import generate as generate_demo
     from rlhf.demo.rules import generate_rules
 
+    known = {"demo": generate_demo, "rules": generate_rules, "features": generate_features}
+    if what not in known:
+        raise ConfigError(
+            f"no embedded data called '{what}'", where="command line", do=f"there are {', '.join(known)}"
+        )  # fmt: skip
     folder = output or Path("data") / what
-    for name, count in (generate_demo if what == "demo" else generate_rules)(folder, seed=seed).items():
+    for name, count in known[what](folder, seed=seed).items():
         typer.echo(f"{folder / name}: {count} records")
 
 

@@ -184,7 +184,7 @@ CONFIG = [
          ("command line: 'class_weights", "expected greater than 0")),
     Case("context (classify)", "classify classify.yaml data.max_length=129",
          ("data.max_length: sequences of 129", "at most 128")),
-    Case("demo data", "data dmeo", ("no embedded data called 'dmeo'", "there are 'demo' and 'rules'")),
+    Case("demo data", "data dmeo", ("no embedded data called 'dmeo'", "there are demo, rules, features")),
 ]  # fmt: skip
 MODELS = [
     Case("absent", "sft sft.yaml model.path=tny", ("tny: no such model", "train the stage that makes it first")),
