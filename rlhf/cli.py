@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rlhf import __version__
+from rlhf.cli_data import data
+from rlhf.cli_options import ConfigArg, JsonOpt, LauncherOpt, OverridesArg, QuietOpt, console
 from rlhf.errors import ConfigError, RLHFError
 
 if TYPE_CHECKING:
-    from rlhf.runs.console import Console
+    pass
 
 app = typer.Typer(
     name="rlhf", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -30,24 +30,9 @@ app = typer.Typer(
     "\b\n  accelerate launch --config_file configs/accelerate/ddp.yaml -m rlhf sft configs/demo/sft.yaml",
 )  # fmt: skip
 
-ConfigArg = Annotated[Path, typer.Argument(help="YAML file of the stage", show_default=False)]
-OverridesArg = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides, e.g. optim.learning_rate=1e-5")
-]
-LauncherOpt = Annotated[
-    str | None, typer.Option(help="run under 'accelerate launch' with configs/accelerate/NAME.yaml (or a path)")
-]
-QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="print results only")]
-JsonOpt = Annotated[bool, typer.Option("--json", help="print one JSON object a line")]
 TemperatureOpt = Annotated[float, typer.Option(min=0.0, help="0 = always the likeliest token")]
 NewTokensOpt = Annotated[int, typer.Option(min=1, help="longest reply, in tokens")]
 INTERRUPTED = 130  # exit code after Ctrl-C, which typer uses too
-
-
-def _console(quiet: bool, as_json: bool) -> Console:
-    from rlhf.runs.console import Console
-
-    return Console(quiet=quiet, as_json=as_json, main=os.environ.get("RANK", "0") == "0")
 
 
 def _stage(
@@ -64,7 +49,7 @@ def _stage(
 
         flags = [*(["--quiet"] if quiet else []), *(["--json"] if as_json else [])]
         raise typer.Exit(launch(launcher, [name, str(config), *(overrides or []), *flags]))
-    import_module(f"rlhf.stages.{name}").run(loaded.config, _console(quiet, as_json))
+    import_module(f"rlhf.stages.{name}").run(loaded.config, console(quiet, as_json))
 
 
 @app.command()
@@ -132,7 +117,7 @@ def run(config: ConfigArg, overrides: OverridesArg = None, quiet: QuietOpt = Fal
     pipeline = load_pipeline(config, overrides or [])
     from rlhf.stages.pipeline import run as run_pipeline
 
-    run_pipeline(pipeline, _console(quiet, as_json))
+    run_pipeline(pipeline, console(quiet, as_json))
 
 
 @app.command()
@@ -165,7 +150,7 @@ def bench(
     loaded = load(PPOConfig, config, overrides or [])
     from rlhf.stages.bench import bench as run_bench
 
-    run_bench(loaded.config, _console(quiet, as_json), steps=steps)
+    run_bench(loaded.config, console(quiet, as_json), steps=steps)
 
 
 @app.command()
@@ -179,7 +164,7 @@ def inspect(
     """Paint the tokens of a PPO rollout by one of their numbers, and list all of them."""
     from rlhf.runs.inspect import inspect as run_inspect
 
-    run_inspect(run, _console(False, as_json), step=step, row=row, paint=paint)
+    run_inspect(run, console(False, as_json), step=step, row=row, paint=paint)
 
 
 @app.command()
@@ -191,7 +176,7 @@ def compare(
     """Several evaluations side by side, such as the seeds of one experiment: each, their mean and the worst."""
     from rlhf.runs.compare import compare as run_compare
 
-    run_compare(runs, _console(False, as_json), output=output)
+    run_compare(runs, console(False, as_json), output=output)
 
 
 @app.command()
@@ -222,7 +207,7 @@ def generate(
 
     run_generate(
         model, prompts, output, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed,
-        console=_console(quiet, False),
+        console=console(quiet, False),
     )  # fmt: skip
 
 
@@ -242,7 +227,7 @@ def merge(
     """
     from rlhf.stages.merge import merge as run_merge
 
-    run_merge(adapter, output, _console(quiet, False))
+    run_merge(adapter, output, console(quiet, False))
 
 
 @app.command()
@@ -257,67 +242,10 @@ def rate(
     """Have the demo world's simulated rater compare a model's own replies: pairs for the next reward model."""
     from rlhf.stages.rate import rate as run_rate
 
-    run_rate(model, output, rows=rows, max_new_tokens=max_new_tokens, seed=seed, console=_console(quiet, False))
+    run_rate(model, output, rows=rows, max_new_tokens=max_new_tokens, seed=seed, console=console(quiet, False))
 
 
-data = typer.Typer(
-    name="data", no_args_is_help=True,
-    help="Make data: the embedded world's, and labels out of the votes of rules, functions and annotators.\n\n"
-    "  rlhf data annotators\n\n"
-    "  rlhf data weak configs/demo/experiments/weak.yaml output=labelled.jsonl",
-)  # fmt: skip
 app.add_typer(data)
-FolderOpt = Annotated[
-    Path | None, typer.Option(help="folder to write, data/NAME by default; files of the same names are replaced")
-]
-DataSeedOpt = Annotated[int, typer.Option(help="0 gives the shipped files byte for byte")]
-
-
-def _embedded(name: str, make: Callable[..., dict[str, int]], output: Path | None, seed: int) -> None:
-    folder = output or Path("data") / name
-    for file, count in make(folder, seed=seed).items():
-        typer.echo(f"{folder / file}: {count} records")
-
-
-@data.command("demo")
-def data_demo(output: FolderOpt = None, seed: DataSeedOpt = 0) -> None:
-    """Regenerate the embedded world: corpus, demonstrations, comparisons, prompts, evaluation."""
-    from rlhf.demo.generate import generate as make
-
-    _embedded("demo", make, output, seed)
-
-
-@data.command("rules")
-def data_rules(output: FolderOpt = None, seed: DataSeedOpt = 0) -> None:
-    """Comparisons by answer alone, and replies with the rules that they break."""
-    from rlhf.demo.rules import generate_rules as make
-
-    _embedded("rules", make, output, seed)
-
-
-@data.command("annotators")
-def data_annotators(output: FolderOpt = None, seed: DataSeedOpt = 0) -> None:
-    """Pairs with the votes of six simulated annotators of different skill, and the truth in files beside them."""
-    from rlhf.demo.annotators import generate_annotators as make
-
-    _embedded("annotators", make, output, seed)
-
-
-@data.command("weak")
-def data_weak(
-    config: ConfigArg, overrides: OverridesArg = None, quiet: QuietOpt = False, as_json: JsonOpt = False
-) -> None:
-    """Label pairs or classes by votes: labelling functions, rules and noisy annotators, weighed by how right each is.
-
-    Writes a file that 'rlhf reward' (pairs) or 'rlhf classify' (classes) reads, and prints a table of the sources.
-    """
-    from rlhf.config.load import load
-    from rlhf.config.schema import WeakConfig
-
-    loaded = load(WeakConfig, config, overrides or [])
-    from rlhf.stages.weak import run as run_weak
-
-    run_weak(loaded.config, _console(quiet, as_json))
 
 
 def main() -> None:

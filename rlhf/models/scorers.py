@@ -31,10 +31,12 @@ def new_reward_model(source: ModelSource, peft: Peft, *, pad_id: int, vocab_size
 
 
 def new_classifier(source: ModelSource, peft: Peft, *, outputs: int, pad_id: int, vocab_size: int, seed: int) -> Any:
-    """A causal LM's trunk, bit for bit, with its output layer replaced by one of N outputs.
+    """The trunk of a causal LM, bit for bit, with its output layer replaced by one of N outputs.
 
-    The head is drawn from N(0, 1/(H+1)), bias-free (Stiennon et al. 2020, arXiv:2009.01325; std 1/sqrt(H+1) as in
-    arXiv:2403.17031). With an SFT adapter and `peft`, that adapter continues; the head is trained and saved with it.
+    The source may be a classifier itself, of any number of labels: its trunk is taken and its head, labels and kind of
+    loss are not. The head is drawn from N(0, 1/(H+1)), bias-free (Stiennon et al. 2020, arXiv:2009.01325; std
+    1/sqrt(H+1) as in arXiv:2403.17031). With `peft` and an adapter of the source, that adapter continues; the head is
+    trained and saved with it.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -42,25 +44,21 @@ def new_classifier(source: ModelSource, peft: Peft, *, outputs: int, pad_id: int
     if is_adapter(folder) and peft.enabled:
         adapter = continued_config(peft, folder, "SEQ_CLS")
         base = base_source(source, folder)
-        model = load_pretrained(AutoModelForSequenceClassification, base, resolve(base), num_labels=outputs)
+        model = load_pretrained(AutoModelForSequenceClassification, base, resolve(base))
         fit_vocabulary(model, folder)
         model.config.pad_token_id = pad_id
-        _float32_head(model)
-        _init_head(model.score, seed)
+        _new_head(model, outputs, seed)
         return _continue_adapter(model, adapter, folder)
     if is_adapter(folder):
         merged = load_causal(source)
-        config = merged.config
-        config.num_labels = outputs
-        model = AutoModelForSequenceClassification.from_config(config, dtype=merged.dtype)
+        model = AutoModelForSequenceClassification.from_config(merged.config, dtype=merged.dtype)
         backbone(model).load_state_dict(backbone(merged).state_dict())
     else:
-        model = load_pretrained(AutoModelForSequenceClassification, source, folder, num_labels=outputs)
+        model = load_pretrained(AutoModelForSequenceClassification, source, folder)
     grow_embeddings(model, vocab_size)
     model.config.pad_token_id = pad_id  # only now: the id of a new token would not fit the embeddings before
     disable_dropout(model)
-    _float32_head(model)
-    _init_head(model.score, seed)
+    _new_head(model, outputs, seed)
     return add_adapter(model, peft, "SEQ_CLS") if peft.enabled else model
 
 
@@ -178,6 +176,17 @@ def adapted_classifier(source: ModelSource, folder: str, role: str, do: str, *, 
     return model
 
 
+def _new_head(model: Any, outputs: int, seed: int) -> None:
+    """Put a fresh head of N outputs in place of the one that was loaded, and forget what that one's outputs meant."""
+    old = model.score
+    model.score = Float32Head(old.in_features, outputs, bias=old.bias is not None).to(old.weight.device)
+    _init_head(model.score, seed)
+    config = model.config
+    config.id2label = {i: f"LABEL_{i}" for i in range(outputs)}
+    config.label2id = {name: i for i, name in config.id2label.items()}
+    config.problem_type, model.num_labels = None, outputs
+
+
 def _init_head(score: nn.Linear, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     std = 1.0 / math.sqrt(score.in_features + 1)
@@ -192,16 +201,16 @@ def _continue_adapter(model: Any, config: Any, folder: str) -> Any:
     from peft.utils import load_peft_weights
 
     disable_dropout(model)
-    # The SFT adapter has no score head: the new one stands in for it.
+    # The new head stands in for the one that a classifier's adapter has and an SFT adapter has not.
     head = {f"base_model.model.score.{name}": p.detach().clone() for name, p in model.score.named_parameters()}
     wrapped = get_peft_model(model, config)
     saved = load_peft_weights(folder, device="cpu")  # with the embeddings and the LM head, if tokens were added
-    weights = head | {name: tensor for name, tensor in saved.items() if "lm_head" not in name}
+    weights = head | {n: tensor for n, tensor in saved.items() if "lm_head" not in n and ".score." not in n}
     result = set_peft_model_state_dict(wrapped, weights)
     if result.unexpected_keys:
         raise CheckpointError(
-            "the SFT adapter has weights that a reward model has no place for", found=result.unexpected_keys[0],
-            where=folder, do="train the SFT adapter on the trunk only (peft.target_modules)",
+            "the adapter has weights that a scorer has no place for", found=result.unexpected_keys[0],
+            where=folder, do="train the adapter on the trunk only (peft.target_modules)",
         )  # fmt: skip
     return wrapped
 

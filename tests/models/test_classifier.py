@@ -64,6 +64,48 @@ def test_it_has_as_many_outputs_as_labels(outputs: int, peft: Peft, sft_folder: 
         assert len(trained) == 1
 
 
+def classifier(folder: str, place: Path, peft: Peft, outputs: int = 3) -> Any:
+    """A trained classifier with named labels, saved."""
+    made = shake(make(folder, outputs=outputs, peft=peft))
+    made.config.id2label = {i: f"trait {i}" for i in range(outputs)}
+    made.config.problem_type = "multi_label_classification"
+    tiny.save(made, place)
+    return load_classifier(tiny.source(place))
+
+
+@pytest.mark.parametrize("outputs", [1, 3, 64])
+@FORMS
+@pytest.mark.parametrize("before", [Peft(), tiny.LORA], ids=["of full", "of LoRA"])
+def test_it_starts_from_another_classifier_with_a_head_of_its_own(
+    before: Peft, peft: Peft, outputs: int, sft_folder: str, tmp_path: Path
+) -> None:
+    """Every tensor but the head is the source's, whatever the number of its labels; the head is what a new one is."""
+    old = classifier(sft_folder, tmp_path, before)
+    new = make(str(tmp_path), outputs=outputs, peft=peft)
+    trunk, expected = backbone(new), backbone(old)
+    if not peft.enabled:
+        ours, theirs = trunk.state_dict(), expected.state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        assert [n for n, _ in new.named_parameters() if not n.startswith("model.")] == ["score.weight"]
+    ids = torch.tensor(tiny.rows(6, [12, 12]))
+    with torch.no_grad():
+        found, wanted = (m(input_ids=ids).last_hidden_state for m in (trunk, expected))
+    assert_close(found, wanted.tolist())
+    fresh = Float32Head(tiny.HIDDEN, outputs, bias=False)
+    _init_head(fresh, 1)
+    assert torch.equal(next(p for n, p in new.named_parameters() if "score" in n and p.requires_grad), fresh.weight)
+    assert list(new.config.id2label.values()) == [f"LABEL_{i}" for i in range(outputs)]
+    assert new.config.problem_type is None
+
+
+def test_one_that_continues_the_adapter_of_a_classifier_trains_no_old_head(sft_folder: str, tmp_path: Path) -> None:
+    """As many labels as before: the old head would fit."""
+    old = classifier(sft_folder, tmp_path, tiny.LORA)
+    head = score_head(make(str(tmp_path), peft=tiny.LORA))
+    assert not any(torch.equal(p, old.score.weight) for p in head.parameters())
+
+
 @pytest.mark.parametrize(("width", "outputs"), [(tiny.HIDDEN, 64), (4096, 8)])
 def test_its_head_is_of_the_stated_size(width: int, outputs: int) -> None:
     """Four standard errors of a standard deviation, over all outputs and for the mean of each."""
@@ -72,6 +114,7 @@ def test_its_head_is_of_the_stated_size(width: int, outputs: int) -> None:
     weight, wanted = head.weight.detach(), (width + 1) ** -0.5
     assert abs(float(weight.std()) / wanted - 1) < 4 / (2 * width * outputs) ** 0.5
     assert weight.mean(dim=1).abs().max() < 4.5 * wanted / width**0.5
+    assert abs(float(weight.mean())) < 4 * wanted / (width * outputs) ** 0.5
 
 
 def test_its_head_is_float32_seeded_without_bias_and_differs_between_labels(sft_folder: str) -> None:

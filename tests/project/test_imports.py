@@ -9,10 +9,10 @@ from tests.project.code import Code, imports, inside, package, reachable
 FLOORS = (
     ("rlhf",), ("rlhf.errors",), ("rlhf.config",), ("rlhf.functional",), ("rlhf.data", "rlhf.rollout.types"),
     ("rlhf.models",), ("rlhf.rollout",), ("rlhf.runs",), ("rlhf.trainers", "rlhf.evaluation"), ("rlhf.stages",),
-    ("rlhf.cli",), ("rlhf.__main__",),
+    ("rlhf.cli_options",), ("rlhf.cli_data",), ("rlhf.cli",), ("rlhf.__main__",),
 )  # fmt: skip
 DEMO = "rlhf.demo"
-DEMO_USERS = ("rlhf.evaluation.judge", "rlhf.stages.rate", "rlhf.cli", DEMO)
+DEMO_USERS = ("rlhf.evaluation.judge", "rlhf.stages.rate", "rlhf.cli_data", DEMO)
 INTERNALS = (
     "accelerate",
     "deepspeed",
@@ -23,7 +23,15 @@ INTERNALS = (
     "trl.import_utils",
 )
 DOOR = "rlhf.models.distributed"
-NO_TORCH = ("rlhf.errors", "rlhf.config", "rlhf.cli", "rlhf.stages.launch", "rlhf.__main__")
+NO_TORCH = (
+    "rlhf.errors",
+    "rlhf.config",
+    "rlhf.cli",
+    "rlhf.cli_data",
+    "rlhf.cli_options",
+    "rlhf.stages.launch",
+    "rlhf.__main__",
+)
 TRAINING = (
     "rlhf.stages.pretrain",
     "rlhf.stages.sft",

@@ -148,6 +148,29 @@ def test_it_keeps_the_model_of_the_lowest_held_out_loss_and_says_each_labels_num
         assert any(name in line for line in lines)
 
 
+def test_another_classifier_starts_from_it_with_labels_of_its_own(
+    case: Case, run_stage: Any, write_jsonl: Any, tmp_path: Path
+) -> None:
+    """Four labels after two or three; what was learnt before stays in the trunk when hardly anything is learnt now."""
+    rows = [row | {"label": f"kind {i % 4}"} for i, row in enumerate(case.training)]
+    config = case.chain.configs["classify"] | {
+        "output_dir": str(tmp_path / "run"), "model": {"path": str(case.run)},
+        "optim": setup.optim(learning_rate=1e-12),
+        "data": {"train": [{"path": str(write_jsonl(tmp_path / "a.jsonl", rows))}], "max_length": 96},
+    }  # fmt: skip
+    run_stage("classify", config)
+    after = Case(tmp_path / "run", [f"kind {i}" for i in range(4)], False, case.adapters, rows, [], case.chain)
+    new, old = plain_model(after), plain_model(case)
+    if not case.adapters:
+        assert list(new.config.id2label.values()) == after.labels
+    theirs = dict(old.named_parameters())
+    for name, p in new.named_parameters():
+        if "score" in name:
+            assert p.shape[0] == 4
+        else:
+            assert_close(p, theirs[name].tolist(), name)
+
+
 def test_what_it_prints(full: Any, run_stage: Any, tmp_path: Path) -> None:
     out = run_stage("classify", full.configs["classify"] | {"output_dir": str(tmp_path / "run")})
     summary = info(tmp_path / "run")["summary"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def test_what_cannot_be_is_said_before_anything_is_written(
 def test_a_small_data_set_for_all_weights_is_said_with_its_numbers(full: Any, run_stage: Any, tmp_path: Path) -> None:
     config = full.configs["sft"] | {"output_dir": str(tmp_path / "sft")}
     said = run_stage("sft", config)
-    assert "records for 27,520 trained parameters: full fine-tuning of a small data set over-fits soon" in said
+    assert re.search(r"18 records for [\d,]+ trained parameters: full fine-tuning of a small data set over-fits", said)
     quiet = run_stage("sft", config | {"output_dir": str(tmp_path / "two"), "freeze": {"layers": "0"}})
     assert "over-fits soon" not in quiet
     assert "block 0" in quiet
