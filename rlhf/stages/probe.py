@@ -12,7 +12,8 @@ from rlhf.config.sections import Data, ModelSource
 from rlhf.data.render import Renderer
 from rlhf.data.sources import load_records
 from rlhf.errors import CheckpointError, ConfigError
-from rlhf.models.load import load_causal
+from rlhf.models.load import is_adapter, load_causal, resolve
+from rlhf.models.scorers import saved_head
 from rlhf.runs.console import Console
 from rlhf.stages import rendering
 from rlhf.trainers.probe import Probed
@@ -48,19 +49,27 @@ def probe(
         ood = render(load_records(kind, wanted.ood, **options).records)
         console.note(f"probe: {len(ood)} records of another distribution")
     output = output_weight(source) if scorer and text else None
-    return Probed(text, output, ood, renderer.pad_id, wanted.stop_above)
+    if scorer and text and output is None:
+        if wanted.stop_above is not None:
+            raise CheckpointError(
+                "the probe's text is read with the source's output layer, and it has none", where=source.path,
+                do="start from a causal LM, or leave probe.stop_above empty",
+            )  # fmt: skip
+        console.note("probe: the source has no output layer to read text with; how far its features move is measured")
+    return Probed(text, not scorer, output, ood, renderer.pad_id, wanted.stop_above)
 
 
-def output_weight(source: ModelSource) -> torch.Tensor:
-    """[V, H]: a copy of a causal LM's output layer.
+def output_weight(source: ModelSource) -> torch.Tensor | None:
+    """[V, H]: a copy of a causal LM's output layer; None of a model that has another one."""
+    from transformers import AutoConfig
 
-    Raises: CheckpointError if there is none.
-    """
-    layer = load_causal(source).get_output_embeddings()
-    if layer is None:
-        raise CheckpointError(
-            "the probe's text is read with the source's output layer, and it has none", where=source.path,
-            do="start from a causal LM, or leave probe.text empty",
-        )  # fmt: skip
-    weight: torch.Tensor = layer.weight.detach().clone()
+    folder = resolve(source)
+    if is_adapter(folder):
+        if any(saved_head(folder)):
+            return None
+    elif not any(
+        "CausalLM" in name or "LMHead" in name for name in AutoConfig.from_pretrained(folder).architectures or []
+    ):
+        return None
+    weight: torch.Tensor = load_causal(source).get_output_embeddings().weight.detach().clone()
     return weight

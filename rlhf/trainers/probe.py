@@ -23,12 +23,14 @@ class Probed:
 
     Attributes:
         text: token ids of documents of the source domain.
-        output: [V, H], the source's output layer, for models that have another one; None reads with the model's own.
+        speaks: the model has the output layer of a language model.
+        output: [V, H], the source's output layer, for a model that has another one; None if the source has none.
         ood: rows as the stage's trainer evaluates them.
         stop_above: nats per token.
     """
 
     text: Sequence[list[int]]
+    speaks: bool
     output: Tensor | None
     ood: Sequence[Any]
     pad_id: int
@@ -36,24 +38,32 @@ class Probed:
 
 
 @torch.no_grad()
-def text_loss(model: Any, probed: Probed) -> float:
-    """Mean negative log-likelihood of the text, nats per token."""
+def read_text(model: Any, probed: Probed) -> tuple[float | None, Tensor]:
+    """Mean negative log-likelihood of the text (nats per token; None without an output layer to read with), and the
+    last hidden states at the end of each document, [N, H] float32."""
     device = next(model.parameters()).device
     model.eval()
-    total, count = 0.0, 0
+    total, count, ends = 0.0, 0, []
     rows = sorted(probed.text, key=len)
     for i in range(0, len(rows), ROWS):
         ids, mask = (x.to(device) for x in pad_right(rows[i : i + ROWS], probed.pad_id))
-        inputs = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False}
-        if probed.output is None:
-            logits = model(**inputs).logits[:, :-1]
+        states = backbone(model)(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
+        ends.append(states[torch.arange(len(ids)), mask.sum(dim=1) - 1].float().cpu())
+        if probed.speaks:
+            logits = model.get_output_embeddings()(states[:, :-1])
+        elif probed.output is not None:
+            logits = states[:, :-1] @ probed.output.to(device, states.dtype).T
         else:
-            states = backbone(model)(**inputs).last_hidden_state[:, :-1]
-            logits = states @ probed.output.to(device, states.dtype).T
+            continue
         nll = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
         total += float((nll * mask[:, 1:]).sum())
         count += int(mask[:, 1:].sum())
-    return total / max(count, 1)
+    return (total / count if count else None), torch.cat(ends)
+
+
+def drift(states: Tensor, before: Tensor) -> float:
+    """Mean over documents of |h - h0| / |h0|. [N, H] each."""
+    return float(((states - before).norm(dim=1) / before.norm(dim=1)).mean())
 
 
 class Forgetting(TrainerCallback):
@@ -63,27 +73,33 @@ class Forgetting(TrainerCallback):
         """Measure the model as it is. Every process does, since a sharded model needs all of them."""
         self.trainer, self.probed, self.say = trainer, probed, say
         self.last: dict[str, float] = {}
-        self.before = text_loss(trainer.model, probed) if probed.text else 0.0
+        self.loss, self.states = read_text(trainer.model, probed) if probed.text else (None, torch.empty(0))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
         """After the held-out records: the text, then the records of another distribution."""
         if not metrics or "eval_loss" not in metrics:
             return  # our own evaluation below
         if self.probed.text:
-            now = text_loss(self.trainer.model, self.probed)
-            self.last = {"text_loss": now, "forgetting": now - self.before}
+            loss, states = read_text(self.trainer.model, self.probed)
+            self.last = {"drift": drift(states, self.states)}
+            if loss is not None and self.loss is not None:
+                self.last |= {"text_loss": loss, "forgetting": loss - self.loss}
             self.trainer.log(dict(self.last))
-            limit = self.probed.stop_above
-            if limit is not None and now - self.before > limit:
-                self.say(
-                    f"update {state.global_step}: the source's text costs {now:.3f} nats a token, "
-                    f"{now - self.before:.3f} more than before training (limit {limit:g}): stopped. Lower "
-                    "optim.learning_rate, train fewer weights (freeze, peft), or raise probe.stop_above"
-                )
-                control.should_training_stop = True
+            self.stop(state, control)
         if self.probed.ood:
             found = self.trainer.evaluate(self.ood(), metric_key_prefix="ood")
             self.last |= {name: value for name, value in found.items() if name in METRICS}
+
+    def stop(self, state: Any, control: Any) -> None:
+        """End a run that has forgotten too much."""
+        limit, lost = self.probed.stop_above, self.last.get("forgetting", 0.0)
+        if limit is not None and lost > limit:
+            self.say(
+                f"update {state.global_step}: the source's text costs {self.last['text_loss']:.3f} nats a token, "
+                f"{lost:.3f} more than before training (limit {limit:g}): stopped. Lower optim.learning_rate, train "
+                "fewer weights (freeze, peft), or raise probe.stop_above"
+            )
+            control.should_training_stop = True
 
     def ood(self) -> Any:
         """The rows as the trainer's own kind of data set."""

@@ -13,7 +13,7 @@ from rlhf.config.sections import Peft
 from rlhf.models.load import load_causal
 from rlhf.models.scorers import new_classifier
 from rlhf.stages.probe import output_weight
-from rlhf.trainers.probe import Probed, text_loss
+from rlhf.trainers.probe import Probed, drift, read_text
 from tests.models import tiny
 from tests.stages import setup
 from tests.stages.setup import info, metrics
@@ -34,13 +34,20 @@ def by_definition(model: Any) -> float:
     return total / count
 
 
-def probed(output: Any = None) -> Probed:
-    return Probed(ROWS, output, (), tiny.renderer().pad_id, None)
+def probed(output: Any = None, *, speaks: bool = False) -> Probed:
+    return Probed(ROWS, speaks, output, (), tiny.renderer().pad_id, None)
+
+
+def text_loss(model: Any, what: Probed) -> float:
+    loss, states = read_text(model, what)
+    assert loss is not None
+    assert states.shape == (len(ROWS), tiny.HIDDEN)
+    return loss
 
 
 def test_the_loss_of_a_text_is_the_mean_over_its_tokens() -> None:
     model = tiny.new(3)
-    assert_close(torch.tensor(text_loss(model, probed())), by_definition(model))
+    assert_close(torch.tensor(text_loss(model, probed(speaks=True))), by_definition(model))
 
 
 def test_a_scorer_reads_with_the_sources_output_layer_and_forgets_nothing_before_training(tmp_path: Path) -> None:
@@ -51,9 +58,16 @@ def test_a_scorer_reads_with_the_sources_output_layer_and_forgets_nothing_before
     )
     weight = output_weight(source)
     assert_close(torch.tensor(text_loss(scorer, probed(weight))), by_definition(model))
+    before = read_text(scorer, probed())[1]
+    assert read_text(scorer, probed())[0] is None
+    assert drift(read_text(model, probed(speaks=True))[1], before) == 0.0
     with torch.no_grad():
         scorer.model.layers[0].mlp.down_proj.weight.mul_(3.0)
     assert text_loss(scorer, probed(weight)) != pytest.approx(by_definition(model), rel=1e-3)
+    assert drift(read_text(scorer, probed())[1], before) > 0.01
+    assert_close(torch.tensor(drift(1.5 * before, before)), 0.5)
+    tiny.save(scorer, tmp_path / "classifier")
+    assert output_weight(tiny.source(tmp_path / "classifier")) is None
 
 
 @pytest.mark.parametrize("stage", FILES)
@@ -65,7 +79,7 @@ def test_every_evaluation_reads_the_probe(stage: str, full: Any, run_stage: Any,
     run_stage(stage, config)
     lines = metrics(tmp_path / stage)
     evaluated = [line["step"] for line in lines if "eval_loss" in line]
-    for name in ("forgetting", "text_loss", "ood_loss"):
+    for name in ("forgetting", "text_loss", "drift", "ood_loss"):
         assert [line["step"] for line in lines if name in line] == evaluated
     changes = [line["text_loss"] - line["forgetting"] for line in lines if "forgetting" in line]
     assert changes == pytest.approx([changes[0]] * len(changes))
