@@ -41,6 +41,7 @@ pytest: setup
 bench: setup
 	$(BIN)/python -m tests.bench.packing
 	$(BIN)/python -m tests.bench.growth
+	$(BIN)/python -m tests.bench.freezing
 	$(BIN)/python -m tests.bench.against_trl
 
 lock: setup

@@ -28,12 +28,19 @@ def commands(place: Path, what: str) -> list[str]:
     return (place / "said").read_text().splitlines()
 
 
-@pytest.mark.parametrize(("what", "stages"), [("on-policy", 5), ("tax", 6), ("sharing", 9), ("rules", 5), ("weak", 6)])
+STAGES = {
+    "on-policy": 5, "tax": 6, "sharing": 9, "rules": 5, "features": 4, "adapters": 5, "frozen": 2, "weak": 6
+}  # fmt: skip
+ONCE = ("rlhf data rules", "rlhf data features", "rlhf classify configs/demo/experiments/classify-traits.yaml")
+"""For all seeds together."""
+
+
+@pytest.mark.parametrize(("what", "stages"), STAGES.items())
 def test_its_commands_are_valid_and_its_seeds_kept_apart(
     what: str, stages: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    said = [line for line in commands(tmp_path / "place", what) if not line.startswith("rlhf data rules")]
+    said = [line for line in commands(tmp_path / "place", what) if not line.startswith(ONCE)]
     assert [p for line in said for p in problems(line)] == []
     assert len(said) == 2 * stages
     for seed, lines in (("1", said[:stages]), ("2", said[stages:])):

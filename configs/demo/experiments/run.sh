@@ -4,6 +4,9 @@
 #   tax        PPO-ptx against a higher KL penalty: gold utility and perplexity (after on-policy)
 #   sharing    separate models, a value head on the policy's trunk, one LoRA base for all roles (after on-policy)
 #   rules      preference reward with and without rule classifiers (after on-policy)
+#   features   a new head on good features: all at once, head first (LP-FT), unfrozen from the top; seeds 1 to 5
+#   adapters   LoRA on 2.5 % of the parameters beside all weights: reward model, PPO, what is forgotten (after on-policy)
+#   frozen     SFT of all weights, and without the embeddings and the lower half of the blocks
 #   weak       reward models on labels out of noisy votes: majority, Dawid-Skene, the truth (after on-policy)
 # Run: bash configs/demo/experiments/run.sh on-policy 1 2 3      2 CPU cores, no GPU, no network
 set -euo pipefail
@@ -61,6 +64,46 @@ rules() {
     output_dir="$top/evaluate-rules"
 }
 
+features() {
+  [ -f data/features/ood.jsonl ] || rlhf data features
+  # One source model for all seeds: they differ in the head's initialisation and in the training records.
+  rlhf classify $here/classify-traits.yaml
+  for name in ft lp-ft gradual; do
+    rlhf classify $here/classify-$name.yaml seed="$1" data.train.0.path="data/features/train_$1.jsonl" \
+      output_dir="$top/features-$name"
+  done
+  rlhf classify $here/classify-ft.yaml seed="$1" data.train.0.path="data/features/train_$1.jsonl" \
+    optim.learning_rate=1e-3 output_dir="$top/features-ft-high"
+}
+
+adapters() {
+  data=$top/weak-data
+  [ -f "$data/truth.jsonl" ] || rlhf data annotators --seed "$1" --output "$data"
+  small=(peft.method=lora peft.r=3 peft.alpha=6) # 2.5 % of the parameters
+  for name in full lora; do
+    changes=()
+    if [ $name = lora ]; then
+      changes=("${small[@]}" optim.learning_rate=1.5e-3)
+    fi
+    rlhf reward $here/reward-weak.yaml seed="$1" model.path="$top/sft/model" data.train.0.path="$data/truth.jsonl" \
+      data.validation.0.path="$data/truth_valid.jsonl" probe.text='[{path: data/demo/corpus_valid.jsonl, format: text}]' \
+      "${changes[@]}" output_dir="$top/adapters-$name"
+  done
+  rlhf ppo configs/demo/ppo.yaml seed="$1" "${models[@]}" "${small[@]}" optim.learning_rate=3e-3 \
+    optim.value_learning_rate=1e-2 output_dir="$top/adapters-ppo"
+  judge evaluate-adapters models.ppo.path="$top/adapters-ppo/model" "$1" 0
+}
+
+frozen() {
+  for name in all half; do
+    changes=()
+    if [ $name = half ]; then
+      changes=(freeze.first=50% freeze.parts=[embeddings])
+    fi
+    rlhf sft configs/demo/sft.yaml seed="$1" "${changes[@]}" output_dir="$top/frozen-$name"
+  done
+}
+
 weak() {
   data=$top/weak-data
   [ -f "$data/pairs.jsonl" ] || rlhf data annotators --seed "$1" --output "$data"
@@ -92,7 +135,10 @@ for seed in "$@"; do
     tax) tax "$seed" ;;
     sharing) sharing "$seed" ;;
     rules) rules "$seed" ;;
+    features) features "$seed" ;;
+    adapters) adapters "$seed" ;;
+    frozen) frozen "$seed" ;;
     weak) weak "$seed" ;;
-    *) echo "no experiment called $what: on-policy, tax, sharing, rules or weak" >&2; exit 2 ;;
+    *) echo "no experiment called $what: on-policy, tax, sharing, rules, features, adapters, frozen or weak" >&2; exit 2 ;;
   esac
 done
