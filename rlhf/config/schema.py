@@ -49,7 +49,8 @@ class Tuned(Stage):
     freeze: Selection = Field(NOTHING, description="weights that are never trained")
     unfreeze: tuple[Phase, ...] = Field(
         (),
-        description="phases in order, each with its trained weights and length; empty = all at once, for optim.epochs",
+        description="phases in order, each with its trained weights and length; empty = all at once, for optim.epochs. "
+        "The best weights are those of the best evaluation in the last one",
     )
     evaluations: Count = Field(5, description="how often held-out records are read, and checkpoints written")
     probe: Probe = Probe()

@@ -64,8 +64,8 @@ def arguments(
 ) -> dict[str, Any]:
     """Keyword arguments of a TrainingArguments subclass; learning rates are the program's (`rlhf.trainers.tuned`).
 
-    Evaluations and checkpoints fall together, `evaluations` times over the run. With patience the best weights of all
-    evaluations are restored at the end.
+    Evaluations and checkpoints fall together, `evaluations` times over the run. With patience the best weights among
+    the last phase's evaluations are restored at the end.
     """
     accumulation, updates = optim.accumulation(processes), program.updates
     every = max(1, math.ceil(updates / evaluations))

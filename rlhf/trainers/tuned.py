@@ -55,6 +55,9 @@ class Phases(TrainerCallback):
         now = self.plan.now(state.global_step, self.evaluations)
         if state.global_step == now.begun:
             forget_steps(optimizer, begins(self.groups, now.phase))
+            if now.phase == len(self.plan.stretches) - 1:
+                # Earlier phases prepare this one: its best weights are looked for among its own evaluations.
+                state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         set_trained(model, self.plan, now.phase)
         rates = self.plan.rates(self.groups, state.global_step, now)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):

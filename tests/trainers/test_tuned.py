@@ -192,6 +192,17 @@ def test_early_stopping_restores_the_best_weights(sft_folder: str, tmp_path: Pat
     assert_close(torch.tensor(trainer.evaluate()["eval_loss"]), min(losses))
 
 
+def test_the_best_weights_are_looked_for_in_the_last_phase(sft_folder: str, tmp_path: Path) -> None:
+    """Though the probe's loss is lower: the second phase has a rate that only does harm."""
+    harm = Phase(updates=4, learning_rate=0.05)
+    trainer = trained(tmp_path, classifier(sft_folder), [PROBE, harm], evaluations=7, batch_size=8, microbatch_size=8)
+    losses = {line["step"]: line["eval_loss"] for line in written(tmp_path) if "eval_loss" in line}
+    assert min(losses, key=losses.__getitem__) <= 3
+    assert trainer.state.best_global_step > 3
+    later = [loss for step, loss in losses.items() if step > 3]
+    assert_close(torch.tensor(trainer.evaluate()["eval_loss"]), min(later))
+
+
 def test_adapters_are_unfrozen_as_what_they_change(sft_folder: str, tmp_path: Path) -> None:
     adapter = Peft(method="lora", r=4, alpha=8.0)
     model = classifier(sft_folder, adapter)
