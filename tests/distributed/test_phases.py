@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from rlhf.models.load import load_causal
 from tests.distributed.test_launch import finished, launched
+from tests.models import tiny
 from tests.stages import setup
 from tests.stages.setup import metrics
-from tests.tolerances import PROCESSES, PROCESSES_PPO
+from tests.tolerances import PROCESSES, PROCESSES_PPO, distance
 
 pytestmark = pytest.mark.slow
 ENGINES = ("ddp", "zero2", "zero3")
@@ -68,3 +71,13 @@ def test_so_it_does_inside_ppo(engine: str, runs: Any) -> None:
     for mine, other in zip(ours, theirs, strict=True):
         for name in ("score", "kl", "policy_loss", "value_loss", "grad_norm", "learning_rate"):
             assert mine[name] == pytest.approx(other[name], rel=PROCESSES_PPO, abs=PROCESSES_PPO), (other["step"], name)
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_its_model_loads_without_the_engine_and_is_that_of_one_process(engine: str, stage: str, runs: Any) -> None:
+    one, other = (
+        torch.cat([p.detach().flatten() for p in load_causal(tiny.source(runs[stage, name])).parameters()])
+        for name in ("one", engine)
+    )
+    assert distance(other, one) < PROCESSES_PPO
