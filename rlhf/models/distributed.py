@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from importlib.metadata import version
 from typing import Any
@@ -77,14 +77,16 @@ def make_accelerator(*, timeout_minutes: int = 30, unused: bool = False) -> Any:
     Raises: TrainingError if the number of processes is not the launched one.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+    from accelerate.utils import GradientAccumulationPlugin
 
     handlers: list[Any] = [DistributedDataParallelKwargs(find_unused_parameters=True)] if unused else []
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > 1 and use_cpu():
         handlers.append(InitProcessGroupKwargs(backend="gloo", timeout=timedelta(minutes=timeout_minutes)))
     accelerator = Accelerator(
-        cpu=use_cpu() and not under_deepspeed(), kwargs_handlers=handlers, step_scheduler_with_optimizer=False
-    )
+        cpu=use_cpu() and not under_deepspeed(), kwargs_handlers=handlers, step_scheduler_with_optimizer=False,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # ours; the files of configs/ say 'auto'
+    )  # fmt: skip
     check_accelerator(accelerator)
     return accelerator
 
@@ -131,11 +133,14 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def set_microbatch(accelerator: Any, microbatch_size: int) -> None:
-    """Tell DeepSpeed the microbatch that no prepared dataloader would tell it."""
+def set_batch(accelerator: Any, microbatch_size: int, max_grad_norm: float) -> None:
+    """Tell DeepSpeed what no prepared dataloader would tell it; accumulation is ours (`accumulating`)."""
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     if plugin is not None:
-        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = microbatch_size
+        plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": microbatch_size, "gradient_accumulation_steps": 1,
+            "gradient_clipping": max_grad_norm,
+        }  # fmt: skip
 
 
 def trainer_arguments(precision: str) -> dict[str, Any]:
@@ -154,6 +159,45 @@ def trainer_arguments(precision: str) -> dict[str, Any]:
 def wants_bfloat16(precision: str) -> bool:
     """Whether forward and backward run in bfloat16: 'bfloat16', or 'auto' on a GPU that has it."""
     return precision == "bfloat16" or (precision == "auto" and not use_cpu() and torch.cuda.is_bf16_supported())
+
+
+@contextmanager
+def accumulating(model: Any, accelerator: Any, *, last: bool) -> Iterator[None]:
+    """Around the forward and backward of a microbatch: gradients go to the other processes with the `last` one."""
+    if under_deepspeed():
+        model.set_gradient_accumulation_boundary(last)
+        yield
+    else:
+        with nullcontext() if last else accelerator.no_sync(model):
+            yield
+
+
+def backward(loss: torch.Tensor, model: Any, accelerator: Any) -> None:
+    """Add the gradient of a loss. accelerate would also let a DeepSpeed engine step, at every microbatch."""
+    if under_deepspeed():
+        model.backward(loss)
+    else:
+        accelerator.backward(loss)
+
+
+def clip_and_step(
+    model: Any, optimizer: Any, accelerator: Any, max_norm: float, check: Callable[[float], None]
+) -> float:
+    """One optimizer step. Returns the global gradient norm before clipping.
+
+    Args:
+        check: is given the norm before the step (DeepSpeed: after it, since it is made inside) and may raise.
+    """
+    if under_deepspeed():
+        model.step()  # clips to what `set_batch` has set
+        norm = float(model.get_global_grad_norm() or 0.0)
+        check(norm)
+        return norm
+    norm = float(accelerator.clip_grad_norm_(model.parameters(), max_norm))
+    check(norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
 
 
 def forget_steps(optimizer: Any, groups: list[int]) -> None:

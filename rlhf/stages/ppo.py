@@ -16,7 +16,7 @@ from rlhf.data.render import Rendered, Renderer
 from rlhf.data.sources import load_records
 from rlhf.errors import ConfigError
 from rlhf.models.adapters import check_same_shape, policy_with_adapter
-from rlhf.models.distributed import is_main, make_accelerator, set_microbatch, under_deepspeed
+from rlhf.models.distributed import is_main, make_accelerator, set_batch
 from rlhf.models.heads import SharedValue, rescale_head
 from rlhf.models.load import context_length, disable_dropout, load_causal, resolve
 from rlhf.models.roles import VALUE, new_on, put_on, why_apart
@@ -28,6 +28,7 @@ from rlhf.runs.metrics import MetricsWriter, read_lines
 from rlhf.runs.run_dir import RunDir
 from rlhf.stages import rendering
 from rlhf.stages.common import RunResult, begin, check_context, open_tokenizer, seal, start, stop_at
+from rlhf.stages.engines import check_deepspeed
 from rlhf.stages.rewards import build_rewards, reward_deviation, same_tokenizer, to_device
 from rlhf.stages.tuning import say_phases
 from rlhf.trainers.policy_value import PolicyAndValue
@@ -103,6 +104,7 @@ def prepare(config: PPOConfig, console: Console) -> Ready:
 
     Raises: ConfigError, DataError or CheckpointError.
     """
+    check_deepspeed(config)
     tokenizer, renderer = open_tokenizer(config.policy, console)
     shared = share(config, console)
     policy, reference = _policy(config, len(tokenizer))
@@ -122,7 +124,7 @@ def prepare(config: PPOConfig, console: Console) -> Ready:
         model.recompute_activations()
     # After the models: once an accelerator of ZeRO-3 exists, transformers loads shards of them, which no head fits.
     accelerator = make_accelerator(unused=bool(config.unfreeze.policy or config.unfreeze.value_model))
-    set_microbatch(accelerator, config.optim.microbatch_size)
+    set_batch(accelerator, config.optim.microbatch_size, config.optim.max_grad_norm)
     longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
     check_context(longest, context_length(model.policy), "data.max_prompt_tokens + sampling.max_new_tokens")
     say_phases(config, model, console)
@@ -205,11 +207,6 @@ def _text(config: PPOConfig, renderer: Renderer, console: Console) -> TextMix | 
     """The documents of the ptx term, rendered."""
     if not config.ptx.data:
         return None
-    if config.ptx.balance is not None and under_deepspeed():
-        raise ConfigError(
-            "DeepSpeed keeps gradients where they cannot be compared", found=f"ptx.balance={config.ptx.balance}",
-            where="ptx.balance", do="set ptx.balance=null and choose ptx.coef, or launch without DeepSpeed",
-        )  # fmt: skip
     loaded = load_records(
         "document", config.ptx.data, seed=config.seed, on_bad_row=config.data.on_bad_row,
         deduplicate=config.data.deduplicate,

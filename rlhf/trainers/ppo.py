@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +22,7 @@ from rlhf.errors import ConfigError
 from rlhf.functional import adaptive_kl
 from rlhf.models.adapters import reference_policy
 from rlhf.models.average import Average
-from rlhf.models.distributed import unsharded, wants_bfloat16
+from rlhf.models.distributed import accumulating, backward, clip_and_step, unsharded, wants_bfloat16
 from rlhf.models.packing import can_pack, microbatches
 from rlhf.rollout.rewards import Rewards
 from rlhf.rollout.sample import sample
@@ -220,7 +219,7 @@ class PPOTrainer:
             total = experience.response_mask[minibatch].sum()
             per_step = settings.epochs * settings.minibatches
             update = self.step * per_step + min(number, per_step - 1)  # further passes of a warm-up keep the rate
-            self.set_learning_rates(update)  # first: a DeepSpeed engine steps with the last backward
+            self.set_learning_rates(update)
             before = sums.get("approx_kl", torch.zeros((), device=a.device)).clone()
             if self.text is not None and not self.warming:
                 self.text.accumulate(self.model, a, update, self.computing, sums, weigh=number == 0)
@@ -272,8 +271,7 @@ class PPOTrainer:
         worst = 0.0
         for i, rows in enumerate(parts):
             part = experience.select(rows)
-            last = i == len(parts) - 1
-            with nullcontext() if last else a.no_sync(self.model):
+            with accumulating(self.model, a, last=i == len(parts) - 1):
                 with self.computing():
                     logprobs, entropy, values = self.model(part, config.sampling.temperature)
                 loss, numbers = summed_losses(
@@ -282,7 +280,7 @@ class PPOTrainer:
                 if not math.isfinite(size := float(loss.detach())):
                     raise self.watcher.not_finite("the loss", size, self.step, part)
                 # The engine averages gradients over processes; the global count already divides by all tokens.
-                a.backward(loss / total * a.num_processes)
+                backward(loss / total * a.num_processes, self.model, a)
             worst = max(worst, float(numbers.pop("ratio_error")))
             for key, value in numbers.items():
                 sums[key] = sums.get(key, torch.zeros_like(value)) + value
@@ -293,12 +291,13 @@ class PPOTrainer:
 
         Raises: TrainingError before the step if the gradient is not finite.
         """
-        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optim.max_grad_norm))
-        if not math.isfinite(norm):
-            raise self.watcher.not_finite("the gradient norm", norm, self.step, experience)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return norm
+
+        def check(norm: float) -> None:
+            if not math.isfinite(norm):
+                raise self.watcher.not_finite("the gradient norm", norm, self.step, experience)
+
+        most = self.config.optim.max_grad_norm
+        return clip_and_step(self.model, self.optimizer, self.accelerator, most, check)
 
     def set_learning_rates(self, update: int) -> None:
         """Of an update; 0 for a policy that waits."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rlhf.config.ppo import Ptx
 from rlhf.data.collate import pad_right
 from rlhf.data.render import Rendered
+from rlhf.models.distributed import accumulating, backward
 from rlhf.trainers.order import passes
 from rlhf.trainers.policy_value import TextBatch
 
@@ -73,10 +74,10 @@ class TextMix:
         )
         weigh = weigh and self.config.balance is not None
         for part in parts:
-            with a.no_sync(model):  # the PPO loss that follows carries the sum to the other processes
+            with accumulating(model, a, last=False):  # the PPO loss that follows carries the sum to the other processes
                 with computing():
                     loss = model(part) / total
-                a.backward(self.coef * loss * a.num_processes)
+                backward(self.coef * loss * a.num_processes, model, a)
             sums["ptx_loss"] = sums.get("ptx_loss", torch.zeros((), device=a.device)) + loss.detach()
         if weigh:
             self.hold(a.unwrap_model(model).trained_policy().values())

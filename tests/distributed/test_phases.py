@@ -1,4 +1,4 @@
-"""Phases under every engine: two processes, with DDP and with ZeRO, give the numbers of one process."""
+"""Phases and accumulation under every engine: two processes, with DDP and with ZeRO, give the numbers of one."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ SFT = {
         {"train": "all", "updates": 4, "learning_rate": 0.002},
     ],
     "evaluations": 2,
-    "optim": {"batch_size": 8, "microbatch_size": 4, "epochs": 2.0, "weight_decay": 0.1},
+    "optim": {"batch_size": 8, "microbatch_size": 2, "epochs": 2.0, "weight_decay": 0.1},
 }
 PPO = {
+    "optim": {"learning_rate": 5e-3, "value_learning_rate": 1e-2, "microbatch_size": 1},
     "freeze": {"policy": {"parts": ["embeddings"]}},
     "unfreeze": {
         "policy": [{"train": {"last": 1}, "steps": 1, "learning_rate": 0.003}, {"train": "all"}],

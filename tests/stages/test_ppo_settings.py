@@ -13,11 +13,13 @@ import torch
 from rlhf.config.schema import PPOConfig
 from rlhf.config.sections import ModelSource
 from rlhf.data.render import Renderer
+from rlhf.errors import ConfigError
 from rlhf.models.heads import sequence_scores
 from rlhf.models.load import load_causal, load_tokenizer
 from rlhf.models.scorers import load_scorer
 from rlhf.runs.console import Console
 from rlhf.stages.common import seal
+from rlhf.stages.engines import check_deepspeed
 from rlhf.stages.ppo import prepare
 from rlhf.stages.pretrain import new_tokenizer
 from tests.models import tiny
@@ -222,3 +224,23 @@ def test_activation_checkpointing_reaches_every_layer_that_is_trained(
         layers = [m for m in model.modules() if hasattr(m, "gradient_checkpointing") and hasattr(m, "self_attn")]
         assert len(layers) == (4 if chain == "full" else 2)  # two layers a model; adapters share them
         assert all(layer.gradient_checkpointing is on for layer in layers)
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"ppo": {"target_kl": 0.1}}, "cannot take back the gradients"),
+        ({"ptx": {"coef": 1.0, "balance": 0.5, "data": [{"path": "x"}]}}, "cannot be compared"),
+        ({"ptx": {"coef": 1.0, "data": [{"path": "x"}], "batch_size": 3}}, "cannot be shared equally by 2 processes"),
+    ],
+)
+def test_what_deepspeed_cannot_do_is_refused(
+    sections: dict[str, Any], words: str, full: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = full.configs["ppo"]
+    made = PPOConfig.model_validate(config | {k: config.get(k, {}) | v for k, v in sections.items()})
+    check_deepspeed(made)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=words):
+        check_deepspeed(made)
