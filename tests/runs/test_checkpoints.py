@@ -156,7 +156,7 @@ def test_without_room_it_is_not_begun_and_a_hidden_reason_is_found(
             raise RuntimeError("file write failed")
 
     for most in (0, 1):
-        with pytest.raises(CheckpointError, match="no room for a checkpoint .*there was none before"):
+        with pytest.raises(CheckpointError, match=r"no room for a checkpoint .*there was none before"):
             fail()
         assert len(began) == most
 

@@ -31,23 +31,33 @@ def test_it_ends_at_once_where_no_safe_point_is_to_come() -> None:
     assert end.value.code == stop.STOPPED == 75
 
 
-def test_it_waits_for_a_safe_point_and_twice_is_as_once() -> None:
-    with pytest.raises(stop.Stopped), stop.at_safe_points(60):
+def patient() -> None:
+    with stop.at_safe_points(60):
         assert not stop.asked()
         terminate()
         terminate()
         assert stop.asked()
         assert not stop.urgent()
+
+
+def hasty() -> None:
+    with stop.at_safe_points(0.2):
+        terminate()
+        time.sleep(0.12)
+        assert stop.urgent()
+        time.sleep(30)
+
+
+def test_it_waits_for_a_safe_point_and_twice_is_as_once() -> None:
+    with pytest.raises(stop.Stopped):
+        patient()
     assert not stop.asked()
 
 
 def test_it_ends_when_the_grace_is_over() -> None:
     begun = time.monotonic()
-    with pytest.raises(stop.Stopped), stop.at_safe_points(0.2):
-        terminate()
-        time.sleep(0.12)
-        assert stop.urgent()
-        time.sleep(30)
+    with pytest.raises(stop.Stopped):
+        hasty()
     assert time.monotonic() - begun < 10
 
 
