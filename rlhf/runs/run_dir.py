@@ -31,7 +31,7 @@ from rlhf.runs.lock import LOCK_FILE, Lock, refuse_if_held
 from rlhf.runs.stop import Stopped
 
 RUN_FILE, CONFIG_FILE = "run.json", "config.yaml"
-STARTING = {LOCK_FILE, f"{RUN_FILE}.tmp", f"{CONFIG_FILE}.new"}
+STARTING = {LOCK_FILE, f"{RUN_FILE}.tmp", f"{CONFIG_FILE}.new", f"{CONFIG_FILE}.new.tmp"}
 """What a run that dies in its first moment leaves behind: it may begin again."""
 
 

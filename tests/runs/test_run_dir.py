@@ -47,7 +47,9 @@ def test_a_run_that_lost_its_process_may_continue_and_a_finished_one_is_skipped(
     assert info(tmp_path)["peak_memory_gib"] > 0
 
 
-@pytest.mark.parametrize("left", [(".lock",), (".lock", "run.json.tmp", "config.yaml.new")])
+@pytest.mark.parametrize(
+    "left", [(".lock",), (".lock", "config.yaml.new.tmp"), (".lock", "run.json.tmp", "config.yaml.new")]
+)
 def test_a_run_killed_in_its_first_moment_may_begin_again(left: tuple[str, ...], tmp_path: Path) -> None:
     """Before run.json is there."""
     for name in left:
