@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from rlhf.runs.run_dir import read_json, sync, write_json
 SCHEMA = 1
 """Of the layout of a checkpoint. Raise it when an older one can no longer be read."""
 MANIFEST = "manifest.json"
+UNSEALED = "manifest.damaged.json"
 UNFINISHED = ".tmp"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -140,16 +141,18 @@ def newest(
         except Damaged as trouble:
             before = candidates.index(path) > 0
             say(f"{trouble}; {'trying the one before it' if before else 'no older one is left: starting over'}")
+            with suppress(OSError):  # its files stay for who wants to look, until the next checkpoint is whole
+                os.replace(path / MANIFEST, path / UNSEALED)
             continue
         return found
     return None
 
 
 def prune(folder: Path, prefix: str, keep: int, *, protect: Path | None = None) -> None:
-    """After one has been written: remove all but the newest `keep`, and what is left of unfinished ones."""
+    """After one has been written: remove all but the newest `keep` whole ones, and what is left of others."""
     for path in folder.glob(f"{prefix}-*{UNFINISHED}"):
         shutil.rmtree(path, ignore_errors=True)
-    kept = listed(folder, prefix)[-keep:]
+    kept = [path for path in listed(folder, prefix) if (path / MANIFEST).is_file()][-keep:]
     for path in listed(folder, prefix):
         if path not in kept and path.name != (protect.name if protect is not None else None):
             shutil.rmtree(path, ignore_errors=True)

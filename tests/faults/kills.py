@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.conftest import save_tiny_model
 from tests.faults.setup import differences
 from tests.stages import setup
 from tests.stages.setup import info
@@ -40,10 +41,10 @@ def folder_of(top: Path, stage: str) -> Path:
     return next((p for p in top.glob(f"*-{stage}") if p.is_dir()), top / "nothing")
 
 
-def prepare(place: Path, model: str) -> Path:
-    """Data and configurations of a pipeline; what the stages save often. Returns: its file."""
+def prepare(place: Path) -> Path:
+    """Data, a source model and configurations of a pipeline that saves often. Returns: its file."""
     files = setup.write_data(place / "data")
-    made = setup.configs(place / "unused", model, files)
+    made = setup.configs(place / "unused", str(save_tiny_model(place / "tiny")), files)
     made["ppo"] |= {"checkpoint_every": 1, "sample_every": 1}
     for stage in STAGES:
         setup.write(place, stage, made[stage])
@@ -142,11 +143,11 @@ def _begun(top: Path, stage: str) -> bool:
     return (folder_of(top, stage) / "run.json").is_file()
 
 
-def campaign(place: Path, model: str, kills: int, seed: int) -> dict[str, Any]:
+def campaign(place: Path, kills: int, seed: int) -> dict[str, Any]:
     """All of it. Returns: what happened."""
     for name in HEAVY:
         importlib.import_module(name)
-    pipeline, log = prepare(place, model), place / "log.txt"
+    pipeline, log = prepare(place), place / "log.txt"
     plain = place / "plain"
     assert wait(fork(command(pipeline, plain), log), time.monotonic() + 300) == 0, log.read_text(encoding="utf-8")
     spans = {stage: float(info(folder_of(plain, stage))["timings_s"]["total"]) for stage in STAGES}
@@ -179,14 +180,13 @@ def main() -> None:
     """Print the result as JSON; exit code 1 if anything differs."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--model", required=True, help="folder of a tiny causal LM with its tokenizer")
     parser.add_argument("--kills", type=int, default=8)
     parser.add_argument("--seed", type=int, default=1)
     chosen = parser.parse_args()
     import torch
 
     torch.set_num_threads(1)
-    result = campaign(chosen.folder, chosen.model, chosen.kills, chosen.seed)
+    result = campaign(chosen.folder, chosen.kills, chosen.seed)
     print(json.dumps(result))
     sys.exit(1 if result["wrong"] else 0)
 

@@ -71,7 +71,10 @@ def test_a_damaged_newest_one_is_named_and_the_one_before_is_used(fault: str, tm
     assert len(said) == 1
     assert "step-000010" in said[0]
     assert said[0].endswith("trying the one before it")
+    later = write(tmp_path, "step-000011")
+    assert names(tmp_path) == [before.name, later.name]  # both that stay are whole
     harm(before)
+    harm(later)
     assert newest(tmp_path, "step", said.append) is None
     assert said[-1].endswith("no older one is left: starting over")
 
