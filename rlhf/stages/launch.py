@@ -16,6 +16,9 @@ from rlhf.config.load import read_yaml
 from rlhf.errors import ConfigError
 from rlhf.runs.stop import Stopped
 
+LONGEST_END = 60.0
+"""Seconds that processes of a launcher that has ended may take to end, too."""
+
 
 def accelerate_config(name: str) -> Path:
     """The accelerate file that a launcher name means.
@@ -78,7 +81,8 @@ def supervise(command: list[str], environment: Mapping[str, str]) -> int:
 
 def _wait_for_group(group: int, told: list[int]) -> None:
     """After a signal the launcher may end before the stage has saved."""
-    while told:
+    end = time.monotonic() + LONGEST_END
+    while told and time.monotonic() < end:
         try:
             os.killpg(group, 0)
         except ProcessLookupError:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from rlhf.config.schema import PPOConfig
-from rlhf.models.distributed import any_process
+from rlhf.errors import CheckpointError
+from rlhf.models.distributed import any_process, under_deepspeed
 from rlhf.runs import stop
 from rlhf.runs.checkpoints import newest, refuse_old, writing
 from rlhf.runs.console import Console
@@ -52,12 +53,17 @@ class Keeper:
     def load(self, trainer: PPOTrainer) -> bool:
         """Continue from the newest whole checkpoint, if there is one.
 
-        Raises: CheckpointError for one that another version wrote.
+        Raises: CheckpointError for one that another version wrote, and under DeepSpeed.
         """
         refuse_old(self.directory.checkpoints / "ppo.pt")
         found = newest(self.directory.checkpoints, PREFIX, self.console.note)
         if found is None:
             return False
+        if under_deepspeed():  # each process holds a part of the optimizer's state, and this one file has one part
+            raise CheckpointError(
+                "a PPO run under DeepSpeed cannot be continued yet", where=str(found.path),
+                do="choose another output_dir to start over, or use a launcher without DeepSpeed (ddp)",
+            )  # fmt: skip
         trainer.load_state_dict(torch.load(found.path / STATE, map_location="cpu", weights_only=True))
         return True
 

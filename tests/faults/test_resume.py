@@ -156,3 +156,19 @@ def test_a_pause_without_a_request_does_nothing(full: Any, run_stage: Any, monke
         monkeypatch.setattr(Keeper, name, lambda *a, n=name, o=original: calls.append(n) or o(*a))
     run_stage("ppo", moved(full.configs["ppo"], tmp_path / "run"))
     assert (calls.count("pause"), calls.count("save")) == (18, 1)
+
+
+def test_a_ppo_run_under_deepspeed_says_that_it_cannot_be_continued(
+    full: Any, call_cli: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Rather than give every process the optimizer state of the first."""
+    import rlhf.stages.resume as module
+
+    config = moved(full.configs["ppo"], tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(PPOTrainer, "optimizer_step", on_call(1, PPOTrainer.optimizer_step))
+        stopped("ppo", config, tmp_path, call_cli)
+    monkeypatch.setattr(module, "under_deepspeed", lambda: True)
+    code, _, err = call_cli(["ppo", setup.write(tmp_path, "ppo", config)])
+    assert code == 2
+    assert "under DeepSpeed cannot be continued yet; choose another output_dir" in err
