@@ -45,7 +45,7 @@ def seal(folder: Path, **about: Any) -> None:
     """Make a folder a checkpoint: sync its files, then write the manifest.
 
     Args:
-        about: facts kept in the manifest, such as the step.
+        about: facts kept in the manifest, such as the step; `needs` names another checkpoint that this one refers to.
     """
     (folder / MANIFEST).unlink(missing_ok=True)
     files = {}
@@ -124,20 +124,17 @@ def listed(folder: Path, prefix: str) -> list[Path]:
     return sorted(found, key=lambda path: (_number(path), path.name))
 
 
-def newest(
-    folder: Path, prefix: str, say: Callable[[str], None], *, also: Callable[[Checkpoint], None] = lambda _: None
-) -> Checkpoint | None:
-    """The newest whole checkpoint; those that are not are named.
+def newest(folder: Path, prefix: str, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest whole checkpoint, with the one that it needs; those that are not are named.
 
-    Args:
-        also: looks further, and raises Damaged.
     Raises: CheckpointError for one that another version wrote.
     """
     candidates = listed(folder, prefix)
     for path in reversed(candidates):
         try:
             found = verify(path)
-            also(found)
+            if found.about.get("needs") not in (None, path.name):
+                verify(folder / found.about["needs"])
         except Damaged as trouble:
             before = candidates.index(path) > 0
             say(f"{trouble}; {'trying the one before it' if before else 'no older one is left: starting over'}")
@@ -148,13 +145,15 @@ def newest(
     return None
 
 
-def prune(folder: Path, prefix: str, keep: int, *, protect: Path | None = None) -> None:
-    """After one has been written: remove all but the newest `keep` whole ones, and what is left of others."""
+def prune(folder: Path, prefix: str, keep: int) -> None:
+    """After one has been written: remove all but the newest `keep` whole ones and what they need, and what is left of
+    others."""
     for path in folder.glob(f"{prefix}-*{UNFINISHED}"):
         shutil.rmtree(path, ignore_errors=True)
     kept = [path for path in listed(folder, prefix) if (path / MANIFEST).is_file()][-keep:]
+    needed = {read_json(path / MANIFEST)["about"].get("needs") for path in kept}
     for path in listed(folder, prefix):
-        if path not in kept and path.name != (protect.name if protect is not None else None):
+        if path not in kept and path.name not in needed:
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from transformers import TrainerCallback
 from rlhf.config.sections import Saving
 from rlhf.models.distributed import any_process
 from rlhf.runs import stop
-from rlhf.runs.checkpoints import MANIFEST, Checkpoint, forget_after, newest, prune, room, seal, size_of, verify
+from rlhf.runs.checkpoints import MANIFEST, Checkpoint, forget_after, newest, prune, room, seal, size_of
 from rlhf.runs.metrics import MetricsWriter
 from rlhf.runs.run_dir import RunDir
 
@@ -26,14 +25,7 @@ def last_checkpoint(run: RunDir, say: Callable[[str], None]) -> Checkpoint | Non
 
     Raises: CheckpointError for one that another version wrote.
     """
-
-    def best_is_whole(found: Checkpoint) -> None:
-        state = json.loads((found.path / "trainer_state.json").read_text(encoding="utf-8"))
-        best = state.get("best_model_checkpoint")
-        if best is not None and Path(best).name != found.path.name:
-            verify(found.path.parent / Path(best).name)
-
-    return newest(run.checkpoints, PREFIX, say, also=best_is_whole)
+    return newest(run.checkpoints, PREFIX, say)
 
 
 class Seals(TrainerCallback):
@@ -86,10 +78,13 @@ class Seals(TrainerCallback):
         if self.run.main:
             name = f"{PREFIX}-{state.global_step}"
             self.writer.sync()
-            seal(self.run.checkpoints / name, step=state.global_step, lines=self.writer.lines)
-            best = state.best_model_checkpoint
+            best = state.best_model_checkpoint  # restored at the end
+            seal(
+                self.run.checkpoints / name, step=state.global_step, lines=self.writer.lines,
+                needs=Path(best).name if best else None,
+            )  # fmt: skip
             forget_after(self.run.checkpoints, PREFIX, name)
-            prune(self.run.checkpoints, PREFIX, self.saving.keep, protect=Path(best) if best else None)
+            prune(self.run.checkpoints, PREFIX, self.saving.keep)
         self.trainer.accelerator.wait_for_everyone()
         if self.ending:
             raise stop.Stopped(f"after update {state.global_step}")

@@ -104,6 +104,22 @@ def test_the_newest_stay(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-000004-002"]
 
 
+def test_what_a_kept_one_needs_is_kept_and_verified_with_it(tmp_path: Path) -> None:
+    """Also when a newer one needs another: if that is damaged, the one before must still be of use."""
+    for step, best in ((1, 1), (2, 1), (3, 1), (4, 4)):
+        with writing(tmp_path, f"step-{step}", needed=1, keep=2, about={"needs": f"step-{best}"}) as into:
+            (into / "state.pt").write_text("x")
+    assert names(tmp_path) == ["step-1", "step-3", "step-4"]
+    flip(tmp_path / "step-4" / "state.pt")
+    said: list[str] = []
+    found = newest(tmp_path, "step", said.append)
+    assert found is not None
+    assert found.path.name == "step-3"
+    flip(tmp_path / "step-1" / "state.pt")
+    assert newest(tmp_path, "step", said.append) is None
+    assert "step-1" in said[-1]
+
+
 def test_numbers_count_and_not_letters(tmp_path: Path) -> None:
     for name in ("checkpoint-9", "checkpoint-10", "checkpoint-best", "checkpoint-11.tmp"):
         (tmp_path / name).mkdir()
