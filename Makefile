@@ -1,5 +1,6 @@
 # make demo   set up, then data -> SFT -> reward model -> PPO -> evaluation on the embedded world (runs/demo)
 # make test   set up, then lint, types and tests
+# make soak   kill a tiny pipeline 100 times (KILLS=100, SEED=1), resume it each time, compare with an uninterrupted one
 # make bench  measure what optimisations are worth on this machine (give it the machine alone)
 # make lock   rewrite constraints.txt from the environment that was tested
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test setup lint types pytest bench lock clean
+.PHONY: demo test setup lint types pytest soak bench lock clean
 
 demo: setup
 	$(BIN)/rlhf run configs/demo/pipeline.yaml
@@ -37,6 +38,11 @@ types: setup
 
 pytest: setup
 	$(BIN)/python -m pytest
+
+KILLS ?= 100
+SEED  ?= 1
+soak: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.kills $$(mktemp -d) --kills $(KILLS) --seed $(SEED)
 
 bench: setup
 	$(BIN)/python -m tests.bench.packing

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +12,7 @@ from rlhf import __version__
 from rlhf.cli_data import data
 from rlhf.cli_options import ConfigArg, JsonOpt, LauncherOpt, OverridesArg, QuietOpt, console
 from rlhf.errors import ConfigError, RLHFError
+from rlhf.runs import stop
 
 if TYPE_CHECKING:
     pass
@@ -250,29 +249,27 @@ app.add_typer(data)
 
 def main() -> None:
     """Entry point: errors a user can cause become one message and a non-zero exit code."""
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    stop.listen()
     try:
         app(prog_name="rlhf")  # says and exits by itself on a wrong command or option
     except RLHFError as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        _interrupted()
+        sys.exit(stop.say_end("interrupted", INTERRUPTED))
     except SystemExit as end:
-        if end.code == INTERRUPTED:
-            _interrupted()
+        if isinstance(end, stop.Stopped):
+            stop.say_end("stopped by SIGTERM" + (f", saved {end.saved}" if end.saved else ""), stop.STOPPED)
+        elif end.code == INTERRUPTED:
+            stop.say_end("interrupted", INTERRUPTED)
         raise
     except BrokenPipeError:
         sys.exit(1)
-
-
-def _interrupted() -> None:
-    from rlhf.config.schema import STAGES
-
-    continues = len(sys.argv) > 1 and sys.argv[1] in (*STAGES, "run")
-    more = f"; the same command continues: rlhf {shlex.join(sys.argv[1:])}" if continues else ""
-    typer.echo(f"\ninterrupted{more}", err=True)
-    sys.exit(INTERRUPTED)
+    except OSError as error:
+        if error.errno not in stop.DISK:
+            raise
+        typer.echo(f"CheckpointError: {error.filename or 'output_dir'}: the disk does not take more: {error}", err=True)
+        sys.exit(2)
 
 
 __all__ = ["__version__", "app", "main"]

@@ -81,31 +81,41 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
-def tiny_tokenizer() -> Any:
-    """Byte-level BPE with ChatML, as `rlhf pretrain` makes it. Do not change it in place."""
+def new_tiny_tokenizer() -> Any:
+    """Byte-level BPE with ChatML, as `rlhf pretrain` makes it."""
     from rlhf.stages.pretrain import new_tokenizer
 
     return new_tokenizer(iter(SENTENCES), 320)
 
 
-@pytest.fixture(scope="session")
-def tiny_model_dir(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved causal LM of about 30 000 random weights, with tokenizer: 2 layers, width 32, context 128; read only."""
+def save_tiny_model(folder: Path) -> Path:
+    """A causal LM of about 30 000 random weights, with tokenizer: 2 layers, width 32, context 128."""
     import torch
 
     from rlhf.config.schema import Architecture
     from rlhf.data.render import Renderer
     from rlhf.stages.pretrain import new_model
 
+    tokenizer = new_tiny_tokenizer()
     shape = Architecture(vocab_size=320, hidden_size=32, layers=2, heads=2, intermediate_size=64, context=128)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = new_model(shape, Renderer(tiny_tokenizer), len(tiny_tokenizer))
-    folder = tmp_path_factory.mktemp("tiny") / "model"
+        model = new_model(shape, Renderer(tokenizer), len(tokenizer))
     model.save_pretrained(str(folder))
-    tiny_tokenizer.save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Any:
+    """`new_tiny_tokenizer`. Do not change it in place."""
+    return new_tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`save_tiny_model`; read only."""
+    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
 
 
 @pytest.fixture(scope="session")

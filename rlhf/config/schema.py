@@ -16,6 +16,7 @@ from rlhf.config.sections import (
     Peft,
     Positive,
     Sampling,
+    Saving,
     Section,
     Source,
 )
@@ -32,6 +33,12 @@ class Stage(Section):
     deterministic: bool = Field(True, description="use deterministic kernels, so that a seed repeats its numbers")
 
 
+class Trained(Stage):
+    """A stage that trains, and can be interrupted."""
+
+    saving: Saving = Saving()
+
+
 class Architecture(Section):
     """Size of a model made from scratch (Llama type)."""
 
@@ -43,7 +50,7 @@ class Architecture(Section):
     context: Count = Field(256, description="positions")
 
 
-class Tuned(Stage):
+class Tuned(Trained):
     """A stage that fine-tunes a model: which weights, when, and what is watched."""
 
     freeze: Selection = Field(NOTHING, description="weights that are never trained")
@@ -66,7 +73,7 @@ class Tuned(Stage):
         return self
 
 
-class PretrainConfig(Stage):
+class PretrainConfig(Trained):
     """Next-token training of a small source model, tokenizer included."""
 
     architecture: Architecture = Architecture()
@@ -151,7 +158,7 @@ class PromptData(Section):
     deduplicate: bool = Field(True, description="drop exact repeats")
 
 
-class PPOConfig(Stage):
+class PPOConfig(Trained):
     """PPO against a reward model, kept near the SFT model."""
 
     policy: ModelSource = Field(description="the SFT model: where the policy starts, and its reference")

@@ -40,6 +40,17 @@ class Section(BaseModel):
         return value
 
 
+class Saving(Section):
+    """Checkpoints, and how a run ends that is told to."""
+
+    keep: Count = Field(2, description="checkpoints that stay; with patience the best one stays besides")
+    grace: Positive = Field(
+        25.0,
+        description="seconds after SIGTERM in which a checkpoint is saved and the process ends; without a safe point "
+        "in that time it ends without one",
+    )
+
+
 class ModelSource(Section):
     """Where a model comes from."""
 

@@ -257,6 +257,13 @@ def everybody(value: Any, processes: int) -> list[Any]:
     return found
 
 
+def any_process(flag: bool, accelerator: Any) -> bool:
+    """Whether a flag is set on some process; the same answer on all of them."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum") > 0)
+
+
 def library_versions() -> dict[str, str]:
     """Installed versions of what a run depends on."""
     names = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from rlhf.errors import TrainingError
+from rlhf.runs.run_dir import write_text
 
 
 @dataclass(frozen=True)
@@ -86,21 +88,21 @@ METRICS: dict[str, Metric] = {
 class MetricsWriter:
     """Appends to metrics.jsonl. `step` is the first key of every line."""
 
-    def __init__(self, path: Path, *, main: bool = True, keep_until: int | None = None) -> None:
+    def __init__(
+        self, path: Path, *, main: bool = True, keep_until: int | None = None, keep_lines: int | None = None
+    ) -> None:
         """Open the file.
 
         Args:
             keep_until: on resume, lines of later steps are dropped; None starts an empty file.
+            keep_lines: and so are lines beyond this number: those written after the checkpoint, at its own step.
         """
         self._file: IO[str] | None = None
+        self.lines = 0
         if not main:
             return
-        kept = []
-        if keep_until is not None and path.is_file():
-            kept = [line for line in read_lines(path) if line.get("step", 0) <= keep_until]
-        self._file = path.open("w", encoding="utf-8")
-        for line in kept:
-            self._file.write(json.dumps(line) + "\n")
+        self.lines = cut(path, -1 if keep_until is None else keep_until, keep_lines)
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line.
@@ -111,13 +113,35 @@ class MetricsWriter:
         if unknown:
             raise TrainingError("undeclared metric", found=", ".join(unknown), do="declare it in rlhf/runs/metrics.py")
         if self._file is not None:
-            self._file.write(json.dumps({"step": step, **{k: round(float(v), 8) for k, v in values.items()}}) + "\n")
+            self._file.write(json.dumps({"step": step, **{k: rounded(v) for k, v in values.items()}}) + "\n")
             self._file.flush()
+            self.lines += 1
+
+    def sync(self) -> None:
+        """Have the disk hold every line, before a checkpoint counts on them."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
             self._file.close()
+
+
+def rounded(value: float) -> float:
+    """A number as it is written, so that what is computed from it is the same after a resume."""
+    return round(float(value), 8)
+
+
+def cut(path: Path, until: int, lines: int | None = None) -> int:
+    """Drop the lines of a JSONL file that are of later steps, or beyond a number of lines. Returns: how many stay.
+
+    The file is replaced as a whole: a kill meanwhile loses none of them.
+    """
+    found = read_lines(path) if path.is_file() else iter(())
+    kept = [json.dumps(line, ensure_ascii=False) + "\n" for line in found if line.get("step", 0) <= until][:lines]
+    write_text(path, "".join(kept))
+    return len(kept)
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -18,7 +18,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,34 @@ from pydantic import BaseModel
 
 from rlhf import __version__
 from rlhf.errors import CheckpointError, ConfigError
+from rlhf.runs.lock import LOCK_FILE, Lock, refuse_if_held
+from rlhf.runs.stop import Stopped
 
-RUN_FILE = "run.json"
+RUN_FILE, CONFIG_FILE = "run.json", "config.yaml"
+STARTING = {LOCK_FILE, f"{RUN_FILE}.tmp", f"{CONFIG_FILE}.new", f"{CONFIG_FILE}.new.tmp"}
+"""What a run that dies in its first moment leaves behind: it may begin again."""
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold a file, or the names in a folder, before going on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the new one, never a half, also after a power cut."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
+    os.replace(temporary, path)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file so that a reader sees the old one or the new one, never a half."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False, sort_keys=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """Write a JSON file, whole or not at all."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, sort_keys=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -68,6 +87,7 @@ class RunDir:
         self.path = Path(path)
         self.main = main
         self.info: dict[str, Any] = {}
+        self.lock = Lock(self.path)
 
     @property
     def model(self) -> Path:
@@ -84,13 +104,15 @@ class RunDir:
 
         Args:
             inputs: path -> fingerprint of everything the stage reads.
-        Raises: ConfigError if the folder holds another run, a run on other inputs, or foreign files.
+        Raises: ConfigError if the folder holds another run, a run on other inputs, or foreign files, if it cannot be
+            written to, or if another process does so.
         """
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(
                 "the output folder is a file", where=f"output_dir {self.path}", do="choose another output_dir"
             )
-        if not self.path.exists() or not any(self.path.iterdir()):
+        if not self.path.exists() or {p.name for p in self.path.iterdir()} <= STARTING:
+            self._check_writable()
             return "new"
         if not (self.path / RUN_FILE).is_file():
             raise ConfigError(
@@ -98,7 +120,7 @@ class RunDir:
                 found=", ".join(sorted(p.name for p in self.path.iterdir())[:5]), do="choose another output_dir",
             )  # fmt: skip
         info = read_json(self.path / RUN_FILE)
-        saved = self.path / "config.yaml"
+        saved = self._saved_config()
         same = saved.is_file() and yaml.safe_load(saved.read_text(encoding="utf-8")) == plain(config)
         if info.get("stage") != stage or not same:
             raise ConfigError(
@@ -112,24 +134,59 @@ class RunDir:
                 where=f"output_dir {self.path}", do="choose another output_dir, or delete that folder",
             )  # fmt: skip
         self.info = info
-        return "finished" if info.get("status") == "finished" else "interrupted"
+        if info.get("status") == "finished":
+            return "finished"
+        self._check_writable()
+        return "interrupted"
+
+    def _saved_config(self) -> Path:
+        """config.yaml; it gets its name after run.json, so that no kill leaves it alone in the folder."""
+        saved = self.path / CONFIG_FILE
+        return saved if saved.is_file() else saved.with_name(f"{CONFIG_FILE}.new")
+
+    def _check_writable(self) -> None:
+        """Raises: ConfigError before anything expensive."""
+        if not self.main:
+            return
+        refuse_if_held(self.path)
+        existing = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise ConfigError(
+                "the output folder cannot be written to", found=f"{existing} is read-only for this process",
+                where=f"output_dir {self.path}", do="change its permissions, or choose another output_dir",
+            )  # fmt: skip
 
     def start(
         self, stage: str, config: BaseModel, *, seed: int, processes: int, versions: dict[str, str],
         inputs: Mapping[str, str],
     ) -> None:  # fmt: skip
-        """Create the folder (or take over an interrupted one) and write config.yaml and run.json."""
+        """Create the folder (or take over an interrupted one), lock it, and write run.json and config.yaml.
+
+        Raises: ConfigError if another process writes into the folder, or has done so since it was checked.
+        """
         if not self.main:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "config.yaml").write_text(yaml.safe_dump(plain(config), sort_keys=False), encoding="utf-8")
+        locked = self.lock.take()
+        known = read_json(self.path / RUN_FILE).get("id") if (self.path / RUN_FILE).is_file() else None
+        if known != self.info.get("id"):
+            raise ConfigError(
+                "another process has begun to write into the output folder", where=f"output_dir {self.path}",
+                do="start again: the folder is then looked at anew",
+            )  # fmt: skip
+        new = self.path / f"{CONFIG_FILE}.new"
+        if not (self.path / CONFIG_FILE).is_file():
+            write_text(new, yaml.safe_dump(plain(config), sort_keys=False))
         attempts = int(self.info.get("attempts", 0)) + 1
         self.info = {
             "id": uuid.uuid4().hex, "stage": stage, "status": "running", "rlhf": __version__, "versions": versions,
             "commit": _commit(), "python": platform.python_version(), "seed": seed, "processes": processes,
             "attempts": attempts, "started": _now(), "inputs": dict(inputs), "data": {}, "timings_s": {},
+            "locked": locked,
         }  # fmt: skip
         self.save()
+        if new.is_file():
+            os.replace(new, self.path / CONFIG_FILE)
 
     def note(self, **values: Any) -> None:
         """Add facts to run.json."""
@@ -146,24 +203,28 @@ class RunDir:
             write_json(self.path / RUN_FILE, self.info)
 
     def finish(self) -> None:
-        """Mark the run finished."""
+        """Mark the run finished, and give the folder back."""
         self.note(status="finished", ended=_now(), peak_memory_gib=round(peak_memory_gib(), 2))
+        self.lock.release()
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Record how a stage ended; an exception passes through."""
+        """Record how a stage ended; an exception passes through, and the folder is given back."""
         begun = time.monotonic()
+        how: dict[str, Any] = {}
         try:
             yield
-        except KeyboardInterrupt:
-            self.note(status="interrupted", ended=_now())
+        except (KeyboardInterrupt, Stopped):
+            how = {"status": "interrupted", "ended": _now()}
             raise
         except BaseException as error:
-            self.note(status="failed", ended=_now(), error=f"{type(error).__name__}: {error}"[:2000])
+            how = {"status": "failed", "ended": _now(), "error": f"{type(error).__name__}: {error}"[:2000]}
             raise
         finally:
-            if self.info:
-                self.note(timings_s={"total": round(time.monotonic() - begun, 2)})
+            with suppress(OSError):  # on a full disk the error itself is what matters
+                self.note(**how, timings_s={"total": round(time.monotonic() - begun, 2)})
+            if how:
+                self.lock.release()
 
     @contextmanager
     def new_model(self) -> Iterator[Path]:
@@ -174,6 +235,8 @@ class RunDir:
             temporary.mkdir(parents=True)
         yield temporary
         if self.main:
+            for path in temporary.rglob("*"):
+                sync(path)
             shutil.rmtree(self.model, ignore_errors=True)
             os.replace(temporary, self.model)
 

@@ -66,7 +66,8 @@ def run(config: ClassifyConfig, console: Console) -> RunResult:
         return {"records": len(rows), **named}
 
     summary, final = fit(
-        "classify", directory, config.optim, config.seed, console, program=program, evaluate=bool(held_out),
+        "classify", directory, config.optim, config.seed, console, program=program, saving=config.saving,
+        evaluate=bool(held_out),
         build=lambda args, report: build(
             model, tokenizer, rows, held_out, args, report, several=config.several, weight=weight
         ),

@@ -6,29 +6,32 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rlhf.config.sections import Optim
+from rlhf.config.sections import Optim, Saving
 from rlhf.data.render import Renderer
 from rlhf.models.distributed import check_accelerator, is_main, save_model
+from rlhf.runs import stop
 from rlhf.runs.console import Console
 from rlhf.runs.metrics import MetricsWriter
 from rlhf.runs.run_dir import RunDir
 from rlhf.stages.common import processes, say_batch, seal, stop_at
-from rlhf.trainers.hf import Report, arguments, last_checkpoint, silence, tokens_until
+from rlhf.trainers.hf import Report, arguments, losses_since, silence, tokens_until
 from rlhf.trainers.phases import Program
 from rlhf.trainers.probe import Forgetting, Probed
+from rlhf.trainers.saving import Seals, last_checkpoint
 from rlhf.trainers.tuned import follow
 
 
 def fit(
-    stage: str, directory: RunDir, optim: Optim, seed: int, console: Console, *, program: Program, evaluate: bool,
-    build: Callable[[dict[str, Any], Report], Any], save: Callable[[Any, Path], dict[str, Any]], resume: bool,
-    what: str = "sequences", shown: tuple[str, ...] = ("loss", "eval_loss"), evaluations: int = 5,
+    stage: str, directory: RunDir, optim: Optim, seed: int, console: Console, *, program: Program, saving: Saving,
+    evaluate: bool, build: Callable[[dict[str, Any], Report], Any], save: Callable[[Any, Path], dict[str, Any]],
+    resume: bool, what: str = "sequences", shown: tuple[str, ...] = ("loss", "eval_loss"), evaluations: int = 5,
     probed: Probed | None = None,
 ) -> tuple[dict[str, Any], dict[str, float]]:  # fmt: skip
     """Train, or go on from the newest checkpoint, and write the model.
 
     Args:
         program: what is trained when.
+        saving: how many checkpoints stay, and how long a stop may take.
         evaluate: whether there are held-out records.
         what: sequences, pairs or records.
         build: from training arguments and the report to the trainer.
@@ -42,25 +45,27 @@ def fit(
     updates = program.updates
     accumulation = optim.accumulation(world)
     say_batch(world, optim.batch_size // world // accumulation, accumulation, updates, what, console)
-    checkpoint = last_checkpoint(directory) if resume else None
+    checkpoint = last_checkpoint(directory, console.note) if resume else None
+    lines, step = (checkpoint.about["lines"], checkpoint.about["step"]) if checkpoint else (0, 0)
     if checkpoint:
-        console.note(f"continuing from {checkpoint}")
-    before = tokens_until(directory.path / "metrics.jsonl", checkpoint.step) if checkpoint else 0.0
-    writer = MetricsWriter(
-        directory.path / "metrics.jsonl", main=is_main(), keep_until=checkpoint.step if checkpoint else None
-    )
+        console.note(f"continuing from {checkpoint.path} (update {step})")
+    path = directory.path / "metrics.jsonl"
+    before, losses = tokens_until(path, step), losses_since(path, lines)
+    writer = MetricsWriter(path, main=is_main(), keep_until=step, keep_lines=lines)
     args = arguments(
         optim, directory, seed=seed, processes=world, program=program, evaluate=evaluate, evaluations=evaluations
     )
     with directory.guard(), console.progress(stage, updates, "update") as bar:
-        trainer = build(args, Report(writer, bar, shown, tokens=before))
+        trainer = build(args, Report(writer, bar, shown, tokens=before, losses=losses))
         follow(trainer, program)
         silence(trainer)
         check_accelerator(trainer.accelerator)
         probe = Forgetting(trainer, probed, console.note) if probed is not None else None
         if probe is not None:
             trainer.add_callback(probe)
-        trainer.train(resume_from_checkpoint=checkpoint.path if checkpoint else None)
+        Seals(directory, saving, writer).attach(trainer)
+        with stop.at_safe_points(saving.grace):
+            trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
         updates = trainer.state.global_step  # patience may have ended it early
         final = trainer.evaluate() if evaluate else {}
         elsewhere = {name: round(value, 6) for name, value in probe.last.items()} if probe is not None else {}
@@ -79,8 +84,8 @@ def save_trained(trainer: Any, folder: Path, stage: str, renderer: Renderer, tok
 
 def fit_lm(
     stage: str, model: Any, tokenizer: Any, renderer: Renderer, directory: RunDir, optim: Optim, seed: int,
-    console: Console, *, program: Program, records: int, evaluate: bool, build: Callable[[dict[str, Any], Report], Any],
-    resume: bool, evaluations: int = 5, probed: Probed | None = None,
+    console: Console, *, program: Program, saving: Saving, records: int, evaluate: bool,
+    build: Callable[[dict[str, Any], Report], Any], resume: bool, evaluations: int = 5, probed: Probed | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """`fit` for a language model, to the end of the run. Returns: the summary."""
 
@@ -90,8 +95,9 @@ def fit_lm(
         return {"records": records}
 
     summary, final = fit(
-        stage, directory, optim, seed, console, program=program, evaluate=evaluate, build=build, save=save,
-        resume=resume, shown=("loss", "eval_loss", "gap", "token_accuracy"), evaluations=evaluations, probed=probed,
+        stage, directory, optim, seed, console, program=program, saving=saving, evaluate=evaluate, build=build,
+        save=save, resume=resume, shown=("loss", "eval_loss", "gap", "token_accuracy"), evaluations=evaluations,
+        probed=probed,
     )  # fmt: skip
     if final:
         summary["eval_loss"] = round(final["eval_loss"], 6)

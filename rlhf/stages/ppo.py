@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rlhf.config.schema import PPOConfig
 from rlhf.data.records import Prompt
 from rlhf.data.render import Rendered, Renderer
@@ -23,12 +21,14 @@ from rlhf.models.roles import VALUE, new_on, put_on, why_apart
 from rlhf.models.scorers import load_scorer, new_value_model
 from rlhf.rollout.rewards import Rewards
 from rlhf.rollout.types import Experience
+from rlhf.runs import stop
 from rlhf.runs.console import Bar, Console
-from rlhf.runs.metrics import MetricsWriter, read_lines
+from rlhf.runs.metrics import MetricsWriter, cut
 from rlhf.runs.run_dir import RunDir
 from rlhf.stages import rendering
 from rlhf.stages.common import RunResult, begin, check_context, open_tokenizer, seal, start, stop_at
 from rlhf.stages.engines import check_deepspeed
+from rlhf.stages.resume import Keeper
 from rlhf.stages.rewards import build_rewards, reward_deviation, same_tokenizer, to_device
 from rlhf.stages.tuning import say_phases
 from rlhf.trainers.policy_value import PolicyAndValue
@@ -54,19 +54,20 @@ def run(config: PPOConfig, console: Console) -> RunResult:
     _say_plan(config, ready.accelerator.num_processes, len(ready.prompts), console)
     tokenizer, renderer = ready.tokenizer, ready.renderer
     with console.progress("ppo", config.ppo.steps, "step") as bar:
-        reporter = _Reporter(config, directory, tokenizer, bar)
+        reporter, keeper = _Reporter(config, directory, tokenizer, bar), Keeper(config, directory, console)
         trainer = ready.trainer(
             config, watcher=Watcher(config.watch, directory.path if is_main() else None, console.note),
-            report=reporter.report, checkpoint=lambda t: _maybe_checkpoint(t, directory),
-            restore=lambda t: load_checkpoint(t, directory) and reporter.reopen(t.step),
+            report=reporter.report, checkpoint=keeper.after_step, pause=keeper.pause,
+            restore=lambda t: keeper.load(t) and reporter.reopen(t.step),
         )  # fmt: skip
         start(directory, "ppo", config)
         directory.note(data={"prompts": ready.fingerprint})
-        if state == "interrupted" and load_checkpoint(trainer, directory):
-            console.note(f"continuing after step {trainer.step}")
-        reporter.open(trainer.step)
         with directory.guard():
-            trainer.train()
+            if state == "interrupted" and keeper.load(trainer):
+                console.note(f"continuing after step {trainer.step}{_in_hand(trainer)}")
+            reporter.open(trainer.step)
+            with stop.at_safe_points(config.saving.grace):
+                trainer.train()
             _save(trainer, directory, renderer, tokenizer)
     reporter.close()
     summary = {"steps": config.ppo.steps, **{k: round(v, 6) for k, v in reporter.last.items() if "time" not in k}}
@@ -248,8 +249,7 @@ class _Reporter:
         self.writer = MetricsWriter(path, main=is_main(), keep_until=step if step else None)
         samples = self.directory.path / SAMPLES
         if is_main() and samples.is_file():
-            kept = [line for line in read_lines(samples) if line["step"] <= step]
-            samples.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
+            cut(samples, step)
 
     def reopen(self, step: int) -> bool:
         """After a rollback: forget what was written beyond `step`."""
@@ -316,26 +316,6 @@ def save_part(part: Any, folder: Path, trainer: PPOTrainer) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def _maybe_checkpoint(trainer: PPOTrainer, directory: RunDir) -> None:
-    if trainer.step % trainer.config.checkpoint_every == 0:
-        save_checkpoint(trainer, directory)
-
-
-def save_checkpoint(trainer: PPOTrainer, directory: RunDir) -> None:
-    """Everything a run continues from, written beside the old file and then put in its place."""
-    if is_main():
-        directory.checkpoints.mkdir(exist_ok=True)
-        target = directory.checkpoints / "ppo.pt"
-        temporary = target.with_suffix(".tmp")
-        torch.save(trainer.state_dict(), temporary)
-        temporary.replace(target)
-    trainer.accelerator.wait_for_everyone()
-
-
-def load_checkpoint(trainer: PPOTrainer, directory: RunDir) -> bool:
-    """Continue from the last checkpoint, if there is one."""
-    target = directory.checkpoints / "ppo.pt"
-    if not target.is_file():
-        return False
-    trainer.load_state_dict(torch.load(target, map_location="cpu", weights_only=True))
-    return True
+def _in_hand(trainer: PPOTrainer) -> str:
+    """What a checkpoint inside a step holds, in words."""
+    return f", with the next rollout and {trainer.work.done} of its updates" if trainer.work is not None else ""

@@ -45,6 +45,7 @@ def run(config: PretrainConfig, console: Console) -> RunResult:
 
     summary = fit_lm(
         "pretrain", model, tokenizer, renderer, directory, config.optim, config.seed, console, program=program,
+        saving=config.saving,
         records=len(train_rows), evaluate=bool(valid_rows), resume=state == "interrupted",
         build=lambda args, report: build_lm(model, tokenizer, train_rows, valid_rows, args, report),
     )  # fmt: skip

@@ -52,7 +52,8 @@ def run(config: RewardConfig, console: Console) -> RunResult:
         return {"pairs": len(train_pairs), **scale}
 
     summary, final = fit(
-        "reward", directory, config.optim, config.seed, console, program=program, evaluate=bool(valid_pairs),
+        "reward", directory, config.optim, config.seed, console, program=program, saving=config.saving,
+        evaluate=bool(valid_pairs),
         build=lambda args, report: build(
             model, tokenizer, train_pairs, valid_pairs, args, report, center=config.center
         ),

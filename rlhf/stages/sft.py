@@ -51,8 +51,8 @@ def run(config: SFTConfig, console: Console) -> RunResult:
     directory.note(data=prints)
     summary = fit_lm(
         "sft", model, tokenizer, renderer, directory, config.optim, config.seed, console,
-        program=program, records=len(train_rows), evaluate=bool(valid_rows), resume=state == "interrupted",
-        evaluations=config.evaluations, probed=probed,
+        program=program, saving=config.saving, records=len(train_rows), evaluate=bool(valid_rows),
+        resume=state == "interrupted", evaluations=config.evaluations, probed=probed,
         build=lambda args, report: build(model, tokenizer, train_rows, valid_rows, args, report, packing=length),
     )  # fmt: skip
     return RunResult(directory.path, summary)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from transformers import TrainerCallback
 from rlhf.config.sections import Optim
 from rlhf.models.distributed import trainer_arguments
 from rlhf.runs.console import Bar
-from rlhf.runs.metrics import METRICS, MetricsWriter, read_lines
+from rlhf.runs.metrics import METRICS, MetricsWriter, read_lines, rounded
 from rlhf.runs.run_dir import RunDir
 from rlhf.trainers.phases import Program
 
@@ -92,7 +91,7 @@ def arguments(
         "eval_steps": every,
         "save_strategy": "steps",
         "save_steps": every,
-        "save_total_limit": 2,
+        "save_total_limit": None,  # rlhf.trainers.saving removes the old ones, and only when the new one is whole
         # Weights that wait for their phase take no gradient, which every process has to know.
         **({"ddp_find_unused_parameters": True} if len(program.stretches) > 1 else {}),
         **trainer_arguments(optim.precision),
@@ -102,16 +101,20 @@ def arguments(
 class Report(TrainerCallback):
     """Carries a Trainer's log lines to metrics.jsonl and the progress bar."""
 
-    def __init__(self, writer: MetricsWriter, bar: Bar, shown: tuple[str, ...], *, tokens: float = 0.0) -> None:
+    def __init__(
+        self, writer: MetricsWriter, bar: Bar, shown: tuple[str, ...], *, tokens: float = 0.0,
+        losses: Sequence[float] = (),
+    ) -> None:  # fmt: skip
         """Report to `writer` and `bar`.
 
         Args:
             shown: names shown on the bar.
             tokens: trained on before the checkpoint that this run continues from; the library counts from there.
+            losses: written since the last evaluation before that checkpoint.
         """
         self.writer, self.bar, self.shown, self.tokens = writer, bar, shown, tokens
         self._numbers: dict[str, float] = {}
-        self._losses: list[float] = []
+        self._losses = list(losses)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
         """Write the declared numbers of a log line."""
@@ -119,7 +122,7 @@ class Report(TrainerCallback):
         values = {k: float(v) for k, v in renamed.items() if k in METRICS and isinstance(v, int | float)}
         if "tokens" in values:
             values["tokens"] += self.tokens
-        self._losses += [values["loss"]] if "loss" in values else []
+        self._losses += [rounded(values["loss"])] if "loss" in values else []
         if "eval_loss" in values and self._losses:
             values["gap"] = values["eval_loss"] - sum(self._losses) / len(self._losses)
             self._losses = []
@@ -137,6 +140,14 @@ def tokens_until(path: Path, step: int) -> float:
     """Tokens trained on up to an update, from metrics.jsonl."""
     lines = read_lines(path) if path.is_file() else iter(())
     return max((line.get("tokens", 0.0) for line in lines if line.get("step", 0) <= step), default=0.0)
+
+
+def losses_since(path: Path, lines: int) -> list[float]:
+    """Training losses after the last evaluation in the first lines of metrics.jsonl."""
+    found: list[float] = []
+    for line in list(read_lines(path) if path.is_file() else ())[:lines]:
+        found = [] if "eval_loss" in line else [*found, line["loss"]] if "loss" in line else found
+    return found
 
 
 def silence(trainer: Any) -> None:
@@ -160,24 +171,3 @@ class StopOnBadLoss(TrainerCallback):
                     f"{name} is {value}", where=f"update {state.global_step}",
                     do="lower optim.learning_rate, or check the data",
                 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A Trainer checkpoint to continue from."""
-
-    path: str
-    step: int
-
-    def __str__(self) -> str:
-        return f"{self.path} (update {self.step})"
-
-
-def last_checkpoint(run: RunDir) -> Checkpoint | None:
-    """The newest complete checkpoint of an interrupted run."""
-    found = []
-    for folder in run.checkpoints.glob("checkpoint-*"):
-        number = folder.name.rsplit("-", 1)[-1]
-        if number.isdigit() and (folder / "trainer_state.json").is_file():
-            found.append(Checkpoint(str(folder), int(number)))
-    return max(found, key=lambda c: c.step, default=None)

@@ -32,6 +32,7 @@ from rlhf.trainers.losses import summed_losses
 from rlhf.trainers.order import passes, shuffled
 from rlhf.trainers.policy_value import PolicyAndValue, gather
 from rlhf.trainers.ppo_phases import PairPhases
+from rlhf.trainers.ppo_state import Work, load_state, state_of
 from rlhf.trainers.ptx import TextMix
 from rlhf.trainers.schedule import rate_factor
 from rlhf.trainers.stats import Stats, describe
@@ -46,7 +47,7 @@ class PPOTrainer:
         rewards: Rewards, prompts: Sequence[list[int]], records: Sequence[Prompt], end_id: int, pad_id: int,
         text: TextMix | None, decode: Callable[[list[int]], str], watcher: Watcher,
         report: Callable[[int, Experience, Stats], None], checkpoint: Callable[[PPOTrainer], None],
-        restore: Callable[[PPOTrainer], bool],
+        restore: Callable[[PPOTrainer], bool], pause: Callable[[PPOTrainer], None] = lambda _: None,
     ) -> None:  # fmt: skip
         """Prepare models and optimizer.
 
@@ -57,12 +58,14 @@ class PPOTrainer:
             decode: ids to text, special tokens included.
             report, checkpoint: called after every step.
             restore: takes the trainer back to its last checkpoint; False if there is none.
+            pause: called where a run can end and continue exactly: after a rollout, minibatch or step.
         Raises: ConfigError if a rollout cannot be shared by minibatches and processes.
         """
         self.config, self.accelerator, self.prompts, self.records = config, accelerator, prompts, records
         self.text = text
         self.end_id, self.pad_id, self.decode, self.rewards, self.watcher = end_id, pad_id, decode, rewards, watcher
-        self.on_report, self.on_checkpoint, self.on_restore = report, checkpoint, restore
+        self.on_report, self.on_checkpoint, self.on_restore, self.on_pause = report, checkpoint, restore, pause
+        self.work: Work | None = None  # the rollout in hand
         self.step, self.kl_coef, self.rate, self.rollbacks = 0, config.kl.coef, 1.0, 0
         self.spread, self.first_length = Spread(), 0.0
         size, ranks = config.ppo.rollout_size, accelerator.num_processes
@@ -111,24 +114,29 @@ class PPOTrainer:
                 self.roll_back(trouble)
 
     def one_step(self) -> None:
-        """One rollout and its updates."""
-        clock = [time.monotonic()]
-        rollout = self.sample()
-        clock.append(time.monotonic())
-        experience = self.score(rollout)
-        clock.append(time.monotonic())
+        """One rollout and its updates, or what is left of them."""
+        if self.work is None:
+            begun = time.monotonic()
+            rollout = self.sample()
+            sampled = time.monotonic()
+            self.work = Work(self.score(rollout))
+            self.work.time_sample, self.work.time_score = sampled - begun, time.monotonic() - sampled
+            self.on_pause(self)
+        work, experience, begun = self.work, self.work.experience, time.monotonic()
         stats = self.update(experience)
-        clock.append(time.monotonic())
-        stats |= {f"time_{n}": clock[i + 1] - clock[i] for i, n in enumerate(("sample", "score", "update"))}
+        stats |= {
+            "time_sample": work.time_sample, "time_score": work.time_score, "time_update": time.monotonic() - begun
+        }  # fmt: skip
         stats |= self.describe(experience)
         fresh = self.step < self.config.ppo.value_warmup + SETTLING
         self.watcher.unhealthy(unhealthy(stats, fresh=fresh), self.step, experience)
         self.steer_kl(experience)
         if self.average is not None:
             self.average.update(self.accelerator.unwrap_model(self.model).trained_policy())
-        self.step += 1
+        self.step, self.work = self.step + 1, None
         self.on_report(self.step, experience, stats)
         self.on_checkpoint(self)
+        self.on_pause(self)
 
     def roll_back(self, trouble: Unhealthy) -> None:
         """Return to the last checkpoint with a smaller learning rate and a larger KL coefficient.
@@ -209,13 +217,17 @@ class PPOTrainer:
             return response_logprobs(model, part, temperature)[0]
 
     def update(self, experience: Experience) -> Stats:
-        """Epochs x minibatches optimizer updates; each index is used once per epoch. Ends early beyond target_kl."""
+        """Epochs x minibatches optimizer updates; each index is used once per epoch. Ends early beyond target_kl.
+
+        Goes on after those that `work` has done if it is about this experience.
+        """
         settings, a = self.config.ppo, self.accelerator
+        if self.work is None or self.work.experience is not experience:
+            self.work = Work(experience)
+        work, sums = self.work, self.work.sums
         self.model.train()
-        self.phases.enter(self.step, self.optimizer)
-        sums: dict[str, Tensor] = {}
-        tokens, first_error, norms = 0.0, 0.0, []
-        for number, minibatch in self.minibatches(len(experience)):
+        self.phases.enter(self.step, self.optimizer, again=work.done > 0)
+        for number, minibatch in self.minibatches(len(experience))[work.done :]:
             total = experience.response_mask[minibatch].sum()
             per_step = settings.epochs * settings.minibatches
             update = self.step * per_step + min(number, per_step - 1)  # further passes of a warm-up keep the rate
@@ -227,22 +239,23 @@ class PPOTrainer:
             if self.text is not None and not self.warming:
                 self.text.rebalance(a.unwrap_model(self.model).trained_policy().values(), a)
             if number == 0:
-                first_error = float(a.gather(torch.tensor([error], device=a.device)).max())
-                self.check_first_ratio(first_error, experience)
+                work.first_error = float(a.gather(torch.tensor([error], device=a.device)).max())
+                self.check_first_ratio(work.first_error, experience)
             moved = float(a.reduce(sums["approx_kl"] - before, "sum")) / float(total)
-            tokens += float(total)
+            work.tokens, work.done = work.tokens + float(total), number + 1
             if settings.target_kl is not None and moved > settings.target_kl:
                 self.optimizer.zero_grad()
                 break
-            norms.append(self.optimizer_step(experience))
+            work.norms.append(self.optimizer_step(experience))
+            self.on_pause(self)
         sums = {k: a.reduce(v, "sum") for k, v in sums.items()}
         ptx = {}
         if self.text is not None and "ptx_loss" in sums:
-            ptx = {"ptx_loss": float(sums.pop("ptx_loss")) / (number + 1), "ptx_coef": self.text.coef}
-        stats = ptx | {k: float(v) / tokens for k, v in sums.items()}
+            ptx = {"ptx_loss": float(sums.pop("ptx_loss")) / work.done, "ptx_coef": self.text.coef}
+        stats = ptx | {k: float(v) / work.tokens for k, v in sums.items()}
         return stats | {
-            "first_ratio_error": first_error, "grad_norm": sum(norms) / max(len(norms), 1),
-            "updates": float(len(norms)),
+            "first_ratio_error": work.first_error, "grad_norm": sum(work.norms) / max(len(work.norms), 1),
+            "updates": float(len(work.norms)),
         }  # fmt: skip
 
     def minibatches(self, rows: int) -> list[tuple[int, Tensor]]:
@@ -324,24 +337,9 @@ class PPOTrainer:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a run continues from. Random numbers follow from seed and step."""
-        return {
-            "step": self.step, "kl_coef": self.kl_coef, "rate": self.rate, "rollbacks": self.rollbacks,
-            "spread": list(self.spread), "first_length": self.first_length,
-            "average": self.average.weights if self.average is not None else None,
-            "ptx_coef": self.text.coef if self.text is not None else None,
-            "model": self.accelerator.unwrap_model(self.model).state_dict(), "optimizer": self.optimizer.state_dict(),
-        }  # fmt: skip
+        """Everything a run continues from; collective."""
+        return state_of(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`."""
-        self.step, self.kl_coef, self.rate, self.rollbacks = (
-            state[name] for name in ("step", "kl_coef", "rate", "rollbacks")
-        )
-        self.spread, self.first_length = Spread(*state["spread"]), state["first_length"]
-        if self.average is not None:
-            self.average.weights = state["average"]
-        if self.text is not None:
-            self.text.coef = state["ptx_coef"]
-        self.accelerator.unwrap_model(self.model).load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_state(self, state)

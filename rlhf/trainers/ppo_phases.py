@@ -74,14 +74,18 @@ class PairPhases:
             for i, group in self.groups
         ]
 
-    def enter(self, step: int, optimizer: Any) -> None:
-        """Let the weights that are trained in a step take gradients, and no others."""
+    def enter(self, step: int, optimizer: Any, *, again: bool = False) -> None:
+        """Let the weights that are trained in a step take gradients, and no others.
+
+        Args:
+            again: some of the step's updates have been made already.
+        """
         fresh: list[int] = []
         for i, plan in enumerate(self.programs):
             now = plan.now(step)
             for name in plan.names:
                 self.parameters[i][name].requires_grad_(name in plan.stretches[now.phase].names)
-            if step == now.begun:
+            if step == now.begun and not again:
                 own = [number for number, (owner, _) in enumerate(self.groups) if owner == i]
                 fresh += [own[k] for k in begins([self.groups[number][1] for number in own], now.phase)]
         forget_steps(optimizer, fresh)

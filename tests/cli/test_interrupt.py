@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from rlhf.runs.stop import STOPPED
 from tests.conftest import Run
+from tests.faults.setup import differences
 
 UPDATES = 500  # so many that a busy machine has time to send the signal
 FIRST = UPDATES // 5  # checkpoints fall five times into a run
@@ -82,10 +84,17 @@ def test_ctrl_c_and_the_same_command_again(place: Path, call_cli: Run) -> None:
 
 
 @pytest.mark.slow
-def test_a_stop_by_the_scheduler_is_an_interruption_too(place: Path) -> None:
-    """SIGTERM before the first checkpoint: the next attempt starts over."""
-    metrics = place / "out" / "metrics.jsonl"
-    code, err = interrupted(place, lambda: metrics.is_file() and metrics.stat().st_size > 0, signal.SIGTERM)
-    assert code == 130
-    assert "the same command continues" in err
-    assert status(place / "out")["status"] == "interrupted"
+def test_a_stop_by_the_scheduler_is_told_apart(place: Path, call_cli: Run) -> None:
+    """SIGTERM saves at an update that is logged anyway (every fifth), so that the run ends as an uninterrupted one."""
+    run, metrics = place / "out", place / "out" / "metrics.jsonl"
+    code, err = interrupted(place, lambda: metrics.is_file() and metrics.stat().st_size > 2000, signal.SIGTERM)
+    assert code == STOPPED
+    assert err.strip().startswith("stopped by SIGTERM, saved after update ")
+    assert err.strip().endswith(f"; the same command continues: rlhf {' '.join(COMMAND)}")
+    assert status(run)["status"] == "interrupted"
+    at = int(err.split("after update ")[1].split(";")[0])
+    assert at % (UPDATES // 100) == 0
+    assert (run / "checkpoints" / f"checkpoint-{at}" / "manifest.json").is_file()
+    assert call_cli(COMMAND, cwd=place).code == 0
+    assert call_cli([*COMMAND, "output_dir=plain"], cwd=place).code == 0
+    assert differences(run, place / "plain") == []

@@ -1,1 +1,1 @@
-from tests.stages.conftest import adapted, files, run_stage  # noqa: F401 - fixtures
+from tests.stages.conftest import adapted, files, full, run_stage  # noqa: F401 - fixtures

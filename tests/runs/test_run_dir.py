@@ -18,16 +18,18 @@ def config(folder: Path, **values: object) -> SFTConfig:
     return SFTConfig.model_validate(plain | values)
 
 
-def begun(folder: Path, inputs: dict[str, str] | None = None) -> RunDir:
-    """A run that was started and then lost its process."""
-    run = RunDir(folder)
-    run.start("sft", config(folder), seed=1, processes=1, versions={}, inputs=inputs or {})
-    return run
-
-
 def info(folder: Path) -> dict:
     """run.json."""
     return json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+
+
+def begun(folder: Path, inputs: dict[str, str] | None = None) -> RunDir:
+    """A run that was started and then lost its process."""
+    run = RunDir(folder)
+    run.info = info(folder) if (folder / RUN_FILE).is_file() else {}
+    run.start("sft", config(folder), seed=1, processes=1, versions={}, inputs=inputs or {})
+    run.lock.release()
+    return run
 
 
 def test_a_missing_or_empty_folder_is_new_and_checking_writes_nothing(tmp_path: Path) -> None:
@@ -43,6 +45,43 @@ def test_a_run_that_lost_its_process_may_continue_and_a_finished_one_is_skipped(
     run.finish()
     assert RunDir(tmp_path).check("sft", config(tmp_path), {"d": "1"}) == "finished"
     assert info(tmp_path)["peak_memory_gib"] > 0
+
+
+@pytest.mark.parametrize(
+    "left", [(".lock",), (".lock", "config.yaml.new.tmp"), (".lock", "run.json.tmp", "config.yaml.new")]
+)
+def test_a_run_killed_in_its_first_moment_may_begin_again(left: tuple[str, ...], tmp_path: Path) -> None:
+    """Before run.json is there."""
+    for name in left:
+        (tmp_path / name).write_text("", encoding="utf-8")
+    run = RunDir(tmp_path)
+    assert run.check("sft", config(tmp_path), {}) == "new"
+    run.start("sft", config(tmp_path), seed=1, processes=1, versions={}, inputs={})
+    run.finish()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "run.json"]
+
+
+def test_a_run_killed_between_run_json_and_config_yaml_continues(tmp_path: Path) -> None:
+    begun(tmp_path)
+    (tmp_path / "config.yaml").rename(tmp_path / "config.yaml.new")
+    run = RunDir(tmp_path)
+    assert run.check("sft", config(tmp_path), {}) == "interrupted"
+    run.start("sft", config(tmp_path), seed=1, processes=1, versions={}, inputs={})
+    run.finish()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "run.json"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may write anywhere but on a read-only disk; tests/faults has one."""
+    monkeypatch.setattr("os.access", lambda path, _: Path(path) != tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"cannot be written to .*read-only for this process\); change its permissions"
+    ):
+        RunDir(tmp_path / "a" / "run").check("sft", config(tmp_path), {})
+    RunDir(tmp_path / "a" / "run", main=False).check("sft", config(tmp_path), {})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_attempts_are_counted(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_text_average_filters_and_an_early_stop_go_through_the_stage(
     assert all(line["sampling_mismatch"] < 1e-3 for line in lines)
     assert lines[0]["response_length"] >= 2
     # What is saved is the average: it is neither the start nor what the last update made.
-    state = torch.load(tmp_path / "run" / "checkpoints" / "ppo.pt", weights_only=True)
+    state = torch.load(tmp_path / "run" / "checkpoints" / "step-000002" / "state.pt", weights_only=True)
     saved = dict(load_causal(tiny.source(tmp_path / "run" / "model")).named_parameters())
     name = "model.layers.0.mlp.up_proj.weight"
     start = dict(load_causal(tiny.source(full.run("sft") / "model")).named_parameters())[name]

@@ -111,11 +111,11 @@ def test_samples_are_not_written_twice(
     full: Any, call_cli: Any, run_stage: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Hit while writing the checkpoint of step 2, whose samples are there already."""
-    import rlhf.stages.ppo as module
+    from rlhf.stages.resume import Keeper
 
     config = moved(full.configs["ppo"], tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(module, "save_checkpoint", interrupted_at(2, module.save_checkpoint, lambda t, _: t.step))
+        patch.setattr(Keeper, "save", interrupted_at(2, Keeper.save, lambda _, t: t.step))
         interrupt("ppo", config, tmp_path, call_cli)
     run_stage("ppo", config)
     ours, theirs = ((run / "samples.jsonl").read_text() for run in (tmp_path / "run", full.run("ppo")))

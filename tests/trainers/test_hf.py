@@ -21,7 +21,7 @@ from rlhf.trainers.hf import (
     Report,
     StopOnBadLoss,
     arguments,
-    last_checkpoint,
+    losses_since,
     tokens_until,
 )
 from rlhf.trainers.phases import program
@@ -95,22 +95,12 @@ def test_a_long_run_writes_about_a_hundred_lines_and_a_short_one_each_update(tmp
     assert made(tmp_path, updates=1000)["logging_steps"] == 10
 
 
-def checkpoint(run: RunDir, step: int, *, complete: bool = True) -> None:
-    folder = run.checkpoints / f"checkpoint-{step}"
-    folder.mkdir(parents=True)
-    if complete:
-        (folder / "trainer_state.json").write_text("{}")
-
-
-def test_the_newest_complete_checkpoint_is_taken(tmp_path: Path) -> None:
-    run = RunDir(tmp_path)
-    assert last_checkpoint(run) is None
-    for step, complete in ((5, True), (10, True), (9, True), (20, False)):
-        checkpoint(run, step, complete=complete)
-    (run.checkpoints / "checkpoint-best").mkdir()
-    found = last_checkpoint(run)
-    assert found is not None
-    assert found.step == 10
+def test_losses_since_the_last_evaluation_are_found_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"loss": 3.0}, {"eval_loss": 2.5}, {"loss": 1.0}, {"epoch": 1.0}, {"loss": 0.5}, {"eval_loss": 4.0}]
+    path.write_text("".join(json.dumps({"step": i} | line) + "\n" for i, line in enumerate(lines)))
+    assert [losses_since(path, n) for n in (0, 1, 2, 5, 6)] == [[], [3.0], [], [1.0, 0.5], []]
+    assert losses_since(tmp_path / "none", 3) == []
 
 
 def test_declared_numbers_are_written_under_our_names(tmp_path: Path) -> None:

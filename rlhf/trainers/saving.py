@@ -1,0 +1,90 @@
+"""Checkpoints of a transformers Trainer: verified before use, sealed when whole, one more when it is told to end."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from rlhf.config.sections import Saving
+from rlhf.models.distributed import any_process
+from rlhf.runs import stop
+from rlhf.runs.checkpoints import MANIFEST, Checkpoint, forget_after, newest, prune, room, seal, size_of
+from rlhf.runs.metrics import MetricsWriter
+from rlhf.runs.run_dir import RunDir
+
+PREFIX = "checkpoint"
+ADAM_BYTES = 8  # of state for each trained number
+
+
+def last_checkpoint(run: RunDir, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest whole checkpoint of an interrupted run, whose best one so far is whole too.
+
+    Raises: CheckpointError for one that another version wrote.
+    """
+    return newest(run.checkpoints, PREFIX, say)
+
+
+class Seals(TrainerCallback):
+    """Seals each checkpoint, removes the oldest, and ends a run that was told to end."""
+
+    def __init__(self, run: RunDir, saving: Saving, writer: MetricsWriter) -> None:
+        self.run, self.saving, self.writer = run, saving, writer
+        self.trainer: Any = None
+        self.ending = False
+
+    def attach(self, trainer: Any) -> None:
+        """Follow a Trainer; what it writes as a checkpoint is watched for a full disk."""
+        self.trainer, save = trainer, trainer._save_checkpoint
+
+        def guarded(*args: Any, **kwargs: Any) -> None:
+            folder = self.run.checkpoints / f"{PREFIX}-{trainer.state.global_step}"
+            with room(self.run.checkpoints, self._needed(), PREFIX):
+                try:
+                    if self.run.main:
+                        (folder / MANIFEST).unlink(missing_ok=True)
+                    save(*args, **kwargs)
+                except BaseException:
+                    if self.run.main:
+                        shutil.rmtree(folder, ignore_errors=True)
+                    raise
+
+        trainer._save_checkpoint = guarded
+        trainer.add_callback(self)
+
+    def _needed(self) -> int:
+        """Bytes of the next checkpoint: those of the last, or weights and optimizer state."""
+        written = [size_of(path) for path in self.run.checkpoints.glob(f"{PREFIX}-*")]
+        if written:
+            return max(written)
+        adapter = hasattr(self.trainer.model, "peft_config")
+        parameters = list(self.trainer.model.parameters())
+        saved = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad or not adapter)
+        return saved + sum(ADAM_BYTES * p.numel() for p in parameters if p.requires_grad)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """If told to end: save after an update that is logged anyway, so that no number of the run changes; or after
+        any, if there is no time to wait for that."""
+        logged = state.global_step % args.logging_steps == 0 or control.should_save
+        if any_process(stop.asked() and (logged or stop.urgent()), self.trainer.accelerator):
+            self.ending = control.should_save = control.should_log = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """All processes have written their part: the manifest makes it a checkpoint."""
+        self.trainer.accelerator.wait_for_everyone()
+        if self.run.main:
+            name = f"{PREFIX}-{state.global_step}"
+            self.writer.sync()
+            best = state.best_model_checkpoint  # restored at the end
+            seal(
+                self.run.checkpoints / name, step=state.global_step, lines=self.writer.lines,
+                needs=Path(best).name if best else None,
+            )  # fmt: skip
+            forget_after(self.run.checkpoints, PREFIX, name)
+            prune(self.run.checkpoints, PREFIX, self.saving.keep)
+        self.trainer.accelerator.wait_for_everyone()
+        if self.ending:
+            raise stop.Stopped(f"after update {state.global_step}")

@@ -1,0 +1,174 @@
+"""SIGTERM at any moment: the stage saves, ends with its own code, and the same command ends as if nothing had been."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf.runs.stop import STOPPED
+from rlhf.stages.resume import Keeper
+from rlhf.trainers.ppo import PPOTrainer
+from tests.faults.setup import checkpoints, differences
+from tests.stages import setup
+from tests.stages.setup import info
+
+pytestmark = pytest.mark.slow
+Signal = Callable[..., Any]
+
+
+def on_call(number: int, original: Callable[..., Any]) -> Callable[..., Any]:
+    """SIGTERM arrives during the n-th call."""
+    left = [number]
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    return wrapped
+
+
+def moved(config: dict[str, Any], folder: Path, **changes: Any) -> dict[str, Any]:
+    merged = {k: config.get(k, {}) | v if isinstance(v, dict) else v for k, v in changes.items()}
+    return config | {"output_dir": str(folder)} | merged
+
+
+def every_option(trained: Any, folder: Path) -> dict[str, Any]:
+    """PPO with everything that has state of its own."""
+    return moved(
+        trained.configs["ppo"], folder, ppo={"ema": 0.5, "normalize_scores": "running", "value_warmup": 1,
+                                             "value_warmup_epochs": 1, "value_model": "trunk"},
+        kl={"target": 1.0, "horizon": 20.0}, sample_every=1,
+        ptx={"coef": 0.5, "balance": 0.5, "data": [{"path": trained.files["text"]}], "batch_size": 4},
+        unfreeze={"policy": [{"train": {"last": 1}, "steps": 2}, {"train": "all"}]} if not trained.adapters else {},
+    )  # fmt: skip
+
+
+def stopped(stage: str, config: dict[str, Any], tmp_path: Path, call_cli: Any) -> str:
+    """The stage is told to end and does; what it said last."""
+    code, _, err = call_cli([stage, setup.write(tmp_path, stage, config)])
+    assert code == STOPPED, err
+    assert f"; the same command continues: rlhf {stage}" in err
+    assert info(Path(config["output_dir"]))["status"] == "interrupted"
+    return err
+
+
+def test_a_ppo_run_that_is_stopped_after_every_rollout_minibatch_and_step_ends_as_an_uninterrupted_one(
+    trained: Any, call_cli: Any, run_stage: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each attempt gets as far as the next safe point. 1 + 2 updates, then twice 1 + 4, and the end of each step."""
+    plain, broken = (every_option(trained, tmp_path / name) for name in ("plain", "broken"))
+    run_stage("ppo", plain)
+    names = []
+    for _ in range(3):
+        for name in ("sample", *["optimizer_step"] * 2, "steer_kl"):
+            with monkeypatch.context() as patch:
+                patch.setattr(PPOTrainer, name, on_call(1, getattr(PPOTrainer, name)))
+                assert "saved in step-" in stopped("ppo", broken, tmp_path, call_cli)
+            names.append(checkpoints(tmp_path / "broken")[-1])
+            if name == "steer_kl" and names[-1] == "step-000003":
+                break
+    assert names[:4] == ["step-000000-000", "step-000000-001", "step-000000-002", "step-000001"]
+    assert names[-1] == "step-000003"
+    assert "continuing after step 3" in run_stage("ppo", broken)
+    assert differences(tmp_path / "broken", tmp_path / "plain") == []
+    assert info(tmp_path / "broken")["attempts"] == len(names) + 1
+
+
+def test_an_early_stop_of_an_update_is_not_undone_by_a_resume(
+    full: Any, call_cli: Any, run_stage: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    plain, broken = (moved(full.configs["ppo"], tmp_path / n, ppo={"target_kl": 1e-6}) for n in ("plain", "broken"))
+    run_stage("ppo", plain)
+    with monkeypatch.context() as patch:
+        patch.setattr(PPOTrainer, "optimizer_step", on_call(1, PPOTrainer.optimizer_step))
+        stopped("ppo", broken, tmp_path, call_cli)
+    assert "and 1 of its updates" in run_stage("ppo", broken)
+    assert differences(tmp_path / "broken", tmp_path / "plain") == []
+
+
+def test_a_checkpoint_holds_no_frozen_weight(full: Any, adapted: Any) -> None:
+    sizes = []
+    for chain in (full, adapted):
+        path = chain.run("ppo") / "checkpoints" / "step-000002" / "state.pt"
+        sizes.append(path.stat().st_size)
+        names = torch.load(path, weights_only=True)["model"]
+        assert any("base_layer" in name or "embed_tokens" in name for name in names) is not chain.adapters
+        assert all("lora" in n or "score" in n for n in names) is chain.adapters
+    assert sizes[1] < sizes[0] / 2
+
+
+@pytest.mark.parametrize(("stage", "at"), [("sft", 1), ("sft", 4), ("reward", 3), ("classify", 6)])
+def test_a_stage_on_a_trainer_saves_after_the_update_in_hand(
+    stage: str, at: int, trained: Any, call_cli: Any, run_stage: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from rlhf.trainers.hf import Report
+
+    config = moved(trained.configs[stage], tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(Report, "on_step_end", on_call(at, Report.on_step_end))
+        assert f"saved after update {at}" in stopped(stage, config, tmp_path, call_cli)
+    assert f"checkpoint-{at}" in checkpoints(tmp_path / "run")
+    assert f"(update {at})" in run_stage(stage, config)
+    assert differences(tmp_path / "run", trained.run(stage)) == []
+
+
+def test_without_a_safe_point_in_the_grace_time_it_ends_without_one(
+    full: Any, call_cli: Any, run_stage: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import time
+
+    config = moved(full.configs["ppo"], tmp_path / "run", saving={"grace": 0.2})
+
+    def slow(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PPOTrainer, "score", slow)
+        begun = time.monotonic()
+        assert "saved" not in stopped("ppo", config, tmp_path, call_cli)
+        assert time.monotonic() - begun < 30
+    run_stage("ppo", config)
+    assert differences(tmp_path / "run", full.run("ppo")) == []
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_as_many_checkpoints_stay_as_are_asked_for(stage: str, full: Any, run_stage: Any, tmp_path: Path) -> None:
+    every = {"checkpoint_every": 1} if stage == "ppo" else {}
+    config = moved(full.configs[stage], tmp_path / "run", saving={"keep": 1}, **every)
+    run_stage(stage, config)
+    assert checkpoints(tmp_path / "run") == [{"sft": "checkpoint-6", "ppo": "step-000003"}[stage]]
+
+
+def test_a_pause_without_a_request_does_nothing(full: Any, run_stage: Any, monkeypatch: Any, tmp_path: Path) -> None:
+    """Six a step, and none of them writes: after the rollout, each of four minibatches, the end."""
+    calls: list[str] = []
+    for name in ("pause", "save"):
+        original = getattr(Keeper, name)
+        monkeypatch.setattr(Keeper, name, lambda *a, n=name, o=original: calls.append(n) or o(*a))
+    run_stage("ppo", moved(full.configs["ppo"], tmp_path / "run"))
+    assert (calls.count("pause"), calls.count("save")) == (18, 1)
+
+
+def test_a_ppo_run_under_deepspeed_says_that_it_cannot_be_continued(
+    full: Any, call_cli: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Rather than give every process the optimizer state of the first."""
+    import rlhf.stages.resume as module
+
+    config = moved(full.configs["ppo"], tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(PPOTrainer, "optimizer_step", on_call(1, PPOTrainer.optimizer_step))
+        stopped("ppo", config, tmp_path, call_cli)
+    monkeypatch.setattr(module, "under_deepspeed", lambda: True)
+    code, _, err = call_cli(["ppo", setup.write(tmp_path, "ppo", config)])
+    assert code == 2
+    assert "under DeepSpeed cannot be continued yet; choose another output_dir" in err
