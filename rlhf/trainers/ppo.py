@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from rlhf.config.schema import PPOConfig
 from rlhf.data.records import Prompt
-from rlhf.errors import ConfigError
 from rlhf.functional import adaptive_kl
 from rlhf.models.adapters import reference_policy
 from rlhf.models.average import Average
@@ -29,6 +28,7 @@ from rlhf.rollout.rewards import Rewards
 from rlhf.rollout.sample import sample
 from rlhf.rollout.score import Spread, measure, response_logprobs, shape
 from rlhf.rollout.types import Experience, Rollout
+from rlhf.runs.alive import beat
 from rlhf.trainers.losses import summed_losses
 from rlhf.trainers.order import passes, shuffled
 from rlhf.trainers.policy_value import PolicyAndValue, gather
@@ -66,12 +66,7 @@ class PPOTrainer:
         self.on_report, self.on_checkpoint, self.on_restore = report, checkpoint, restore
         self.step, self.kl_coef, self.rate, self.rollbacks = 0, config.kl.coef, 1.0, 0
         self.spread, self.first_length = Spread(), 0.0
-        size, ranks = config.ppo.rollout_size, accelerator.num_processes
-        if size % (config.ppo.minibatches * ranks):
-            raise ConfigError(
-                f"a rollout of {size} is not {config.ppo.minibatches} minibatches x {ranks} processes x a whole number",
-                where="ppo.rollout_size", do=f"choose a multiple of {config.ppo.minibatches * ranks}",
-            )  # fmt: skip
+        config.ppo.check_shared(accelerator.num_processes)
         self.phases = PairPhases(config, model)
         self.bfloat16 = wants_bfloat16(config.optim.precision)
         dtype = torch.bfloat16 if self.bfloat16 else next(model.policy.parameters()).dtype
@@ -115,8 +110,10 @@ class PPOTrainer:
         """One rollout and its updates."""
         clock = [time.monotonic()]
         rollout = self.sample()
+        beat()
         clock.append(time.monotonic())
         experience = self.score(rollout)
+        beat()
         clock.append(time.monotonic())
         stats = self.update(experience)
         clock.append(time.monotonic())
@@ -128,6 +125,7 @@ class PPOTrainer:
         if self.average is not None:
             self.average.update(self.accelerator.unwrap_model(self.model).trained_policy())
         self.step += 1
+        beat(self.step)
         self.on_report(self.step, experience, stats)
         self.on_checkpoint(self)
 
@@ -298,6 +296,7 @@ class PPOTrainer:
             raise self.watcher.not_finite("the gradient norm", norm, self.step, experience)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        beat()
         return norm
 
     def set_learning_rates(self, update: int) -> None:
