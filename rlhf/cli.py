@@ -63,19 +63,8 @@ def _stage(
     import_module(f"rlhf.stages.{name}").run(loaded.config, _console(quiet, as_json))
 
 
-STAGE_HELP = {
-    "pretrain": "Make a small source model: tokenizer and next-token training on text.",
-    "sft": "Stage 1: supervised fine-tuning on demonstrations.",
-    "reward": "Stage 2: a reward model on preference pairs, started from the SFT model.",
-    "classify": "A classifier with any labels, on any causal LM; a label's probability can be a reward of PPO.",
-    "ppo": "Stage 3: PPO against the reward model, kept near the SFT model.",
-    "evaluate": "Compare models on held-out prompts: win rate with its interval, KL, length, perplexity; writes "
-    "report.html.",
-}
-
-
 def _add_stage(name: str) -> None:
-    @app.command(name, help=STAGE_HELP[name])
+    @app.command(name, help=opt.STAGE_HELP[name])
     def command(
         config: opt.ConfigArg, overrides: opt.OverridesArg = None, launcher: opt.LauncherOpt = None,
         num_processes: opt.ProcessesOpt = None, num_machines: opt.MachinesOpt = None,
@@ -87,7 +76,7 @@ def _add_stage(name: str) -> None:
         _stage(name, config, overrides, (*how, max_restarts, timeout), quiet, as_json)
 
 
-for _name in STAGE_HELP:
+for _name in opt.STAGE_HELP:
     _add_stage(_name)
 
 

@@ -29,3 +29,14 @@ QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="print results onl
 JsonOpt = Annotated[bool, typer.Option("--json", help="print one JSON object a line")]
 TemperatureOpt = Annotated[float, typer.Option(min=0.0, help="0 = always the likeliest token")]
 NewTokensOpt = Annotated[int, typer.Option(min=1, help="longest reply, in tokens")]
+
+STAGE_HELP = {
+    "pretrain": "Make a small source model: tokenizer and next-token training on text.",
+    "sft": "Stage 1: supervised fine-tuning on demonstrations.",
+    "reward": "Stage 2: a reward model on preference pairs, started from the SFT model.",
+    "classify": "A classifier with any labels, on any causal LM; a label's probability can be a reward of PPO.",
+    "ppo": "Stage 3: PPO against the reward model, kept near the SFT model.",
+    "evaluate": "Compare models on held-out prompts: win rate with its interval, KL, length, perplexity; writes "
+    "report.html.",
+}
+"""What the command of each stage does, in the order of its help."""

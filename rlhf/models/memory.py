@@ -32,8 +32,11 @@ COLUMNS = 32  # by which the cache of sampling grows
 LOSS = 12  # bytes a logit while a full cross-entropy and its gradient exist (float32 logits, log-softmax, gradient)
 FUSED = 16  # the same in TRL's head for SFT, which sees the tokens with loss only and VOCABULARY_PART columns at once
 VOCABULARY_PART = 32768
-POLICY = 20  # the same in PPO's update: logits, their log-softmax, the entropy's two temporaries, the gradient
+POLICY = 24  # the same in PPO's forward pass: logits, log-softmax, and what the entropy is made of
+POLICY_KEPT = 8  # of it, what stays until the backward pass
+FILTERED = 9  # more of both where sampling was filtered: a bool and masked logits
 DRAWN = 16  # the same where a token is drawn: logits, probabilities and their sums
+COPIES = 64  # of each weight that CPU kernels of bfloat16 keep rearranged, one for each number of rows they have met
 RECORD, TOKEN = 2048, 56  # bytes of a record and of a token as Python keeps them, rows and data set together
 
 
@@ -168,7 +171,8 @@ class Runtime:
     """What a process holds beside its tensors: a fixed amount, and a factor on memory that comes and goes.
 
     On a CPU freed blocks stay in the heap (glibc): a forward and backward pass that holds 232 MiB makes the process
-    grow by 358. A CUDA context takes about half a gibibyte, and the caching allocator rounds up.
+    grow by 358, and by more where shapes change. A CUDA context takes about half a gibibyte, and the caching allocator
+    rounds up: both by experience, not measured here.
     """
 
     fixed: float
@@ -177,7 +181,7 @@ class Runtime:
     @classmethod
     def of(cls, gpu: bool) -> Runtime:
         """Of a device."""
-        return cls(0.6 * 2**30, 1.1) if gpu else cls(130 * 2**20, 1.5)
+        return cls(0.6 * 2**30, 1.1) if gpu else cls(130 * 2**20, 1.6)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from rlhf.config.schema import PPOConfig, PretrainConfig, SFTConfig
 from rlhf.config.sections import Peft
 from rlhf.models import memory
 from rlhf.models.memory import Estimate, Part, Runtime, Sharding, Traced, Weights
+from rlhf.models.packing import pack
 from rlhf.models.trace import trace
 from rlhf.rollout.score import CHUNK
 from rlhf.stages.skeleton import Cast, Skeleton
@@ -25,7 +26,13 @@ class Load:
     tokens: int
     longest: int  # tokens of the longest record
     loss_tokens: float  # share of tokens that carry loss
-    mean: float  # tokens of a record (of PPO: a prompt)
+    lengths: tuple[int, ...] = ()  # tokens of every record, sorted; () if unknown
+
+    def spread(self, rows: int) -> list[int]:
+        """Lengths of so many records as they are drawn: evenly over all."""
+        if not self.lengths:
+            return [self.longest] * rows
+        return [self.lengths[(2 * i + 1) * len(self.lengths) // (2 * rows)] for i in range(rows)]
 
 
 @dataclass(frozen=True)
@@ -105,29 +112,38 @@ def _ppo(case: Case, config: PPOConfig, cast: Cast) -> Estimate:
         *states, *_frozen(cast), Part("records", memory.records(load.records, load.tokens), host=True),
         Part("rollout", _rollout(config, load, cast.policy.vocabulary)),
     ]  # fmt: skip
+    if case.bfloat16 and not case.gpu:
+        met = min(memory.COPIES, config.sampling.batch_size)
+        whole = cast.policy.weights
+        standing.append(Part("kernels' copies of weights", 2.0 * met * (whole.trained + whole.frozen)))
     if config.ppo.ema is not None:
         standing.append(Part("averaged policy", float(4 * cast.policy.weights.trained)))
     share = config.ppo.rollout_size // config.ppo.minibatches // s.processes
     micro = min(config.optim.microbatch_size, share)
-    rows = max(1, round(micro * (load.mean + response) / longest))  # packed: no padding
-    passes = [traced(cast.policy, rows, longest, case.bfloat16)]
+    shape = _packed([length + response for length in load.spread(micro)])
+    passes = [traced(cast.policy, *shape, case.bfloat16)]
     models = [cast.policy]
     if cast.value is not None:
-        passes.append(traced(cast.value, rows, longest, case.bfloat16))
+        passes.append(traced(cast.value, *shape, case.bfloat16))
         models.append(cast.value)
     recompute = config.optim.activation_checkpointing
     vocabulary = cast.policy.vocabulary
     tokens = min(micro * response, max(1, CHUNK // vocabulary))
-    kept = sum(memory.activations(p, m.kept, recompute=recompute) for p, m in zip(passes, models, strict=True))
-    head = memory.logits(tokens, vocabulary, memory.POLICY)
-    update = [Part("activations", kept), Part("output layer and loss", head),
+    kept = [memory.activations(p, m.kept, recompute=recompute) for p, m in zip(passes, models, strict=True)]
+    more = memory.FILTERED if _filtered(config) else 0
+    # The output layer is at its largest while only the policy has been read.
+    head = max(
+        memory.logits(tokens, vocabulary, memory.POLICY + more) - sum(kept[1:]),
+        memory.logits(tokens, vocabulary, memory.POLICY_KEPT + more),
+    )
+    update = [Part("activations", sum(kept)), Part("output layer and loss", head),
               memory.gathered(trained, cast.policy.blocks, s)]  # fmt: skip
-    whole = memory.gathered(trained, cast.policy.blocks, s, whole=True)
+    together = memory.gathered(trained, cast.policy.blocks, s, whole=True)
     score = [Part("activations", max(p.fixed + p.block for p in passes)),
-             Part("output layer and loss", memory.logits(tokens, vocabulary, memory.LOSS)), whole]  # fmt: skip
+             Part("output layer and loss", memory.logits(tokens, vocabulary, memory.LOSS)), together]  # fmt: skip
     decoded = min(config.sampling.batch_size, max(1, config.ppo.rollout_size // s.processes))
     sample = [Part("KV cache", _cache(cast.policy, decoded, longest, case.bfloat16)),
-              Part("output layer and loss", memory.logits(decoded, vocabulary, memory.DRAWN)), whole]  # fmt: skip
+              Part("output layer and loss", memory.logits(decoded, vocabulary, memory.DRAWN)), together]  # fmt: skip
     idle = [part for part in standing if part.name != "gradients"]  # there are none outside of updates
     phases = {
         "sample": memory.with_runtime(idle, sample, runtime),
@@ -135,6 +151,13 @@ def _ppo(case: Case, config: PPOConfig, cast: Cast) -> Estimate:
         "update": memory.with_runtime(standing, update, runtime),
     }
     return Estimate(phases, device_is_host=not case.gpu)
+
+
+def _packed(lengths: list[int]) -> tuple[int, int]:
+    """Rows and their length that a microbatch of sequences is packed into."""
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    rows, length = pack(torch.zeros_like(mask, dtype=torch.long), mask).ids.shape
+    return int(rows), int(length)
 
 
 def _frozen(cast: Cast) -> list[Part]:
@@ -150,10 +173,13 @@ def _rollout(config: PPOConfig, load: Load, vocabulary: int) -> float:
     """Tokens and numbers of a rollout, all of it on every process: 9 bytes a token, 33 more a response token; and one
     bit for each token that may be drawn where sampling is filtered."""
     size, response = config.ppo.rollout_size, config.sampling.max_new_tokens
-    sampling = config.sampling
-    filtered = bool(sampling.top_k or sampling.top_p < 1.0 or sampling.min_new_tokens)
-    support = response * -(-vocabulary // 8) if filtered else 0
+    support = response * -(-vocabulary // 8) if _filtered(config) else 0
     return float(size * (9 * (load.longest + response) + 33 * response + support))
+
+
+def _filtered(config: PPOConfig) -> bool:
+    s = config.sampling
+    return bool(s.top_k or s.top_p < 1.0 or s.min_new_tokens)
 
 
 def _cache(model: Skeleton, rows: int, length: int, bfloat16: bool) -> float:

@@ -207,11 +207,12 @@ def _lengths(config: Any, models: Skeleton | Cast) -> None:
 def _load(config: Any, found: Audit | None) -> Load:
     limit = config.data.max_prompt_tokens if isinstance(config, PPOConfig) else config.data.max_length
     if found is None or not found.kept:
-        return Load(0, 0, limit, 1.0, limit)
+        return Load(0, 0, limit, 1.0)
     micro = config.optim.microbatch_size
     longest, loss = found.longest(micro)
     tokens = sum(n for n, _ in sorted(found.kept, reverse=True)[:micro])
-    return Load(len(found.lengths), found.tokens, longest, loss / max(tokens, 1), found.tokens / len(found.kept))
+    lengths = tuple(sorted(n for n, _ in found.kept))
+    return Load(len(found.kept), found.tokens, longest, loss / max(tokens, 1), lengths)
 
 
 def _run(config: Any, load: Load, processes: int, console: Console) -> None:
