@@ -8,7 +8,6 @@
 #SBATCH --job-name=rlhf
 #SBATCH --ntasks-per-node=1
 #SBATCH --signal=TERM@300
-#SBATCH --requeue
 set -euo pipefail
 [ $# -ge 2 ] || { echo "usage: sbatch $0 STAGE CONFIG [key=value...]" >&2; exit 2; }
 stage=$1 config=$2

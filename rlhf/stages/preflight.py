@@ -215,13 +215,17 @@ def _load(config: Any, found: Audit | None) -> Load:
     return Load(len(found.kept), found.tokens, longest, loss / max(tokens, 1), lengths)
 
 
+def _some(processes: int) -> str:
+    return f"{processes} process{'es' if processes > 1 else ''}"
+
+
 def _run(config: Any, load: Load, processes: int, console: Console) -> None:
     """Batch arithmetic, steps and tokens in words."""
     if isinstance(config, PPOConfig):
         p = config.ppo
         episodes = p.steps * p.rollout_size
         console.text(
-            f"batch: {p.rollout_size} episodes a step = {processes} processes x {p.rollout_size // processes}; "
+            f"batch: {p.rollout_size} episodes a step = {_some(processes)} x {p.rollout_size // processes}; "
             f"{p.epochs} epochs x {p.minibatches} minibatches of {p.rollout_size // p.minibatches} = "
             f"{p.epochs * p.minibatches} updates a step, backward of {config.optim.microbatch_size} episodes at a time"
         )
@@ -235,7 +239,7 @@ def _run(config: Any, load: Load, processes: int, console: Console) -> None:
     accumulation = optim.accumulation(processes)
     micro = optim.batch_size // processes // accumulation
     console.text(
-        f"batch: {processes} processes x {micro} rows x {accumulation} accumulation = {optim.batch_size} per update"
+        f"batch: {_some(processes)} x {micro} rows x {accumulation} accumulation = {optim.batch_size} per update"
     )
     if not load.records:
         return
@@ -270,7 +274,7 @@ def _memory(checkup: Checkup, case: Case, fits: bool) -> None:
     s = case.sharding
     spread = f"ZeRO-{s.zero}" if s.deepspeed else "FSDP" if s.zero else "whole models"
     checkup.console.table(
-        f"Memory of each {where} ({s.processes} process{'es' if s.processes > 1 else ''}, {spread}, "
+        f"Memory of each {where} ({_some(s.processes)}, {spread}, "
         f"{'bfloat16' if case.bfloat16 else 'float32'} passes)", ["part", "bytes", ""], rows,
     )  # fmt: skip
     if limit is None:

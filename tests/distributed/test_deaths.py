@@ -36,7 +36,7 @@ def kill_rank_1(process: subprocess.Popen[str], folder: Path, checkpoints: Path)
     end = time.monotonic() + DEADLINE
     while time.monotonic() < end:
         assert process.poll() is None, process.communicate()
-        done = [p for p in checkpoints.glob("checkpoint-*/trainer_state.json")]
+        done = list(checkpoints.glob("checkpoint-*/trainer_state.json"))
         signs = list(folder.glob("rlhf-*/1.json"))
         if done and signs:
             sign = json.loads(signs[0].read_text(encoding="utf-8"))

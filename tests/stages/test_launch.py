@@ -190,7 +190,8 @@ import os, signal, subprocess, sys, time
 from rlhf.runs.alive import say
 kind = sys.argv[1]
 if len(sys.argv) == 2:  # the launcher: two ranks; fails as soon as one does, but does not end the other
-    ranks = [subprocess.Popen([sys.executable, __file__, kind, str(r)], env=os.environ | {"RANK": str(r)}) for r in (0, 1)]
+    command = [sys.executable, __file__, kind]
+    ranks = [subprocess.Popen([*command, r], env=os.environ | {"RANK": r}) for r in "01"]
     codes = [r.wait() for r in ranks]
     sys.exit(int(any(codes)))
 say("running", step=7)
