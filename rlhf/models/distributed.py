@@ -103,6 +103,13 @@ def check_launch(stage: str) -> None:
     Raises: ConfigError; TrainingError, as `check_world`.
     """
     check_world(int(os.environ.get("WORLD_SIZE", "1")))
+    # accelerate says where to meet if several were asked for, also where it then starts one process without a word.
+    launched, meeting = "ACCELERATE_MIXED_PRECISION" in os.environ, "MASTER_ADDR" in os.environ
+    if launched and meeting and "WORLD_SIZE" not in os.environ:
+        raise TrainingError(
+            "accelerate was asked for several processes and started one", where="accelerate launch",
+            do="use configs/accelerate/ddp.yaml (for a CPU too); for one process, unset MASTER_ADDR",
+        )  # fmt: skip
     if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
         check_fsdp(stage)
     if under_deepspeed():

@@ -66,6 +66,7 @@ def preflight(
     templates: dict[str, str | None] = {}
     for name, config, own in jobs:
         if name == "evaluate":
+            console.note("evaluate: trains nothing, so it is not checked")
             continue
         sharding = _sharding(name, config, how[0] or own, *how[1:])
         checkup = Checkup(console, sharding, limit or device_bytes(), gpu, planned, templates)
@@ -301,10 +302,9 @@ def _way_out(checkup: Checkup, case: Case, limit: float, fits: bool) -> str:
     config = adapters(case.config)
     if config is not None:
         models = _models(checkup, case.stage, config, fits)
-        for change, other in [("", Case(case.stage, config, models, case.load, case.sharding, case.gpu))]:
-            needed = estimate(other).peak
-            if needed <= limit:
-                return f"adapters fit: peft.method=lora{change} ({in_words(needed)}), which trains other weights"
+        needed = estimate(Case(case.stage, config, models, case.load, case.sharding, case.gpu)).peak
+        if needed <= limit:
+            return f"only adapters fit, which train other weights: peft.method=lora ({in_words(needed)})"
     if not words:
         return "nothing smaller was found"
     return f"nothing fits; the least is {in_words(least)} with {words}"

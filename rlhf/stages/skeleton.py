@@ -160,7 +160,7 @@ def _kept(model: Any, blocks: int) -> int:
 
 
 def trains(stage: str, config: Any, planned: Mapping[str, Made]) -> Skeleton:
-    """The one model that a stage other than PPO trains."""
+    """The one model that a stage other than PPO trains. Phases count as if all that they train were trained at once."""
     if stage == "pretrain":
         plan = {config.output_dir: Made("pretrain", None, config.architecture, NO_ADAPTER)}
         return skeleton("model", ModelSource(path=config.output_dir), {**planned, **plan})
