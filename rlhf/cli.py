@@ -119,6 +119,9 @@ def check(
     stage: Annotated[str | None, typer.Option(help="a stage, or pipeline; default: by the file's name")] = None,
     launcher: opt.LauncherOpt = None, num_processes: opt.ProcessesOpt = None, num_machines: opt.MachinesOpt = None,
     gpu_memory: Annotated[str | None, typer.Option(help="of one GPU, e.g. 80G; default: this machine's")] = None,
+    response_tokens: Annotated[
+        int | None, typer.Option(min=1, help="ppo: mean length of responses, if known; default: the longest")
+    ] = None,
     quiet: opt.QuietOpt = False, as_json: opt.JsonOpt = False,
 ) -> None:  # fmt: skip
     """Before a long run: batch, data, template, models that belong together, tokens, and memory of each process.
@@ -128,7 +131,8 @@ def check(
     from rlhf.stages.preflight import preflight
 
     how, console = (launcher, num_processes, num_machines), _console(quiet, as_json)
-    raise typer.Exit(preflight(config, overrides or [], console, stage=stage, how=how, gpu_memory=gpu_memory))
+    known: dict[str, Any] = {"gpu_memory": gpu_memory, "response": response_tokens}
+    raise typer.Exit(preflight(config, overrides or [], console, stage=stage, how=how, **known))
 
 
 @app.command()

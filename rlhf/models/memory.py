@@ -36,7 +36,7 @@ POLICY = 24  # the same in PPO's forward pass: logits, log-softmax, and what the
 POLICY_KEPT = 8  # of it, what stays until the backward pass
 FILTERED = 9  # more of both where sampling was filtered: a bool and masked logits
 DRAWN = 16  # the same where a token is drawn: logits, probabilities and their sums
-COPIES = 64  # of each weight that CPU kernels of bfloat16 keep rearranged, one for each number of rows they have met
+COPIES = 120  # of a weight, that CPU kernels of bfloat16 keep rearranged: one for each number of rows that they met
 RECORD, TOKEN = 2048, 56  # bytes of a record and of a token as Python keeps them, rows and data set together
 
 

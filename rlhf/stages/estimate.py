@@ -45,6 +45,7 @@ class Case:
     load: Load
     sharding: Sharding
     gpu: bool
+    response: int | None = None  # mean tokens of PPO's responses, if known
 
     @property
     def bfloat16(self) -> bool:
@@ -120,6 +121,7 @@ def _ppo(case: Case, config: PPOConfig, cast: Cast) -> Estimate:
         standing.append(Part("averaged policy", float(4 * cast.policy.weights.trained)))
     share = config.ppo.rollout_size // config.ppo.minibatches // s.processes
     micro = min(config.optim.microbatch_size, share)
+    response = min(response, case.response or response)
     shape = _packed([length + response for length in load.spread(micro)])
     passes = [traced(cast.policy, *shape, case.bfloat16)]
     models = [cast.policy]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Checkup:
     sharding: Sharding
     limit: float | None  # bytes of one device
     gpu: bool
+    response: int | None = None  # mean length of PPO's responses, if known
     planned: dict[str, Made] = field(default_factory=dict)  # models that earlier stages of the pipeline will make
     templates: dict[str, str | None] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -44,13 +45,14 @@ class Checkup:
 
 def preflight(
     path: Path, overrides: Sequence[str], console: Console, *, stage: str | None,
-    how: tuple[str | None, int | None, int | None], gpu_memory: str | None,
+    how: tuple[str | None, int | None, int | None], gpu_memory: str | None, response: int | None = None,
 ) -> int:  # fmt: skip
     """Check a stage's file or a pipeline's. Returns 0 if all is well, else 1.
 
     Args:
         how: launcher, processes over all machines, machines.
         gpu_memory: of one device, such as 80G.
+        response: mean tokens of PPO's responses, if known; else they count as long as they may be.
 
     Raises: ConfigError for a configuration, a launch or an amount of memory that means nothing.
     """
@@ -69,7 +71,7 @@ def preflight(
             console.note("evaluate: trains nothing, so it is not checked")
             continue
         sharding = _sharding(name, config, how[0] or own, *how[1:])
-        checkup = Checkup(console, sharding, limit or device_bytes(), gpu, planned, templates)
+        checkup = Checkup(console, sharding, limit or device_bytes(), gpu, response, planned, templates)
         console.title(f"{name} ({config.output_dir})")
         try:
             _stage(checkup, name, config)
@@ -144,7 +146,7 @@ def _stage(checkup: Checkup, name: str, config: Any) -> None:
     _lengths(config, models)
     load = _load(config, found[0] if found else None)
     _run(config, load, checkup.sharding.processes, console)
-    _memory(checkup, Case(name, config, models, load, checkup.sharding, checkup.gpu), fits)
+    _memory(checkup, Case(name, config, models, load, checkup.sharding, checkup.gpu, checkup.response), fits)
 
 
 def _pairing(checkup: Checkup, config: PPOConfig, renderer: Any) -> bool:
@@ -302,7 +304,7 @@ def _way_out(checkup: Checkup, case: Case, limit: float, fits: bool) -> str:
     config = adapters(case.config)
     if config is not None:
         models = _models(checkup, case.stage, config, fits)
-        needed = estimate(Case(case.stage, config, models, case.load, case.sharding, case.gpu)).peak
+        needed = estimate(replace(case, config=config, models=models)).peak
         if needed <= limit:
             return f"only adapters fit, which train other weights: peft.method=lora ({in_words(needed)})"
     if not words:

@@ -28,6 +28,7 @@ IMPORTS = (
     "rlhf.trainers.reward", "rlhf.trainers.ppo", "rlhf.stages.sft", "rlhf.stages.reward", "rlhf.stages.ppo",
 )  # fmt: skip
 PREDICTED = "Memory of each process"
+MEAN = "14"  # tokens of the demo's responses, where they end by themselves
 
 
 def status(name: str) -> float:
@@ -74,9 +75,10 @@ def child(arguments: list[str]) -> str:
     return done.stdout
 
 
-def predicted(arguments: list[str]) -> float:
-    """The peak that `rlhf check` prints, MiB."""
-    said = child([sys.executable, "-m", "rlhf", "check", *arguments, "--json"])
+def predicted(arguments: list[str], response: str = "") -> float:
+    """The peak that `rlhf check` prints, MiB; `response` is the mean length of responses, if known."""
+    known = ["--response-tokens", response] if response else []
+    said = child([sys.executable, "-m", "rlhf", "check", *arguments, *known, "--json"])
     tables: list[dict[str, Any]] = [json.loads(line) for line in said.splitlines()]
     rows = next(t["rows"] for t in tables if str(t.get("table", "")).startswith(PREDICTED))
     number, unit = next(row["bytes"] for row in rows if row["part"].startswith("peak")).split()
@@ -108,7 +110,7 @@ def main() -> None:
             run = [*arguments, f"output_dir={where}/run"]
             said = child([sys.executable, "-m", "tests.bench.memory", "measure", *run])
             found = json.loads(said.splitlines()[-1])["above"]
-            words = predicted(run[1:])
+            words = predicted(run[1:], MEAN if name == "ppo" else "")
         print(f"{name:20s} | {found:13.0f} | {words:9.0f} | {words / found:.2f}", flush=True)
 
 

@@ -139,3 +139,13 @@ def test_rows_that_are_cut_lose_their_end_token(place: Path, call_cli: Run) -> N
     code, out, _ = call_cli(["check", "sft.yaml", "data.max_length=8", "data.too_long=truncate"], cwd=place)
     assert code == 1
     assert "no record" in out
+
+
+def test_shorter_responses_need_less(place: Path, call_cli: Run) -> None:
+    def peak(*words: str) -> float:
+        out = call_cli(
+            ["check", "ppo.yaml", "ppo.rollout_size=512", "optim.microbatch_size=512", "--json", *words], cwd=place
+        )
+        return next(mib for part, mib in needed(out.stdout).items() if part.startswith("peak"))
+
+    assert peak("--response-tokens", "1") < peak() == peak("--response-tokens", "99")
