@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
 from rlhf import __version__
+from rlhf.cli_console import console
 from rlhf.cli_data import data
-from rlhf.cli_options import ConfigArg, JsonOpt, LauncherOpt, OverridesArg, QuietOpt, console
+from rlhf.config import arguments as opt
 from rlhf.errors import ConfigError, RLHFError
 from rlhf.runs import stop
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     name="rlhf", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -29,84 +27,54 @@ app = typer.Typer(
     "\b\n  accelerate launch --config_file configs/accelerate/ddp.yaml -m rlhf sft configs/demo/sft.yaml",
 )  # fmt: skip
 
-TemperatureOpt = Annotated[float, typer.Option(min=0.0, help="0 = always the likeliest token")]
-NewTokensOpt = Annotated[int, typer.Option(min=1, help="longest reply, in tokens")]
 INTERRUPTED = 130  # exit code after Ctrl-C, which typer uses too
 
 
 def _stage(
-    name: str, config: Path, overrides: list[str] | None, launcher: str | None, quiet: bool, as_json: bool
+    name: str, config: Path, overrides: list[str] | None, how: tuple[Any, ...], quiet: bool, as_json: bool
 ) -> None:
     from importlib import import_module
 
     from rlhf.config.load import load
     from rlhf.config.schema import STAGES
+    from rlhf.stages.launch import Options, check_stage, launch, resolve
 
-    loaded = load(STAGES[name], config, overrides or [])
-    if launcher is not None:
-        from rlhf.stages.launch import launch
-
+    loaded, options = load(STAGES[name], config, overrides or []), Options(*how)
+    if options.launcher is not None:
+        check_stage(name, loaded.config, resolve(options))
         flags = [*(["--quiet"] if quiet else []), *(["--json"] if as_json else [])]
-        raise typer.Exit(launch(launcher, [name, str(config), *(overrides or []), *flags]))
+        arguments = [str(config), *(overrides or []), *flags]
+        code = launch(options, name, arguments, output=loaded.config.output_dir)
+        raise stop.Stopped if code == stop.STOPPED else typer.Exit(code)
+    if options.given:
+        raise ConfigError(
+            "processes are started by a launcher", found=" ".join(options.flags()), where="command line",
+            do="add --launcher, e.g. --launcher ddp",
+        )  # fmt: skip
     import_module(f"rlhf.stages.{name}").run(loaded.config, console(quiet, as_json))
 
 
+def _add_stage(name: str) -> None:
+    @app.command(name, help=opt.STAGE_HELP[name])
+    def command(
+        config: opt.ConfigArg, overrides: opt.OverridesArg = None, launcher: opt.LauncherOpt = None,
+        num_processes: opt.ProcessesOpt = None, num_machines: opt.MachinesOpt = None,
+        machine_rank: opt.RankOpt = None, main_process_ip: opt.IpOpt = None, main_process_port: opt.PortOpt = None,
+        max_restarts: opt.RestartsOpt = 0, timeout: opt.TimeoutOpt = None, quiet: opt.QuietOpt = False,
+        as_json: opt.JsonOpt = False,
+    ) -> None:  # fmt: skip
+        how = (launcher, num_processes, num_machines, machine_rank, main_process_ip, main_process_port)
+        _stage(name, config, overrides, (*how, max_restarts, timeout), quiet, as_json)
+
+
+for _name in opt.STAGE_HELP:
+    _add_stage(_name)
+
+
 @app.command()
-def pretrain(
-    config: ConfigArg, overrides: OverridesArg = None, launcher: LauncherOpt = None, quiet: QuietOpt = False,
-    as_json: JsonOpt = False,
+def run(
+    config: opt.ConfigArg, overrides: opt.OverridesArg = None, quiet: opt.QuietOpt = False, as_json: opt.JsonOpt = False
 ) -> None:  # fmt: skip
-    """Make a small source model: tokenizer and next-token training on text."""
-    _stage("pretrain", config, overrides, launcher, quiet, as_json)
-
-
-@app.command()
-def sft(
-    config: ConfigArg, overrides: OverridesArg = None, launcher: LauncherOpt = None, quiet: QuietOpt = False,
-    as_json: JsonOpt = False,
-) -> None:  # fmt: skip
-    """Stage 1: supervised fine-tuning on demonstrations."""
-    _stage("sft", config, overrides, launcher, quiet, as_json)
-
-
-@app.command()
-def reward(
-    config: ConfigArg, overrides: OverridesArg = None, launcher: LauncherOpt = None, quiet: QuietOpt = False,
-    as_json: JsonOpt = False,
-) -> None:  # fmt: skip
-    """Stage 2: a reward model on preference pairs, started from the SFT model."""
-    _stage("reward", config, overrides, launcher, quiet, as_json)
-
-
-@app.command()
-def classify(
-    config: ConfigArg, overrides: OverridesArg = None, launcher: LauncherOpt = None, quiet: QuietOpt = False,
-    as_json: JsonOpt = False,
-) -> None:  # fmt: skip
-    """A classifier with any labels, on any causal LM; a label's probability can be a reward of PPO."""
-    _stage("classify", config, overrides, launcher, quiet, as_json)
-
-
-@app.command()
-def ppo(
-    config: ConfigArg, overrides: OverridesArg = None, launcher: LauncherOpt = None, quiet: QuietOpt = False,
-    as_json: JsonOpt = False,
-) -> None:  # fmt: skip
-    """Stage 3: PPO against the reward model, kept near the SFT model."""
-    _stage("ppo", config, overrides, launcher, quiet, as_json)
-
-
-@app.command()
-def evaluate(
-    config: ConfigArg, overrides: OverridesArg = None, launcher: LauncherOpt = None, quiet: QuietOpt = False,
-    as_json: JsonOpt = False,
-) -> None:  # fmt: skip
-    """Compare models on held-out prompts: win rate with its interval, KL, length, perplexity; writes report.html."""
-    _stage("evaluate", config, overrides, launcher, quiet, as_json)
-
-
-@app.command()
-def run(config: ConfigArg, overrides: OverridesArg = None, quiet: QuietOpt = False, as_json: JsonOpt = False) -> None:
     """All stages in order. Finished stages are skipped, an interrupted one continues.
 
     Overrides start with the stage: ppo.kl.target=2.5, pretrain.enabled=true, sft.launcher=ddp, seed=2.
@@ -121,7 +89,7 @@ def run(config: ConfigArg, overrides: OverridesArg = None, quiet: QuietOpt = Fal
 
 @app.command()
 def show(
-    config: ConfigArg, overrides: OverridesArg = None,
+    config: opt.ConfigArg, overrides: opt.OverridesArg = None,
     stage: Annotated[str | None, typer.Option(help="which stage's file it is; default: the file's name")] = None,
 ) -> None:  # fmt: skip
     """Print every value of a configuration with its origin (default, file:line, command line) and meaning."""
@@ -137,10 +105,32 @@ def show(
 
 
 @app.command()
+def check(
+    config: opt.ConfigArg, overrides: opt.OverridesArg = None,
+    stage: Annotated[str | None, typer.Option(help="a stage, or pipeline; default: by the file's name")] = None,
+    launcher: opt.LauncherOpt = None, num_processes: opt.ProcessesOpt = None, num_machines: opt.MachinesOpt = None,
+    gpu_memory: Annotated[str | None, typer.Option(help="of one GPU, e.g. 80G; default: this machine's")] = None,
+    response_tokens: Annotated[
+        int | None, typer.Option(min=1, help="ppo: mean length of responses, if known; default: the longest")
+    ] = None,
+    quiet: opt.QuietOpt = False, as_json: opt.JsonOpt = False,
+) -> None:  # fmt: skip
+    """Before a long run: batch, data, template, models that belong together, tokens, and memory of each process.
+
+    Takes a stage's file or a pipeline's. Trains and writes nothing. Exit code 1 if something fails or does not fit.
+    """
+    from rlhf.stages.preflight import preflight
+
+    how = (launcher, num_processes, num_machines)
+    known: dict[str, Any] = {"gpu_memory": gpu_memory, "response": response_tokens}
+    raise typer.Exit(preflight(config, overrides or [], console(quiet, as_json), stage=stage, how=how, **known))
+
+
+@app.command()
 def bench(
-    config: ConfigArg, overrides: OverridesArg = None,
+    config: opt.ConfigArg, overrides: opt.OverridesArg = None,
     steps: Annotated[int, typer.Option(min=1, help="steps that are measured, after one to warm up")] = 3,
-    quiet: QuietOpt = False, as_json: JsonOpt = False,
+    quiet: opt.QuietOpt = False, as_json: opt.JsonOpt = False,
 ) -> None:  # fmt: skip
     """Measure PPO on this machine, phase by phase, beside what the machine could do. Takes a ppo file."""
     from rlhf.config.load import load
@@ -158,7 +148,7 @@ def inspect(
     step: Annotated[int | None, typer.Option(help="which step; default: the last one written")] = None,
     row: Annotated[int | None, typer.Option(help="which response of the step; default: all that were written")] = None,
     paint: Annotated[str, typer.Option(help="logprob, kl, value, advantage or reward")] = "advantage",
-    as_json: JsonOpt = False,
+    as_json: opt.JsonOpt = False,
 ) -> None:
     """Paint the tokens of a PPO rollout by one of their numbers, and list all of them."""
     from rlhf.runs.inspect import inspect as run_inspect
@@ -170,7 +160,7 @@ def inspect(
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="run directories of evaluate stages, or of pipelines")],
     output: Annotated[Path | None, typer.Option(help="HTML page to write, with all runs in one picture")] = None,
-    as_json: JsonOpt = False,
+    as_json: opt.JsonOpt = False,
 ) -> None:
     """Several evaluations side by side, such as the seeds of one experiment: each, their mean and the worst."""
     from rlhf.runs.compare import compare as run_compare
@@ -181,8 +171,8 @@ def compare(
 @app.command()
 def chat(
     model: Annotated[str, typer.Argument(help="run directory, model folder or hub id")],
-    temperature: TemperatureOpt = 0.7,
-    max_new_tokens: NewTokensOpt = 128,
+    temperature: opt.TemperatureOpt = 0.7,
+    max_new_tokens: opt.NewTokensOpt = 128,
     seed: Annotated[int, typer.Option(help="seed of the replies")] = 1,
 ) -> None:
     """Talk to a model in the terminal. Empty line or Ctrl-D ends; /new starts over."""
@@ -196,10 +186,10 @@ def generate(
     model: Annotated[str, typer.Argument(help="run directory, model folder or hub id")],
     prompts: Annotated[str, typer.Argument(help="file of prompts (any format that PPO reads)")],
     output: Annotated[Path, typer.Argument(help="JSONL file to write; must not exist")],
-    temperature: TemperatureOpt = 0.7,
-    max_new_tokens: NewTokensOpt = 128,
+    temperature: opt.TemperatureOpt = 0.7,
+    max_new_tokens: opt.NewTokensOpt = 128,
     seed: Annotated[int, typer.Option(help="seed of the replies")] = 1,
-    quiet: QuietOpt = False,
+    quiet: opt.QuietOpt = False,
 ) -> None:
     """Answer a file of prompts."""
     from rlhf.stages.generate import generate as run_generate
@@ -214,7 +204,7 @@ def generate(
 def merge(
     adapter: Annotated[str, typer.Argument(help="run directory or model folder of an adapter (peft.method lora, ia3)")],
     output: Annotated[Path, typer.Argument(help="folder to write; must not exist")],
-    quiet: QuietOpt = False,
+    quiet: opt.QuietOpt = False,
 ) -> None:
     """Fold an adapter into its base: plain float32 weights that transformers loads without peft.
 
@@ -234,9 +224,9 @@ def rate(
     model: Annotated[str, typer.Argument(help="run directory, model folder or hub id")],
     output: Annotated[Path, typer.Argument(help="JSONL file of comparisons to write; must not exist")],
     rows: Annotated[int, typer.Option(min=1, help="prompts to ask, twice each")] = 16000,
-    max_new_tokens: NewTokensOpt = 48,
+    max_new_tokens: opt.NewTokensOpt = 48,
     seed: Annotated[int, typer.Option(help="seed of prompts, replies and labels")] = 1,
-    quiet: QuietOpt = False,
+    quiet: opt.QuietOpt = False,
 ) -> None:
     """Have the demo world's simulated rater compare a model's own replies: pairs for the next reward model."""
     from rlhf.stages.rate import rate as run_rate
@@ -249,27 +239,40 @@ app.add_typer(data)
 
 def main() -> None:
     """Entry point: errors a user can cause become one message and a non-zero exit code."""
+    from rlhf.runs.alive import say
+
     stop.listen()
+    say("running")
     try:
         app(prog_name="rlhf")  # says and exits by itself on a wrong command or option
     except RLHFError as error:
+        say("refused", words=f"{type(error).__name__}: {error}")
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
+        say("interrupted")
         sys.exit(stop.say_end("interrupted", INTERRUPTED))
     except SystemExit as end:
         if isinstance(end, stop.Stopped):
+            say("interrupted")
             stop.say_end("stopped by SIGTERM" + (f", saved {end.saved}" if end.saved else ""), stop.STOPPED)
         elif end.code == INTERRUPTED:
+            say("interrupted")
             stop.say_end("interrupted", INTERRUPTED)
+        else:
+            say("failed" if end.code else "finished", words=f"exit code {end.code}")
         raise
     except BrokenPipeError:
         sys.exit(1)
     except OSError as error:
+        say("failed", words=f"{type(error).__name__}: {error}")
         if error.errno not in stop.DISK:
             raise
         typer.echo(f"CheckpointError: {error.filename or 'output_dir'}: the disk does not take more: {error}", err=True)
         sys.exit(2)
+    except BaseException as error:
+        say("failed", words=f"{type(error).__name__}: {error}")
+        raise
 
 
 __all__ = ["__version__", "app", "main"]

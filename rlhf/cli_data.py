@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from rlhf.cli_options import ConfigArg, JsonOpt, OverridesArg, QuietOpt, console
+from rlhf.cli_console import console
+from rlhf.config.arguments import ConfigArg, JsonOpt, OverridesArg, QuietOpt
 
 data = typer.Typer(
     name="data", no_args_is_help=True,

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from rlhf.config.sections import Count, ModelSource, NonNegative, Positive, Section, Source, Unit
+from rlhf.errors import ConfigError
 
 Steps = Annotated[int, Field(ge=0)]
 
@@ -106,6 +107,18 @@ class PPO(Section):
                 "old_logprobs=sampled saves nothing with value_model=trunk: values and log-probs come from one pass"
             )
         return self
+
+    def check_shared(self, processes: int) -> None:
+        """Refuse a rollout that minibatches and processes cannot share equally.
+
+        Raises: ConfigError.
+        """
+        parts = self.minibatches * processes
+        if self.rollout_size % parts:
+            raise ConfigError(
+                f"a rollout of {self.rollout_size} is not {self.minibatches} minibatches x {processes} processes x a "
+                "whole number", where="ppo.rollout_size", do=f"choose a multiple of {parts}",
+            )  # fmt: skip
 
 
 class KL(Section):

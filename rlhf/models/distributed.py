@@ -8,16 +8,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from rlhf.errors import TrainingError
+from rlhf.config.environment import EXPECTED_PROCESSES, secrets, timeout_seconds
+from rlhf.errors import ConfigError, TrainingError
 
 # Minor releases that tests/models/test_distributed.py has seen. Outside it, TRL may have moved what we rely on.
 TESTED = {"trl": ("1.16", "1.17"), "accelerate": ("1.14", "2.0"), "transformers": ("5.20", "6.0")}
-EXPECTED_PROCESSES = "RLHF_EXPECTED_PROCESSES"
+SECRETS_FILE = ".deepspeed_env"  # where DeepSpeed keeps the environment of other machines
 
 
 def quiet_libraries(*, telemetry: bool) -> None:
@@ -66,7 +68,7 @@ def forget_accelerator() -> None:
     GradientState._reset_state()
 
 
-def make_accelerator(*, timeout_minutes: int = 30, unused: bool = False) -> Any:
+def make_accelerator(*, unused: bool = False) -> Any:
     """An Accelerator whose idea of the world agrees with the launcher's.
 
     On CPU the backend is named explicitly: under a DeepSpeed launch every rank would otherwise believe to be alone.
@@ -81,8 +83,9 @@ def make_accelerator(*, timeout_minutes: int = 30, unused: bool = False) -> Any:
 
     handlers: list[Any] = [DistributedDataParallelKwargs(find_unused_parameters=True)] if unused else []
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched > 1 and use_cpu():
-        handlers.append(InitProcessGroupKwargs(backend="gloo", timeout=timedelta(minutes=timeout_minutes)))
+    if launched > 1:
+        backend = {"backend": "gloo"} if use_cpu() else {}
+        handlers.append(InitProcessGroupKwargs(**backend, timeout=timedelta(seconds=timeout_seconds())))
     accelerator = Accelerator(
         cpu=use_cpu() and not under_deepspeed(), kwargs_handlers=handlers, step_scheduler_with_optimizer=False,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # ours; the files of configs/ say 'auto'
@@ -94,6 +97,67 @@ def make_accelerator(*, timeout_minutes: int = 30, unused: bool = False) -> Any:
 def under_deepspeed() -> bool:
     """Whether the launcher asked for DeepSpeed."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+
+
+def check_launch(stage: str) -> None:
+    """Refuse what a launcher set up and what would run as something else, or run and not save.
+
+    Raises: ConfigError; TrainingError, as `check_world`.
+    """
+    check_world(int(os.environ.get("WORLD_SIZE", "1")))
+    # accelerate says where to meet if several were asked for, also where it then starts one process without a word.
+    launched, meeting = "ACCELERATE_MIXED_PRECISION" in os.environ, "MASTER_ADDR" in os.environ
+    if launched and meeting and "WORLD_SIZE" not in os.environ:
+        raise TrainingError(
+            "accelerate was asked for several processes and started one", where="accelerate launch",
+            do="use configs/accelerate/ddp.yaml (for a CPU too); for one process, unset MASTER_ADDR",
+        )  # fmt: skip
+    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
+        check_fsdp(stage)
+    if under_deepspeed():
+        check_no_secrets(Path.cwd(), Path.home())
+
+
+def check_fsdp(stage: str) -> None:
+    """Refuse FSDP where it would not run, or not as asked for.
+
+    Raises: ConfigError.
+    """
+    if use_cpu():
+        raise ConfigError(
+            "FSDP on a CPU would silently become plain data parallel, or train each process apart",
+            where="--launcher fsdp2", do="use --launcher zero3 (which shards on a CPU too), or a machine with GPUs",
+        )  # fmt: skip
+    if stage == "ppo":
+        raise ConfigError(
+            "PPO does not sample from weights that FSDP has sharded",
+            where="--launcher fsdp2",
+            do="use --launcher zero3",
+        )
+
+
+def check_no_secrets(*folders: Path) -> None:
+    """Refuse to run beside a `.deepspeed_env` that holds credentials: DeepSpeed would send them to other machines.
+
+    Raises: ConfigError naming the variables (not their values).
+    """
+    for path in (folder / SECRETS_FILE for folder in folders):
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            found = secrets(line.partition("=")[0].strip() for line in lines)
+            if found:
+                raise ConfigError(
+                    "a file of DeepSpeed holds what looks like credentials", found=", ".join(found), where=str(path),
+                    do="delete it: the launchers here do not need it",
+                )  # fmt: skip
+
+
+def bound_waiting() -> None:
+    """Give every group of processes our timeout, those that DeepSpeed makes by itself too (torch's default: half an
+    hour). Call it before the first group is made."""
+    import torch.distributed.distributed_c10d as c10d
+
+    c10d.default_pg_timeout = timedelta(seconds=timeout_seconds())
 
 
 def check_world(processes: int) -> None:
@@ -150,8 +214,8 @@ def trainer_arguments(precision: str) -> dict[str, Any]:
         precision: 'auto', 'float32' or 'bfloat16', of forward and backward.
     """
     arguments: dict[str, Any] = {"use_cpu": use_cpu(), "report_to": "none", "disable_tqdm": True}
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and use_cpu():
-        arguments["ddp_backend"] = "gloo"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        arguments |= {"ddp_timeout": timeout_seconds()} | ({"ddp_backend": "gloo"} if use_cpu() else {})
     arguments["bf16"] = wants_bfloat16(precision)
     return arguments
 

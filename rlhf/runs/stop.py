@@ -91,8 +91,11 @@ def urgent() -> bool:
 
 def say_end(how: str, code: int) -> int:
     """Print how the command ended, and the command that continues it. Returns: `code`."""
+    from rlhf.config.environment import LAST_WORDS
     from rlhf.config.schema import STAGES
 
+    if LAST_WORDS in os.environ:  # the process that started us says it, once for all
+        return code
     continues = len(sys.argv) > 1 and sys.argv[1] in (*STAGES, "run")
     more = f"; the same command continues: rlhf {shlex.join(sys.argv[1:])}" if continues else ""
     print(f"\n{how}{more}", file=sys.stderr)

@@ -15,9 +15,17 @@ from rlhf.config.sections import Data, ModelSource, Optim
 from rlhf.data.render import CHATML, Renderer, prepare_tokenizer
 from rlhf.data.sources import RecordSet, load_records, split
 from rlhf.errors import ConfigError, DataError
-from rlhf.models.distributed import check_world, forget_accelerator, is_main, library_versions, quiet_libraries
+from rlhf.models.distributed import (
+    bound_waiting,
+    check_launch,
+    forget_accelerator,
+    is_main,
+    library_versions,
+    quiet_libraries,
+)
 from rlhf.models.load import count_parameters, load_tokenizer, resolve
 from rlhf.runs import handover
+from rlhf.runs.alive import watch
 from rlhf.runs.console import Console
 from rlhf.runs.run_dir import RunDir, fingerprint_path, plain
 
@@ -44,11 +52,14 @@ def begin(stage: str, config: Stage, console: Console) -> tuple[RunDir, str]:
         return run, state
     quiet_libraries(telemetry=config.telemetry)
     forget_accelerator()
-    check_world(processes())
+    check_launch(stage)
+    if processes() > 1:
+        bound_waiting()
     optim = getattr(config, "optim", None)
     if isinstance(optim, Optim):
         optim.accumulation(processes())  # refuse a batch that cannot be shared, before anything is read or written
     seed_everything(config.seed, deterministic=config.deterministic)
+    watch()
     return run, state
 
 

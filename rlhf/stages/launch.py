@@ -3,21 +3,72 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
+import shlex
 import sys
-import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf.config.environment import EXPECTED_PROCESSES, TIMEOUT, timeout_seconds
 from rlhf.config.load import read_yaml
-from rlhf.errors import ConfigError
-from rlhf.runs.stop import Stopped
+from rlhf.errors import ConfigError, collect
+from rlhf.stages.supervise import Ended, report, supervise
 
-LONGEST_END = 60.0
-"""Seconds that processes of a launcher that has ended may take to end, too."""
+SIDE_BY_SIDE = ("MULTI_GPU", "DEEPSPEED", "FSDP")  # types that start one process each for a number of them
+MACHINES, RANK, ADDRESS, PORT = "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says about processes; None = as the accelerate file says."""
+
+    launcher: str | None = None
+    processes: int | None = None  # over all machines
+    machines: int | None = None
+    machine_rank: int | None = None
+    ip: str | None = None  # of machine 0
+    port: int | None = None
+    max_restarts: int = 0
+    timeout: int | None = None  # seconds
+
+    @property
+    def given(self) -> bool:
+        """Whether anything but a launcher was given."""
+        return self != Options(launcher=self.launcher)
+
+    def flags(self) -> list[str]:
+        """As they are typed, for the command that resumes."""
+        named = {
+            "launcher": self.launcher, "num-processes": self.processes, "num-machines": self.machines,
+            "machine-rank": self.machine_rank, "main-process-ip": self.ip, "main-process-port": self.port,
+            "max-restarts": self.max_restarts or None, "timeout": self.timeout,
+        }  # fmt: skip
+        return [word for name, value in named.items() if value is not None for word in (f"--{name}", str(value))]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A launch, resolved and found possible."""
+
+    path: Path
+    settings: Mapping[str, Any]
+    processes: int
+    machines: int
+    machine_rank: int
+    ip: str | None
+    port: int | None
+
+    def command(self, arguments: list[str], attempt: int = 0) -> list[str]:
+        """The command; another attempt meets on another port, since the old one may still hold dead addresses."""
+        port = 0 if self.port is None else self.port + attempt
+        several = ["--num_machines", str(self.machines), "--machine_rank", str(self.machine_rank),
+                   "--main_process_ip", str(self.ip)]  # fmt: skip
+        return [
+            sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(self.path),
+            "--num_processes", str(self.processes), *(several if self.machines > 1 else []),
+            "--main_process_port", str(port), "-m", "rlhf", *arguments,
+        ]  # fmt: skip
 
 
 def accelerate_config(name: str) -> Path:
@@ -34,57 +85,133 @@ def accelerate_config(name: str) -> Path:
     raise ConfigError("no such launcher", found=name, where="--launcher", do=f"one of {', '.join(known)}, or a path")
 
 
-def launch(launcher: str, arguments: list[str]) -> int:
-    """Run ourselves under `accelerate launch`; returns its exit code.
+def resolve(options: Options, environment: Mapping[str, str] = os.environ) -> Plan:
+    """What would be started.
 
-    Raises: ConfigError if there is no such accelerate file or it is no YAML mapping.
+    Of several machines, what no flag says is read from the environment: NNODES or SLURM_NNODES, NODE_RANK or
+    SLURM_NODEID, MASTER_ADDR, MASTER_PORT.
+    Raises: ConfigError naming every problem: nothing is started wrong, or with fewer processes than were asked for.
     """
-    path = accelerate_config(launcher)
+    assert options.launcher is not None
+    path = accelerate_config(options.launcher)
     settings, _ = read_yaml(path)
-    processes = int(settings.get("num_processes", 1))
-    environment = dict(os.environ, RLHF_EXPECTED_PROCESSES=str(processes))
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    port = ["--main_process_port", "0"] if int(settings.get("num_machines", 1)) == 1 else []
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path), *port, "-m", "rlhf", *arguments,
-    ]  # fmt: skip
-    return supervise(command, environment)
+    problems: list[str] = []
 
-
-def supervise(command: list[str], environment: Mapping[str, str]) -> int:
-    """Run a launcher in a process group of its own, and pass SIGTERM and Ctrl-C on to all of it.
-
-    Some launchers die of SIGTERM and leave their processes behind, and none hands on how those ended: after SIGTERM the
-    exit code is that of a stage that was told to end.
-    """
-    process = subprocess.Popen(command, env=dict(environment), start_new_session=True)
-    told: list[int] = []
-
-    def tell(number: int, *_: Any) -> None:
-        told.append(number)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-
-    before = {number: signal.signal(number, tell) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        code = process.wait()
-        _wait_for_group(process.pid, told)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if signal.SIGTERM in told and code:
-        raise Stopped
-    if signal.SIGINT in told and code:
-        raise KeyboardInterrupt
-    return code
-
-
-def _wait_for_group(group: int, told: list[int]) -> None:
-    """After a signal the launcher may end before the stage has saved."""
-    end = time.monotonic() + LONGEST_END
-    while told and time.monotonic() < end:
+    def number(flag: str, given: int | None, default: Any, *variables: str) -> int:
+        texts = [(flag, given), *((name, environment.get(name)) for name in variables), (str(path), default)]
+        where, value = next((name, value) for name, value in texts if value is not None)
         try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return
-        time.sleep(0.05)
+            return int(value)
+        except (TypeError, ValueError):
+            problems.append(str(ConfigError("expected a whole number", found=repr(value), where=where)))
+            return 1
+
+    several = options.machines is not None or int(settings.get("num_machines", 1) or 1) > 1
+    from_environment = (MACHINES, "SLURM_NNODES") if several else ()
+    machines = number("--num-machines", options.machines, settings.get("num_machines", 1), *from_environment)
+    from_environment = (RANK, "SLURM_NODEID") if machines > 1 else ()
+    rank = number("--machine-rank", options.machine_rank, settings.get("machine_rank") or 0, *from_environment)
+    processes = number("--num-processes", options.processes, settings.get("num_processes", 1))
+    ip, port = options.ip, options.port
+    if machines > 1:
+        ip = ip or environment.get(ADDRESS) or settings.get("main_process_ip")
+        port = number("--main-process-port", port, settings.get("main_process_port") or 29500, PORT)
+    plan = Plan(path, settings, processes, machines, rank, ip, port)
+    raised = collect(ConfigError, [*problems, *(str(error) for error in _impossible(plan))])
+    if raised is not None:
+        raise raised
+    return plan
+
+
+def _impossible(plan: Plan) -> Iterator[ConfigError]:
+    """What is wrong with a launch, in words."""
+    kind, processes, machines = str(plan.settings.get("distributed_type", "NO")), plan.processes, plan.machines
+    if processes < 1 or machines < 1:
+        yield ConfigError(
+            "expected one process and one machine at least", found=f"{processes} and {machines}",
+            where="--num-processes, --num-machines",
+        )  # fmt: skip
+    elif processes % machines:
+        yield ConfigError(
+            "every machine runs the same number of processes, and --num-processes counts over all of them",
+            found=f"{processes} processes on {machines} machines", where="--num-processes",
+            do=f"give a multiple of {machines}",
+        )  # fmt: skip
+    if machines >= 1 and not 0 <= plan.machine_rank < machines:
+        yield ConfigError(
+            f"machines are numbered from 0 to {machines - 1}", found=str(plan.machine_rank), where="--machine-rank",
+            do="give each machine a number of its own, or raise --num-machines",
+        )  # fmt: skip
+    if machines > 1 and not plan.ip:
+        yield ConfigError(
+            f"{machines} machines have to find each other", found="no address", where="--main-process-ip",
+            do=f"give the address of machine 0 (or set {ADDRESS}), the same on every machine",
+        )  # fmt: skip
+    if processes > 1 and kind not in SIDE_BY_SIDE:
+        yield ConfigError(
+            f"distributed_type {kind} starts one process, in silence", found=f"{processes} processes",
+            where=str(plan.path), do="use --launcher ddp (also for several processes on a CPU), or zero2",
+        )  # fmt: skip
+    if processes == 1 and kind == "MULTI_GPU":
+        yield ConfigError(
+            "data parallel needs two processes", found="1", where="--num-processes",
+            do="use --launcher single or cpu for one",
+        )  # fmt: skip
+    how = (plan.settings.get("deepspeed_config") or {}).get("deepspeed_multinode_launcher", "none")
+    if kind == "DEEPSPEED" and machines > 1 and how != "standard":
+        yield ConfigError(
+            "this way to several machines writes the whole environment, tokens included, to .deepspeed_env",
+            found=f"deepspeed_multinode_launcher: {how}", where=str(plan.path),
+            do="set it to standard, and start the command on every machine (configs/launch has scripts)",
+        )  # fmt: skip
+
+
+def check_stage(stage: str, config: Any, plan: Plan) -> None:
+    """What a stage and a launch must agree on.
+
+    Raises: ConfigError for a batch that the processes cannot share, and for an engine that would not run.
+    """
+    check_batch(config, plan.processes)
+    if plan.settings.get("distributed_type") == "FSDP":
+        from rlhf.models.distributed import check_fsdp
+
+        check_fsdp(stage)
+
+
+def check_batch(config: Any, processes: int) -> None:
+    """Raises: ConfigError for a batch that the processes cannot share."""
+    if hasattr(config, "ppo"):
+        config.ppo.check_shared(processes)
+    elif hasattr(config, "optim"):
+        config.optim.accumulation(processes)
+
+
+def launch(options: Options, stage: str, arguments: list[str], *, output: str | None = None) -> int:
+    """Run a stage of ours under `accelerate launch`, and again after a failure as often as is allowed.
+
+    Args:
+        arguments: what follows `rlhf STAGE`.
+        output: the stage's run directory, where its checkpoints lie.
+    Returns: the exit code of the last attempt; its failure has been explained.
+    Raises: ConfigError as `resolve`.
+    """
+    plan = resolve(options)
+    environment = dict(os.environ)
+    if options.timeout is not None:
+        environment[TIMEOUT] = str(options.timeout)
+    seconds = timeout_seconds(environment)
+    environment[EXPECTED_PROCESSES] = str(plan.processes)
+    local = plan.processes // plan.machines
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // local)))
+    resume = "rlhf " + shlex.join([stage, *arguments, *options.flags()])
+    ended = Ended(0)
+    for attempt in range(options.max_restarts + 1):
+        ended = supervise(plan.command([stage, *arguments], attempt), environment, seconds)
+        if ended.code == 0:
+            return 0
+        left = options.max_restarts - attempt
+        again = left > 0 and ended.may_restart
+        report(ended, Path(output) if output else None, resume, restarts_left=left if again else 0)
+        if not again:
+            break
+    return ended.code

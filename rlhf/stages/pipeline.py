@@ -13,7 +13,9 @@ from rlhf.config.load import Pipeline, Stanza
 from rlhf.errors import TrainingError
 from rlhf.runs.console import Console
 from rlhf.runs.run_dir import plain, read_json
-from rlhf.stages.launch import accelerate_config, launch
+from rlhf.runs.stop import STOPPED, Stopped
+from rlhf.stages.launch import Options, check_stage, launch, resolve
+from rlhf.stages.supervise import INTERRUPTED
 
 
 def run(pipeline: Pipeline, console: Console) -> None:
@@ -22,7 +24,8 @@ def run(pipeline: Pipeline, console: Console) -> None:
     top = Path(pipeline.config.output_dir)
     for stanza in pipeline.stages:
         if stanza.launcher is not None:
-            accelerate_config(stanza.launcher)  # refuse a wrong one before anything has run
+            plan = resolve(Options(stanza.launcher))  # refuse a wrong one before anything has run
+            check_stage(stanza.name, stanza.loaded.config, plan)
     for stanza in pipeline.stages:
         if stanza.launcher is None:
             import_module(f"rlhf.stages.{stanza.name}").run(stanza.loaded.config, console)
@@ -49,7 +52,12 @@ def _launched(stanza: Stanza, launcher: str, top: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     resolved = folder / f"{stanza.name}.yaml"
     resolved.write_text(yaml.safe_dump(plain(stanza.loaded.config), sort_keys=False), encoding="utf-8")
-    code = launch(launcher, [stanza.name, str(resolved)])
+    output = stanza.loaded.config.output_dir
+    code = launch(Options(launcher), stanza.name, [str(resolved)], output=output)
+    if code == INTERRUPTED:
+        raise KeyboardInterrupt
+    if code == STOPPED:
+        raise Stopped
     if code:
         raise TrainingError(
             f"stage {stanza.name} ended with exit code {code}", where=f"launcher {launcher}", do="see its message above"

@@ -88,7 +88,7 @@ def labelled(
                 found=", ".join(f"{k} {v:g}" for k, v in record.labels.items()) or "none", where=record.where,
                 do="set several=true if any number may hold",
             )  # fmt: skip
-        ids = _content(record, renderer)
+        ids = content_ids(record, renderer)
         fitted = fit(Rendered(ids, [True] * len(ids)), data.max_length, data.too_long, report, where=record.where)
         return None if fitted is None else {"input_ids": fitted.ids, "target": target}
 
@@ -97,7 +97,8 @@ def labelled(
     return _some(rows, records, what)
 
 
-def _content(record: Labelled, renderer: Renderer) -> list[int]:
+def content_ids(record: Labelled, renderer: Renderer) -> list[int]:
+    """Ids of what the labels of a record are about."""
     if isinstance(record.content, str):
         return renderer.text(record.content, where=record.where).ids
     *before, last = record.content

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from rlhf.config.sections import Optim
 from rlhf.models.distributed import trainer_arguments
+from rlhf.runs.alive import beat
 from rlhf.runs.console import Bar
 from rlhf.runs.metrics import METRICS, MetricsWriter, read_lines, rounded
 from rlhf.runs.run_dir import RunDir
@@ -134,6 +135,11 @@ class Report(TrainerCallback):
         """Advance the bar; a checkpoint's update is always logged, so that its numbers can be continued from."""
         control.should_log = control.should_log or control.should_save
         self.bar.update(state.global_step, self._numbers)
+        beat(state.global_step)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """A held-out batch is work too."""
+        beat()
 
 
 def tokens_until(path: Path, step: int) -> float:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from rlhf.config.schema import PPOConfig
 from rlhf.data.records import Prompt
-from rlhf.errors import ConfigError
 from rlhf.functional import adaptive_kl
 from rlhf.models.adapters import reference_policy
 from rlhf.models.average import Average
@@ -28,6 +27,7 @@ from rlhf.rollout.rewards import Rewards
 from rlhf.rollout.sample import sample
 from rlhf.rollout.score import Spread, measure, response_logprobs, shape
 from rlhf.rollout.types import Experience, Rollout
+from rlhf.runs.alive import beat
 from rlhf.trainers.losses import summed_losses
 from rlhf.trainers.order import passes, shuffled
 from rlhf.trainers.policy_value import PolicyAndValue, gather
@@ -68,12 +68,7 @@ class PPOTrainer:
         self.work: Work | None = None  # the rollout in hand
         self.step, self.kl_coef, self.rate, self.rollbacks = 0, config.kl.coef, 1.0, 0
         self.spread, self.first_length = Spread(), 0.0
-        size, ranks = config.ppo.rollout_size, accelerator.num_processes
-        if size % (config.ppo.minibatches * ranks):
-            raise ConfigError(
-                f"a rollout of {size} is not {config.ppo.minibatches} minibatches x {ranks} processes x a whole number",
-                where="ppo.rollout_size", do=f"choose a multiple of {config.ppo.minibatches * ranks}",
-            )  # fmt: skip
+        config.ppo.check_shared(accelerator.num_processes)
         self.phases = PairPhases(config, model)
         self.bfloat16 = wants_bfloat16(config.optim.precision)
         dtype = torch.bfloat16 if self.bfloat16 else next(model.policy.parameters()).dtype
@@ -119,7 +114,9 @@ class PPOTrainer:
             begun = time.monotonic()
             rollout = self.sample()
             sampled = time.monotonic()
+            beat()
             self.work = Work(self.score(rollout))
+            beat()
             self.work.time_sample, self.work.time_score = sampled - begun, time.monotonic() - sampled
             self.on_pause(self)
         work, experience, begun = self.work, self.work.experience, time.monotonic()
@@ -134,6 +131,7 @@ class PPOTrainer:
         if self.average is not None:
             self.average.update(self.accelerator.unwrap_model(self.model).trained_policy())
         self.step, self.work = self.step + 1, None
+        beat(self.step)
         self.on_report(self.step, experience, stats)
         self.on_checkpoint(self)
         self.on_pause(self)
@@ -309,6 +307,7 @@ class PPOTrainer:
             if not math.isfinite(norm):
                 raise self.watcher.not_finite("the gradient norm", norm, self.step, experience)
 
+        beat()
         most = self.config.optim.max_grad_norm
         return clip_and_step(self.model, self.optimizer, self.accelerator, most, check)
 

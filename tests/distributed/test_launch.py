@@ -146,6 +146,23 @@ def test_deepspeed_that_would_be_turned_off_is_refused(tiny_model_dir: Path, fil
     assert "DeepSpeed was asked for, and something else would run" in out
 
 
+def test_what_would_run_as_something_else_is_refused(tiny_model_dir: Path, files: Any, tmp_path: Path) -> None:
+    """FSDP2 on a CPU would be plain data parallel; MULTI_CPU would be one process. Both would end with exit code 0."""
+    path = setup.write(tmp_path, "sft", setup.configs(tmp_path, str(tiny_model_dir), files)["sft"])
+    (tmp_path / "multi.yaml").write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nuse_cpu: true\nnum_processes: 2\n"
+        "num_machines: 1\nmixed_precision: 'no'\n"
+    )
+    running = launched("fsdp2", ["sft", path]), launched(str(tmp_path / "multi"), ["sft", path])
+    for process, says in zip(
+        running, ("FSDP on a CPU would silently become", "asked for several processes and started one"), strict=True
+    ):
+        out, _ = process.communicate(timeout=280)
+        assert process.returncode != 0
+        assert says in out
+    assert not (tmp_path / "sft").exists()
+
+
 def test_a_batch_that_two_processes_cannot_share_is_refused_before_anything_is_written(
     tiny_model_dir: Path, files: Any, call_cli: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

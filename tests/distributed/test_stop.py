@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from rlhf.runs.stop import STOPPED, Stopped
-from rlhf.stages.launch import supervise
+from rlhf.runs.stop import STOPPED
+from rlhf.stages.supervise import Ended, supervise
 from tests.faults.setup import checkpoints, differences
 from tests.stages import setup
 from tests.stages.setup import info
@@ -42,14 +42,13 @@ def test_a_launcher_that_dies_of_sigterm_does_not_leave_a_stage_behind(
     teller = subprocess.Popen(
         ["sh", "-c", f"while [ ! -e began ]; do sleep 0.05; done; sleep 0.2; kill -TERM {os.getpid()}"], cwd=tmp_path
     )
-    with pytest.raises(Stopped):
-        supervise([sys.executable, "-c", LAUNCHER], os.environ)
+    assert supervise([sys.executable, "-c", LAUNCHER], os.environ, 60.0) == Ended(STOPPED)
     assert (tmp_path / "saved").is_file()
     teller.wait()
 
 
 def test_a_launcher_that_ends_by_itself_hands_on_its_code() -> None:
-    assert supervise([sys.executable, "-c", "raise SystemExit(3)"], os.environ) == 3
+    assert supervise([sys.executable, "-c", "raise SystemExit(3)"], os.environ, 60.0).code == 3
 
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:

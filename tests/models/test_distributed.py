@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -165,3 +166,17 @@ def test_a_stage_forgets_the_precision_of_the_one_before() -> None:
     assert distributed.make_accelerator().mixed_precision == "bf16"  # what would happen
     distributed.forget_accelerator()
     assert distributed.make_accelerator().mixed_precision == "no"
+
+
+def test_every_group_of_processes_gets_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that DeepSpeed makes by itself, whose timeout nobody can pass."""
+    import torch.distributed.distributed_c10d as c10d
+
+    monkeypatch.setattr(c10d, "default_pg_timeout", c10d.default_pg_timeout)  # put back afterwards
+    monkeypatch.setenv("RLHF_TIMEOUT", "20")
+    distributed.bound_waiting()
+    assert c10d._get_default_timeout("gloo") == timedelta(seconds=20)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert distributed.trainer_arguments("float32")["ddp_timeout"] == 20
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert "ddp_timeout" not in distributed.trainer_arguments("float32")

@@ -100,7 +100,7 @@ def _rlhf(arguments: list[str]) -> list[str]:
 
 
 def _load(command: str, config: Path, stage: str | None, overrides: list[str]) -> None:
-    if command == "run":
+    if command == "run" or (command == "check" and (stage or config.stem) == "pipeline"):
         load_pipeline(config, overrides)
     else:
         load(RECIPES[stage or (command if command in RECIPES else config.stem)], config, overrides)

@@ -9,7 +9,7 @@ from tests.project.code import Code, imports, inside, package, reachable
 FLOORS = (
     ("rlhf",), ("rlhf.errors",), ("rlhf.config",), ("rlhf.functional",), ("rlhf.data", "rlhf.rollout.types"),
     ("rlhf.models",), ("rlhf.rollout",), ("rlhf.runs",), ("rlhf.trainers", "rlhf.evaluation"), ("rlhf.stages",),
-    ("rlhf.cli_options",), ("rlhf.cli_data",), ("rlhf.cli",), ("rlhf.__main__",),
+    ("rlhf.cli_console",), ("rlhf.cli_data",), ("rlhf.cli",), ("rlhf.__main__",),
 )  # fmt: skip
 DEMO = "rlhf.demo"
 DEMO_USERS = ("rlhf.evaluation.judge", "rlhf.stages.rate", "rlhf.cli_data", DEMO)
@@ -28,7 +28,7 @@ NO_TORCH = (
     "rlhf.config",
     "rlhf.cli",
     "rlhf.cli_data",
-    "rlhf.cli_options",
+    "rlhf.cli_console",
     "rlhf.stages.launch",
     "rlhf.__main__",
 )

@@ -1,0 +1,32 @@
+"""What a launcher tells the processes that it starts, by environment variables. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+
+from rlhf.errors import ConfigError
+
+EXPECTED_PROCESSES = "RLHF_EXPECTED_PROCESSES"  # over all machines
+TIMEOUT = "RLHF_TIMEOUT"  # seconds
+LAST_WORDS = "RLHF_LAST_WORDS"  # folder in which each process says that it lives and how it ended
+DEFAULT_TIMEOUT = 1800
+SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_KEY|PRIVATE_KEY|AUTH", re.IGNORECASE)
+HARMLESS = ("TOKENIZERS_", "XAUTHORITY", "SSH_AUTH_SOCK")
+
+
+def timeout_seconds(environment: Mapping[str, str] = os.environ) -> int:
+    """How long a process waits for the others, and how long a step may take, before the job is ended.
+
+    Raises: ConfigError if RLHF_TIMEOUT is no whole number of seconds from 1 up.
+    """
+    text = environment.get(TIMEOUT, str(DEFAULT_TIMEOUT))
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError("expected whole seconds, 1 or more", found=text, where=TIMEOUT, do="set it, or use --timeout")
+    return int(text)
+
+
+def secrets(names: Iterable[str]) -> list[str]:
+    """Those of some variable names that look as if they held a credential."""
+    return sorted(n for n in set(names) if SECRET.search(n) and not n.startswith(HARMLESS))
