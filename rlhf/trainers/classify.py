@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 from rlhf.data.collate import pad_right
 from rlhf.functional import classification_loss
-from rlhf.trainers.hf import Report, StopOnBadLoss
+from rlhf.trainers.hf import Report, StopOnBadLoss, order_rows
 
 Row = dict[str, Any]  # input_ids, and target: for each label the probability that it holds
 
@@ -149,7 +149,9 @@ def build(
         data_collator=Collator(tokenizer.pad_token_id), callbacks=[report, StopOnBadLoss()],
     )  # fmt: skip
     trainer.several, trainer.weight = several, weight
-    return trainer  # batches are not grouped by length: where length tells the label, each would hold one label only
+    # Batches are not grouped by length: where length tells the label, each would hold one label only.
+    order_rows(trainer, [_length(row) for row in train], pool=1)
+    return trainer
 
 
 def _length(row: Row) -> int:

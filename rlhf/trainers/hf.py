@@ -29,10 +29,10 @@ class LikeLengths(Sampler[int]):
     the library's own grouping is not.
     """
 
-    POOL = 50  # batches that are sorted together
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, *, pool: int = 50) -> None:
+        """`pool` batches are sorted together; with 1, a batch holds any rows."""
         self.lengths, self.batch_size, self.seed, self.epoch = torch.tensor(lengths), batch_size, seed, 0
+        self.pool = pool
 
     def set_epoch(self, epoch: int) -> None:
         """Another order; called by the data loader."""
@@ -44,19 +44,32 @@ class LikeLengths(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         batches: list[torch.Tensor] = []
-        for pool in torch.randperm(len(self.lengths), generator=generator).split(self.POOL * self.batch_size):
+        for pool in torch.randperm(len(self.lengths), generator=generator).split(self.pool * self.batch_size):
             batches += pool[self.lengths[pool].argsort(descending=True, stable=True)].split(self.batch_size)
         whole = len(self.lengths) // self.batch_size
         for i in [*torch.randperm(whole, generator=generator).tolist(), *range(whole, len(batches))]:
             yield from batches[i].tolist()
 
 
-def group_by_length(trainer: Any, lengths: Sequence[int]) -> None:
+class Epochs(TrainerCallback):
+    """Tells the sampler which epoch begins. The library's own way there is blocked where it skips batches of a shard:
+    several processes that resume inside an epoch would draw the first one again."""
+
+    def __init__(self, sampler: LikeLengths) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Before its first batch is drawn."""
+        self.sampler.set_epoch(math.floor((state.epoch or 0.0) + 1e-6))
+
+
+def order_rows(trainer: Any, lengths: Sequence[int], *, pool: int = 50) -> None:
     """Make a Trainer draw its training rows, whose lengths are given, in the order of `LikeLengths`."""
     args = trainer.args
     size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    sampler = LikeLengths(lengths, size, args.seed)
+    sampler = LikeLengths(lengths, size, args.seed, pool=pool)
     trainer._get_train_sampler = lambda *_: sampler
+    trainer.add_callback(Epochs(sampler))
 
 
 def arguments(

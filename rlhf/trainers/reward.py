@@ -11,7 +11,7 @@ from trl import RewardTrainer
 from rlhf.data.collate import PairCollator
 from rlhf.errors import TrainingError
 from rlhf.functional import bradley_terry_loss
-from rlhf.trainers.hf import Report, StopOnBadLoss, group_by_length
+from rlhf.trainers.hf import Report, StopOnBadLoss, order_rows
 
 Pair = dict[str, Any]  # chosen_ids, rejected_ids, preference, and margin if the data has one
 
@@ -84,7 +84,7 @@ def build(
         data_collator=PairCollator(tokenizer.pad_token_id), callbacks=[report, StopOnBadLoss()],
     )  # fmt: skip
     trainer.center = center
-    group_by_length(trainer, [_length(pair) for pair in train])
+    order_rows(trainer, [_length(pair) for pair in train])
     return trainer
 
 

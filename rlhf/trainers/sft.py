@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhf.data.collate import DemonstrationCollator
 from rlhf.data.render import Rendered
-from rlhf.trainers.hf import Report, StopOnBadLoss, group_by_length
+from rlhf.trainers.hf import Report, StopOnBadLoss, order_rows
 
 
 def to_dataset(rows: Sequence[Rendered]) -> Any:
@@ -42,7 +42,7 @@ def build_lm(
         eval_dataset=_by_length(validation), callbacks=[report, StopOnBadLoss()],
         data_collator=DemonstrationCollator(tokenizer.pad_token_id),
     )  # fmt: skip
-    group_by_length(trainer, [len(row.ids) for row in train])
+    order_rows(trainer, [len(row.ids) for row in train])
     return trainer
 
 
@@ -63,5 +63,5 @@ def build(
         eval_dataset=_by_length(validation), callbacks=[report, StopOnBadLoss()],
     )  # fmt: skip
     if packing is None:
-        group_by_length(trainer, [len(row.ids) for row in train])
+        order_rows(trainer, [len(row.ids) for row in train])
     return trainer
