@@ -13,7 +13,8 @@ set -euo pipefail
 stage=$1 config=$2
 shift 2
 gpus=${SLURM_GPUS_ON_NODE:-8}
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MASTER_ADDR=${hosts[0]}
 export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-29500}
 srun rlhf "$stage" "$config" "$@" --launcher multinode --num-machines "$SLURM_NNODES" \
   --num-processes $((SLURM_NNODES * gpus)) --max-restarts 2 --timeout 1800
