@@ -114,7 +114,7 @@ def test_nothing_that_trains_can_import_the_judge() -> None:
     offenders = []
     for path in sorted(PACKAGE.rglob("*.py")):
         relative = path.relative_to(PACKAGE)
-        generators = [Path("demo") / name for name in ("generate.py", "gold.py", "rules.py")]
+        generators = [Path("demo") / name for name in ("features.py", "generate.py", "gold.py", "rules.py")]
         if relative.parts[0] == "evaluation" or relative in generators:
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
