@@ -44,10 +44,7 @@ class Layout:
 
 
 def layout(model: Any) -> Layout:
-    """Read a model: a causal LM or a scorer, with adapters or without.
-
-    Raises: ConfigError if its blocks are not to be found.
-    """
+    """Read a model: a causal LM or a scorer, with adapters or without. No blocks if they are not to be found."""
     stack, count = _stack(model)
     embeddings = model.get_input_embeddings()
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -66,17 +63,14 @@ def _stack(model: Any) -> tuple[str, int]:
     count = getattr(config, "num_hidden_layers", None)
     lists = [(n, len(m)) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if not lists:
-        raise ConfigError(
-            "the model's blocks are not to be found", found=f"{type(model).__name__} without a list of {count} modules",
-            where="freeze", do="select by names instead, with layer_decay=1",
-        )  # fmt: skip
+        return "", 0  # only a selection by blocks needs them
     return min(lists, key=lambda item: item[0].count("."))
 
 
 def _place(name: str, module: nn.Module, stack: str, count: int, *, is_head: bool) -> Place:
     pieces = name.split(".")
     norm = "norm" in type(module).__name__.lower()
-    if name.startswith(f"{stack}."):
+    if count and name.startswith(f"{stack}."):
         block = int(name[len(stack) + 1 :].split(".", 1)[0])
         inner = name[len(stack) + 1 :]
         part = "norms" if norm else "attention" if re.search(r"attn|attention", inner) else "mlp"
@@ -99,7 +93,7 @@ def select(selection: Selection, of: Layout, where: str) -> set[str]:
         where: the configuration key, for messages.
     Raises: ConfigError, with the nearest names, if a part of the selection matches nothing.
     """
-    blocks = _numbered(selection, of.blocks, where)
+    blocks = _numbered(selection, of, where)
     found = {name for name, place in of.places.items() if place.block in blocks}
     for part in selection.parts:
         part_names = {name for name, place in of.places.items() if place.part == part}
@@ -128,9 +122,21 @@ def _matching(pattern: str, of: Layout, where: str) -> set[str]:
     return matching
 
 
-def _numbered(selection: Selection, count: int, where: str) -> set[int]:
+def need_blocks(of: Layout, where: str) -> None:
+    """Raises: ConfigError for a model whose blocks are not to be found."""
+    if not of.blocks:
+        raise ConfigError(
+            "the model's blocks are not to be found", found="no list of as many modules as it has layers", where=where,
+            do="select by parts or names",
+        )  # fmt: skip
+
+
+def _numbered(selection: Selection, of: Layout, where: str) -> set[int]:
     """Numbers of the selected blocks."""
     found: set[int] = set()
+    if selection.first or selection.last or selection.layers:
+        need_blocks(of, where)
+    count = of.blocks
     if selection.first is not None:
         found |= set(range(_amount(selection.first, count, f"{where}.first")))
     if selection.last is not None:

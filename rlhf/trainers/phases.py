@@ -15,7 +15,7 @@ from typing import Any
 from rlhf.config.sections import Optim
 from rlhf.config.tuning import Phase, Selection, Steps
 from rlhf.errors import ConfigError
-from rlhf.models.freezing import HEAD_PARTS, Layout, select, top
+from rlhf.models.freezing import HEAD_PARTS, Layout, need_blocks, select, top
 from rlhf.trainers.schedule import rate_factor
 
 Evaluations = Sequence[tuple[int, float]]
@@ -118,7 +118,10 @@ def rate_factors(of: Layout, *, layer_decay: float, head_factor: float) -> dict[
 
     factor = layer_decay ^ (n + 1 - depth), depth 0 the embeddings, i + 1 block i of n, n + 1 the output layer
     (ULMFiT, arXiv:1801.06146: 1 / 2.6 a layer).
+    Raises: ConfigError for a layer_decay on a model whose blocks are not to be found.
     """
+    if layer_decay != 1.0:
+        need_blocks(of, "optim.layer_decay")
     return {
         name: layer_decay ** (of.blocks + 1 - place.depth) * (head_factor if place.part == "score" else 1.0)
         for name, place in of.places.items()
@@ -181,6 +184,7 @@ def _trained(phase: Phase | Steps, of: Layout, number: int, where: str = "unfree
     if phase.train == "all":
         return [everything]
     if phase.train == "top-down":
+        need_blocks(of, f"{where}[{number}].train")
         return [*(frozenset(top(of, blocks)) for blocks in range(1, of.blocks + 1)), everything]
     assert isinstance(phase.train, Selection)
     return [frozenset(select(phase.train, of, f"{where}[{number}].train"))]

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from rlhf.config.tuning import Selection
 from rlhf.errors import ConfigError
 from rlhf.models.adapters import add_adapter
 from rlhf.models.freezing import Layout, Place, layout, select, top
+from rlhf.trainers.phases import rate_factors
 from tests.models import tiny
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -132,11 +132,18 @@ def test_a_part_that_is_not_there_is_an_error_with_those_that_are() -> None:
         select(Selection(parts=("score",)), layout(build("llama")), "freeze")
 
 
-def test_a_model_without_blocks_is_refused() -> None:
-    model: Any = nn.Linear(2, 2)
-    model.config = build("llama").config
-    with pytest.raises(ConfigError, match="blocks are not to be found"):
-        layout(model)
+def test_a_model_whose_blocks_are_not_found_trains_but_not_by_blocks() -> None:
+    model = build("llama")
+    model.config.num_hidden_layers = 77
+    of = layout(model)
+    assert set(of.places) == {name for name, _ in model.named_parameters()}
+    assert select(Selection(parts=("embeddings",)), of, "freeze") == {"model.embed_tokens.weight"}
+    for selection in (Selection(last="1"), Selection(layers="0"), Selection(first="50%")):
+        with pytest.raises(ConfigError, match="freeze: the model's blocks are not to be found"):
+            select(selection, of, "freeze")
+    assert set(rate_factors(of, layer_decay=1.0, head_factor=1.0).values()) == {1.0}
+    with pytest.raises(ConfigError, match=r"optim\.layer_decay: the model's blocks"):
+        rate_factors(of, layer_decay=0.9, head_factor=1.0)
 
 
 def test_the_top_is_the_head_and_the_last_blocks() -> None:
