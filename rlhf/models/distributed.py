@@ -58,7 +58,8 @@ def use_cpu() -> bool:
 
 
 def forget_accelerator() -> None:
-    """Drop what an earlier stage of this process settled: its mixed precision would otherwise be ours too, in silence.
+    """Drop what an earlier stage of this process settled: its mixed precision would otherwise be ours too, in silence,
+    and after one under ZeRO-3 models would be loaded in shards, which no new head fits.
 
     The process group stays.
     """
@@ -66,6 +67,10 @@ def forget_accelerator() -> None:
 
     AcceleratorState._reset_state()
     GradientState._reset_state()
+    if under_deepspeed():
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
 
 
 def make_accelerator(*, unused: bool = False) -> Any:
@@ -255,6 +260,11 @@ def clip_and_step(
     if under_deepspeed():
         model.step()  # clips to what `set_batch` has set
         norm = float(model.get_global_grad_norm() or 0.0)
+        kept = getattr(model.optimizer, "grad_partitions_flat_buffer", None)
+        if kept is not None:
+            # ZeRO-3 overwrites the last update's gradients in the first backward of the next one, but only those of
+            # weights that take part in it: a value model does not in that of a text, and would add to its old one.
+            kept.zero_()
         check(norm)
         return norm
     norm = float(accelerator.clip_grad_norm_(model.parameters(), max_norm))
