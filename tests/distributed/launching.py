@@ -1,0 +1,42 @@
+"""Launch as users do: `accelerate launch` with one of the shipped files."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ACCELERATE = Path(__file__).parents[2] / "configs" / "accelerate"
+DEADLINE = 500.0  # seconds, for a machine that is very busy
+
+
+def launched(
+    launcher: str, arguments: Sequence[str], *, module: str = "rlhf", **environment: str
+) -> subprocess.Popen[str]:
+    """Start a module under a launcher, by default the command line.
+
+    Args:
+        launcher: name of a file in configs/accelerate, or a path without its ending.
+    """
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ACCELERATE / f"{launcher}.yaml"),
+        "--main_process_port", "0", "-m", module, *arguments,
+    ]  # fmt: skip
+    cpu = {} if launcher.startswith("zero") else {"ACCELERATE_USE_CPU": "true"}  # it would turn DeepSpeed off
+    return subprocess.Popen(
+        command, env=clean() | cpu | environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def clean() -> dict[str, str]:
+    """The environment without what a launcher may have left in it."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE", "RLHF", "RANK", "WORLD_SIZE"))}
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    """What it printed; it must end well."""
+    out, _ = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 0, out[-3000:]
+    return out

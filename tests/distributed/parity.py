@@ -1,0 +1,158 @@
+"""Two processes of every engine against one process with the same batch: `python -m tests.distributed.parity`.
+
+Prints the largest relative deviation of every number over all updates; exit code 1 if one is beyond the bar, if a
+sampled response differs, or if a broken run passes for a right one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import save_tiny_model
+from tests.distributed.cases import ENGINES, ONE, Case, cases, twins
+from tests.distributed.launching import DEADLINE, clean, launched
+from tests.distributed.parity_job import RESPONSES
+from tests.stages import setup
+from tests.tolerances import PROCESSES
+
+JOB = "tests.distributed.parity_job"
+TRAINED = ("loss", "grad_norm", "eval_loss")
+PPO = ("policy_loss", "value_loss", "kl", "score", "grad_norm")
+NEAR_0 = ("policy_loss", "kl")
+"""A mean of whitened advantages, and a difference of log-probs: terms of size 1 and more that add up to nearly nothing.
+Below 1 their deviation is absolute."""
+Lines = Sequence[dict[str, float]]
+
+
+class Parity:
+    """The runs, below one folder."""
+
+    def __init__(self, top: Path, model: Path) -> None:
+        """Plan them; `model` is what they start from."""
+        self.top = top
+        self.cases = cases(top, str(model), setup.write_data(top / "data"))
+        self.twins = twins(self.cases)
+
+    def of(self, engine: str) -> list[Case]:
+        """The cases of an engine."""
+        return [case for case in self.cases if engine in case.engines]
+
+    def folder(self, engine: str, case: Case) -> Path:
+        """Run directory."""
+        return self.top / engine / case.folder
+
+    def start(self, engine: str) -> subprocess.Popen[str]:
+        """All runs of an engine as one job; those of one process, and the broken ones, without a launcher."""
+        found = [*self.cases, *(broken for broken, _ in self.twins)] if engine == ONE else self.of(engine)
+        jobs = []
+        for case in found:
+            config = case.config | {"output_dir": str(self.folder(engine, case))}
+            jobs.append([case.stage, setup.write(self.top / "configs" / engine, case.folder.replace("/", "-"), config)])
+        path = self.top / "configs" / f"{engine}.json"
+        path.write_text(json.dumps(jobs), encoding="utf-8")
+        if engine != ONE:
+            return launched(engine, [str(path)], module=JOB)
+        command = [sys.executable, "-m", JOB, str(path)]
+        return subprocess.Popen(command, env=clean(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    def run(self, engine: str) -> None:
+        """Run an engine's job to its end.
+
+        Raises: RuntimeError with what it printed if it does not end well.
+        """
+        process = self.start(engine)
+        out, _ = process.communicate(timeout=DEADLINE)
+        if process.returncode:
+            raise RuntimeError(f"{engine}: exit code {process.returncode}\n{out[-5000:]}")
+
+    def compare(self, engine: str, case: Case) -> dict[str, float]:
+        """Metric -> deviation of an engine's run from that of one process."""
+        return compare(self.folder(engine, case), self.folder(ONE, case), case.stage)
+
+
+def compare(ours: Path, theirs: Path, stage: str) -> dict[str, float]:
+    """Metric -> deviation of a run from another; infinite where one of them has more lines."""
+    names = PPO if stage == "ppo" else TRAINED
+    return {name: deviation(name, setup.metrics(ours), setup.metrics(theirs)) for name in names}
+
+
+def deviation(name: str, ours: Lines, theirs: Lines) -> float:
+    """The largest one over all lines that have the metric; infinite if they are not the same lines."""
+    mine, other = ([(line["step"], line[name]) for line in lines if name in line] for lines in (ours, theirs))
+    if not other or [step for step, _ in mine] != [step for step, _ in other]:
+        return math.inf
+
+    def relative(a: float, b: float) -> float:
+        apart = abs(a - b) / max(abs(b), 1.0 if name in NEAR_0 else 1e-9)
+        return apart if math.isfinite(apart) else math.inf  # NaN is never close
+
+    return max(relative(a, b) for (_, a), (_, b) in zip(mine, other, strict=True))
+
+
+def responses(run: Path) -> list[Any]:
+    """Token ids of every response of every step of a PPO run."""
+    return [json.loads(line) for line in (run / RESPONSES).read_text(encoding="utf-8").splitlines()]
+
+
+def updates(run: Path, stage: str) -> int:
+    """Optimizer updates that a comparison covers."""
+    lines = setup.metrics(run)
+    return int(sum(line["updates"] for line in lines)) if stage == "ppo" else sum("grad_norm" in line for line in lines)
+
+
+def table(parity: Parity, engines: Sequence[str]) -> tuple[list[str], float]:
+    """Lines of a Markdown table, and the largest deviation in it."""
+    lines = ["| run | updates | number | " + " | ".join(engines) + " |", "|---|---:|---|" + "---:|" * len(engines)]
+    worst = 0.0
+    for case in parity.cases:
+        found = {engine: parity.compare(engine, case) for engine in engines if engine in case.engines}
+        first = f"{case.name} | {updates(parity.folder(ONE, case), case.stage)}"
+        for number in next(iter(found.values()), {}):
+            cells = [f"{found[engine][number]:.1e}" if engine in found else "" for engine in engines]
+            lines.append(f"| {first} | {number} | " + " | ".join(cells) + " |")
+            first = " | "
+        worst = max([worst, *(x for numbers in found.values() for x in numbers.values())])
+    return lines, worst
+
+
+def unlike(parity: Parity, engines: Sequence[str]) -> list[str]:
+    """PPO runs whose sampled responses are not, token by token, those of one process."""
+    return [
+        f"{engine}: {case.name}"
+        for engine in engines
+        for case in parity.of(engine)
+        if case.stage == "ppo"
+        and responses(parity.folder(engine, case)) != responses(parity.folder(ONE, case))
+    ]  # fmt: skip
+
+
+def accepted(parity: Parity) -> list[str]:
+    """Broken runs that the bar lets pass."""
+    pairs = [(broken, parity.folder(ONE, broken), parity.folder(ONE, right)) for broken, right in parity.twins]
+    return [broken.name for broken, a, b in pairs if max(compare(a, b, broken.stage).values()) <= PROCESSES]
+
+
+def main() -> int:
+    """Run everything, print the table, say what is wrong."""
+    engines = sys.argv[1:] or ENGINES
+    with tempfile.TemporaryDirectory() as folder:
+        parity = Parity(Path(folder), save_tiny_model(Path(folder) / "model"))
+        for engine in (ONE, *engines):
+            parity.run(engine)
+        lines, worst = table(parity, engines)
+        wrong = [f"sampled other responses: {name}" for name in unlike(parity, engines)]
+        wrong += [f"a broken run was accepted: {name}" for name in accepted(parity)]
+    wrong += [f"beyond {PROCESSES:g}: {worst:.1e}"] if worst > PROCESSES else []
+    print("\n".join([*lines, "", *(wrong or [f"all within {PROCESSES:g}; every sampled token is the same"])]))
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
