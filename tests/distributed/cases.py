@@ -49,7 +49,7 @@ PPO_PHASES = {
         ],
         "value_model": [{"train": {"parts": ["score"]}, "steps": 2}, {"train": "all"}],
     },
-    "ppo": PPO | {"steps": 4},
+    "ppo": PPO | {"steps": 4}, "checkpoint_every": 2,
 }  # fmt: skip
 
 
@@ -74,13 +74,14 @@ def cases(top: Path, model: str, files: setup.Files) -> list[Case]:
     lora = _chain(top, full[0].config["output_dir"], files, "lora")  # adapters of a base that says nothing learn little
     shared = lora[-1].config | {"roles": "shared"}
     sft, ppo = full[0].config, full[-1].config
-    text = ppo | {
+    longer = {"optim": PPO_OPTIM | {"microbatch_size": 2}}
+    text = ppo | longer | {
         "ppo": PPO | {"steps": 3, "value_model": "trunk", "value_warmup": 1},
         "ptx": {"coef": 0.5, "data": [{"path": files["text"]}], "batch_size": 4},
-    }
+    }  # fmt: skip
     return [
         *full, *lora, Case("lora/ppo-shared", "ppo", shared),
-        Case("full/sft-phases", "sft", sft | SFT_PHASES), Case("full/ppo-phases", "ppo", ppo | PPO_PHASES),
+        Case("full/sft-phases", "sft", sft | SFT_PHASES), Case("full/ppo-phases", "ppo", ppo | longer | PPO_PHASES),
         Case("full/ppo-text", "ppo", text, ENGINES[1:]),
         Case("full/ppo-text-balanced", "ppo", text | {"ptx": text["ptx"] | {"balance": 0.5}}, ("ddp",)),
     ]  # fmt: skip
@@ -90,15 +91,18 @@ def _chain(top: Path, model: str, files: setup.Files, kind: str) -> list[Case]:
     """SFT, reward model, classifier, PPO; `kind` is full or lora."""
     adapters = kind == "lora"
     made = setup.configs(top / ONE / kind, model, files, adapters=adapters)
+    peft = {"peft": setup.adapter(True) | {"target_modules": ["q_proj", "down_proj"]}} if adapters else {}
     found = []
     for stage, rate in RATES[kind].items():
-        optim = TRAINER | {"learning_rate": rate} | ({"microbatch_size": 4} if adapters else {})
+        optim = TRAINER | {"learning_rate": rate} | ({"microbatch_size": 4, "max_grad_norm": 0.01} if adapters else {})
         data = made[stage]["data"] | {"validation_fraction": 1 / 3}  # 16 and 8 records: no batch is incomplete
-        found.append(Case(f"{kind}/{stage}", stage, made[stage] | {"optim": optim, "data": data, "evaluations": 1}))
+        found.append(
+            Case(f"{kind}/{stage}", stage, made[stage] | peft | {"optim": optim, "data": data, "evaluations": 1})
+        )
     ppo = {"ppo": PPO, "optim": PPO_OPTIM, "roles": "separate", "checkpoint_every": 1000, "sample_every": 1}
     if adapters:
         ppo["optim"] = PPO_OPTIM | {"learning_rate": 1e-2, "microbatch_size": 2}
-    return [*found, Case(f"{kind}/ppo", "ppo", made["ppo"] | ppo)]
+    return [*found, Case(f"{kind}/ppo", "ppo", made["ppo"] | peft | ppo)]
 
 
 def twins(every: list[Case]) -> list[tuple[Case, Case]]:

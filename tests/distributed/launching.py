@@ -8,12 +8,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ACCELERATE = Path(__file__).parents[2] / "configs" / "accelerate"
+from tests.project.code import ROOT
+
+ACCELERATE = ROOT / "configs" / "accelerate"
 DEADLINE = 500.0  # seconds, for a machine that is very busy
 
 
 def launched(
-    launcher: str, arguments: Sequence[str], *, module: str = "rlhf", **environment: str
+    launcher: str | Path, arguments: Sequence[str], *, module: str = "rlhf", **environment: str
 ) -> subprocess.Popen[str]:
     """Start a module under a launcher, by default the command line.
 
@@ -24,9 +26,11 @@ def launched(
         sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ACCELERATE / f"{launcher}.yaml"),
         "--main_process_port", "0", "-m", module, *arguments,
     ]  # fmt: skip
-    cpu = {} if launcher.startswith("zero") else {"ACCELERATE_USE_CPU": "true"}  # it would turn DeepSpeed off
+    cpu = (
+        {} if Path(launcher).name.startswith("zero") else {"ACCELERATE_USE_CPU": "true"}
+    )  # it would turn DeepSpeed off
     return subprocess.Popen(
-        command, env=clean() | cpu | environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command, env=clean() | cpu | environment, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
 
 

@@ -15,12 +15,11 @@ from typing import Any
 import torch
 
 RESPONSES = "responses.jsonl"
-WHOLE = 200  # numbers: norms and most adapter weights have fewer
 
 
 def keep_responses() -> None:
     """Have PPO write the ids of every response that it learns from into its run directory, one line a step."""
-    from rlhf.models.distributed import is_main
+    from rlhf.models.launched import is_main
     from rlhf.trainers.ppo import PPOTrainer
 
     described = PPOTrainer.describe
@@ -35,28 +34,12 @@ def keep_responses() -> None:
     PPOTrainer.describe = describe  # type: ignore[method-assign]
 
 
-def shard() -> None:
-    """Have ZeRO-3 share out matrices as it does large ones: what is smaller than 100 000 numbers it would keep whole,
-    and that is every weight here."""
-    from accelerate.utils import DeepSpeedPlugin
-
-    made = DeepSpeedPlugin.__post_init__
-
-    def make(self: Any) -> None:
-        made(self)
-        if self.zero_stage == 3:
-            self.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = WHOLE
-
-    DeepSpeedPlugin.__post_init__ = make  # type: ignore[method-assign]
-
-
 def main() -> None:
     """Run the stages of the list."""
     from rlhf.cli import main as command_line
 
     torch.set_num_threads(1)
     keep_responses()
-    shard()
     for stage, path in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         sys.argv[1:] = [stage, path, "--quiet"]
         try:

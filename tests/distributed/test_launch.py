@@ -1,124 +1,17 @@
-"""Two processes on a CPU give the numbers of one. Launched as users launch them."""
+"""What a launcher did not start as it was asked to is refused. (That it is right otherwise: test_parity.py.)"""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from rlhf.models.load import load_causal
-from rlhf.runs.metrics import read_lines
-from tests.models import tiny
+from tests.distributed.launching import finished, launched
 from tests.stages import setup
-from tests.stages.setup import info, metrics
-from tests.tolerances import PROCESSES, PROCESSES_PPO, distance
+from tests.stages.setup import info
 
 pytestmark = pytest.mark.slow
-ACCELERATE = Path(__file__).parents[2] / "configs" / "accelerate"
-STAGES = ("sft", "reward", "classify", "ppo")
-TRAINERS = ("sft", "reward", "classify")
-OPTIONS = "options"
-"""PPO again, with a shared trunk and with text whose weight follows the gradients."""
-
-
-def launched(launcher: str, arguments: Sequence[str], **environment: str) -> subprocess.Popen[str]:
-    """`accelerate launch` with one of the shipped files."""
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ACCELERATE / f"{launcher}.yaml"),
-        "--main_process_port", "0", "-m", "rlhf", *arguments,
-    ]  # fmt: skip
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE", "RLHF", "RANK", "WORLD_SIZE"))}
-    cpu = {} if launcher.startswith("zero") else {"ACCELERATE_USE_CPU": "true"}  # it would turn DeepSpeed off
-    return subprocess.Popen(
-        command, env=clean | cpu | environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-
-
-def finished(process: subprocess.Popen[str]) -> str:
-    """What it printed; it must end well."""
-    out, _ = process.communicate(timeout=280)
-    assert process.returncode == 0, out[-3000:]
-    return out
-
-
-@pytest.fixture(scope="module")
-def runs(tiny_model_dir: Path, files: Any, run_stage: Any, tmp_path_factory: Any) -> dict[str, tuple[Path, Path]]:
-    """stage -> (run of one process, run of two), each stage on what one process made before."""
-    top = tmp_path_factory.mktemp("one")
-    one = setup.configs(top, str(tiny_model_dir), files)
-    for stage in TRAINERS:
-        one[stage]["data"]["validation_fraction"] = 1 / 3  # 16 and 8 records: no batch is incomplete
-    two = {name: config | {"output_dir": str(top / "two" / name)} for name, config in one.items()}
-    running = []
-    for stage in STAGES:
-        run_stage(stage, one[stage])
-        running.append(launched("ddp", [stage, setup.write(top, stage, two[stage])]))
-    ptx = {"coef": 0.5, "balance": 0.5, "data": [{"path": files["text"]}], "batch_size": 4}
-    for name, configs in (("one", one), ("two", two)):
-        options = configs["ppo"] | {"output_dir": str(top / name / "options"), "ptx": ptx}
-        configs[OPTIONS] = options | {"ppo": options["ppo"] | {"value_model": "trunk", "value_warmup": 1}}
-    for process in running:
-        finished(process)
-    run_stage("ppo", one[OPTIONS])
-    finished(launched("ddp", ["ppo", setup.write(top, OPTIONS, two[OPTIONS])]))
-    return {name: (Path(one[name]["output_dir"]), Path(two[name]["output_dir"])) for name in (*STAGES, OPTIONS)}
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_the_run_says_how_many_processes_it_had(stage: str, runs: Any) -> None:
-    assert [info(run)["processes"] for run in runs[stage]] == [1, 2]
-    assert [info(run)["status"] for run in runs[stage]] == ["finished", "finished"]
-
-
-@pytest.mark.parametrize("stage", TRAINERS)
-def test_two_processes_log_the_losses_of_one(stage: str, runs: Any) -> None:
-    one, two = (metrics(run) for run in runs[stage])
-    assert [line["step"] for line in one] == [line["step"] for line in two]
-    counted = {"accuracy", "eval_accuracy", "margin", "label_accuracy", "eval_label_accuracy", "macro_f1"}
-    for ours, theirs in zip(two, one, strict=True):
-        for name in ({"loss", "eval_loss", "grad_norm", "eval_macro_f1"} | counted) & set(theirs):
-            assert ours[name] == pytest.approx(theirs[name], abs=PROCESSES, rel=PROCESSES), (theirs["step"], name)
-
-
-def test_two_processes_share_a_base_as_one_does(adapted: Any, run_stage: Any, tmp_path: Path) -> None:
-    configs = {name: adapted.configs["ppo"] | {"output_dir": str(tmp_path / name)} for name in ("one", "two")}
-    assert "one frozen base" in run_stage("ppo", configs["one"] | {"roles": "shared"})
-    two = setup.write(tmp_path, "two", configs["two"] | {"roles": "shared"})
-    assert "one frozen base" in finished(launched("ddp", ["ppo", two]))
-    for ours, theirs in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
-        for metric in ("score", "kl", "policy_loss", "value_loss", "grad_norm", "explained_variance"):
-            assert ours[metric] == pytest.approx(theirs[metric], abs=PROCESSES_PPO, rel=PROCESSES_PPO), metric
-
-
-@pytest.mark.parametrize("name", ["ppo", OPTIONS])
-def test_two_processes_do_the_ppo_of_one(name: str, runs: Any) -> None:
-    one, two = (metrics(run) for run in runs[name])
-    assert ("ptx_coef" in one[-1]) is (name == OPTIONS)
-    assert len(one) == len(two) == 3
-    for ours, theirs in zip(two, one, strict=True):
-        for metric, value in theirs.items():
-            if metric != "first_ratio_error":
-                assert ours[metric] == pytest.approx(value, abs=PROCESSES_PPO, rel=PROCESSES_PPO), metric
-        assert ours["first_ratio_error"] < PROCESSES_PPO
-    said = [
-        [(line["step"], line["prompt"], line["response"]) for line in read_lines(run / "samples.jsonl")]
-        for run in runs[name]
-    ]
-    assert said[0] == said[1]
-
-
-@pytest.mark.parametrize("stage", ["sft", "ppo"])
-def test_two_processes_make_the_model_of_one(stage: str, runs: Any) -> None:
-    one, two = (
-        torch.cat([p.detach().flatten() for p in load_causal(tiny.source(run)).parameters()]) for run in runs[stage]
-    )
-    assert distance(two, one) < PROCESSES_PPO
 
 
 def test_a_wrong_number_of_processes_is_refused(tiny_model_dir: Path, files: Any, tmp_path: Path) -> None:
