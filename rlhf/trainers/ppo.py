@@ -162,9 +162,9 @@ class PPOTrainer:
         """This process's share of the step's episodes: slots rank, rank + ranks, ..."""
         a = self.accelerator
         slots = self.slots()[a.process_index :: a.num_processes]
-        with unsharded(self.model, a) as model, self.computing():
+        with unsharded(self.model, a, lambda whole: whole.policy) as policy, self.computing():
             return sample(
-                model.policy, [(slot, self.prompts[i]) for slot, i in slots], self.config.sampling,
+                policy, [(slot, self.prompts[i]) for slot, i in slots], self.config.sampling,
                 seed=self.config.seed, step=self.step, end_id=self.end_id, pad_id=self.pad_id, device=a.device,
                 decode=self.decode,
             )  # fmt: skip
