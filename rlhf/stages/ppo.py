@@ -15,7 +15,7 @@ from rlhf.data.sources import load_records
 from rlhf.errors import ConfigError
 from rlhf.models.adapters import check_same_shape, policy_with_adapter
 from rlhf.models.distributed import make_accelerator, set_batch
-from rlhf.models.heads import SharedValue, rescale_head
+from rlhf.models.heads import AdapterScorer, SharedValue, rescale_head
 from rlhf.models.launched import is_main
 from rlhf.models.load import context_length, disable_dropout, load_causal, resolve
 from rlhf.models.roles import VALUE, new_on, put_on, why_apart
@@ -31,7 +31,7 @@ from rlhf.stages import rendering
 from rlhf.stages.common import RunResult, begin, check_context, open_tokenizer, seal, start, stop_at
 from rlhf.stages.engines import check_deepspeed
 from rlhf.stages.resume import Keeper
-from rlhf.stages.rewards import build_rewards, reward_deviation, same_tokenizer, to_device
+from rlhf.stages.rewards import build_rewards, check_offload, reward_deviation, same_tokenizer
 from rlhf.stages.tuning import say_phases
 from rlhf.trainers.policy_value import PolicyAndValue
 from rlhf.trainers.ppo import PPOTrainer
@@ -112,6 +112,7 @@ def prepare(config: PPOConfig, console: Console) -> Ready:
     shared = share(config, console)
     policy, reference = _policy(config, len(tokenizer))
     rewards = build_rewards(config, renderer, console, base=policy if shared else None)
+    check_offload(config, sum(not isinstance(model, AdapterScorer) for model in rewards.models()))
     loaded = load_records(
         "prompt", config.data.prompts, seed=config.seed, on_bad_row=config.data.on_bad_row,
         deduplicate=config.data.deduplicate,
@@ -132,9 +133,8 @@ def prepare(config: PPOConfig, console: Console) -> Ready:
     check_context(longest, context_length(model.policy), "data.max_prompt_tokens + sampling.max_new_tokens")
     say_phases(config, model, console)
     return Ready(
-        tokenizer, renderer, accelerator, model, reference, to_device(rewards, accelerator.device), prompts, records,
-        text, loaded.fingerprint,
-    )  # fmt: skip
+        tokenizer, renderer, accelerator, model, reference, rewards, prompts, records, text, loaded.fingerprint
+    )
 
 
 def share(config: PPOConfig, console: Console) -> bool:

@@ -19,6 +19,7 @@ from rlhf.runs.console import Console
 from rlhf.stages import common, launch
 from rlhf.stages.audit import Audit, audit
 from rlhf.stages.estimate import Case, Load, adapters, changes, device_bytes, estimate
+from rlhf.stages.rewards import check_offload, same_tokenizer
 from rlhf.stages.skeleton import NO_ADAPTER, Cast, Made, Skeleton, cast_of, foundation, reward_sources, trains
 
 FAILS, WELL = 1, 0
@@ -152,8 +153,6 @@ def _stage(checkup: Checkup, name: str, config: Any) -> None:
 def _pairing(checkup: Checkup, config: PPOConfig, renderer: Any) -> bool:
     """Whether the models of PPO read the same tokens; says so by their hand-over records. Returns: whether the reward
     model, if any, has the policy's tokenizer."""
-    from rlhf.stages.rewards import same_tokenizer
-
     fits = True
     for i, source in enumerate(reward_sources(config)):
         if not Path(source.path).exists() and source.path in checkup.planned:
@@ -182,7 +181,9 @@ def _pairing(checkup: Checkup, config: PPOConfig, renderer: Any) -> bool:
 def _models(checkup: Checkup, name: str, config: Any, fits: bool) -> Skeleton | Cast:
     if not isinstance(config, PPOConfig):
         return trains(name, config, checkup.planned)
-    return cast_of(config, checkup.planned, shared=_shared(config, checkup.planned), fits=fits)
+    found = cast_of(config, checkup.planned, shared=_shared(config, checkup.planned), fits=fits)
+    check_offload(config, 0 if found.shared else len(found.scorers))
+    return found
 
 
 def _shared(config: PPOConfig, planned: Mapping[str, Made]) -> bool:
