@@ -70,7 +70,7 @@ def run(config: PPOConfig, console: Console) -> RunResult:
             reporter.open(trainer.step)
             with stop.at_safe_points(config.saving.grace):
                 trainer.train()
-            _save(trainer, directory, renderer, tokenizer)
+            _save(trainer, directory, renderer, tokenizer, reporter.last.get("response_length"))
     reporter.close()
     summary = {"steps": config.ppo.steps, **{k: round(v, 6) for k, v in reporter.last.items() if "time" not in k}}
     directory.note(summary=summary)
@@ -297,7 +297,9 @@ class _Reporter:
             self.writer.close()
 
 
-def _save(trainer: PPOTrainer, directory: RunDir, renderer: Renderer, tokenizer: Any) -> None:
+def _save(
+    trainer: PPOTrainer, directory: RunDir, renderer: Renderer, tokenizer: Any, reply_tokens: float | None
+) -> None:
     a = trainer.accelerator
     inner = a.unwrap_model(trainer.model)
     stop_at(inner.policy, renderer)
@@ -306,7 +308,7 @@ def _save(trainer: PPOTrainer, directory: RunDir, renderer: Renderer, tokenizer:
         for part, where in ((inner.policy, folder), (inner.value_model, folder.parent / "value_model")):
             save_part(part, where, trainer)
         if is_main():
-            seal(folder, "ppo", renderer, tokenizer)
+            seal(folder, "ppo", renderer, tokenizer, reply_tokens=reply_tokens)
 
 
 def save_part(part: Any, folder: Path, trainer: PPOTrainer) -> None:
