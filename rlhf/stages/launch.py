@@ -13,10 +13,12 @@ from typing import Any
 from rlhf.config.environment import EXPECTED_PROCESSES, TIMEOUT, timeout_seconds
 from rlhf.config.load import read_yaml
 from rlhf.errors import ConfigError, collect
+from rlhf.stages.network import interface_towards
 from rlhf.stages.supervise import Ended, report, supervise
 
 SIDE_BY_SIDE = ("MULTI_GPU", "DEEPSPEED", "FSDP")  # types that start one process each for a number of them
 MACHINES, RANK, ADDRESS, PORT = "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"
+INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,18 @@ class Plan:
     ip: str | None
     port: int | None
 
+    @property
+    def kind(self) -> str:
+        """accelerate's distributed_type."""
+        return str(self.settings.get("distributed_type", "NO"))
+
     def command(self, arguments: list[str], attempt: int = 0) -> list[str]:
         """The command; another attempt meets on another port, since the old one may still hold dead addresses."""
         port = 0 if self.port is None else self.port + attempt
         several = ["--num_machines", str(self.machines), "--machine_rank", str(self.machine_rank),
                    "--main_process_ip", str(self.ip)]  # fmt: skip
+        if self.kind == "DEEPSPEED":
+            several += ["--deepspeed_multinode_launcher", "standard"]  # the others write the environment to a file
         return [
             sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(self.path),
             "--num_processes", str(self.processes), *(several if self.machines > 1 else []),
@@ -125,7 +134,7 @@ def resolve(options: Options, environment: Mapping[str, str] = os.environ) -> Pl
 
 def _impossible(plan: Plan) -> Iterator[ConfigError]:
     """What is wrong with a launch, in words."""
-    kind, processes, machines = str(plan.settings.get("distributed_type", "NO")), plan.processes, plan.machines
+    kind, processes, machines = plan.kind, plan.processes, plan.machines
     if processes < 1 or machines < 1:
         yield ConfigError(
             "expected one process and one machine at least", found=f"{processes} and {machines}",
@@ -157,7 +166,7 @@ def _impossible(plan: Plan) -> Iterator[ConfigError]:
             "data parallel needs two processes", found="1", where="--num-processes",
             do="use --launcher single or cpu for one",
         )  # fmt: skip
-    how = (plan.settings.get("deepspeed_config") or {}).get("deepspeed_multinode_launcher", "none")
+    how = (plan.settings.get("deepspeed_config") or {}).get("deepspeed_multinode_launcher", "standard")
     if kind == "DEEPSPEED" and machines > 1 and how != "standard":
         yield ConfigError(
             "this way to several machines writes the whole environment, tokens included, to .deepspeed_env",
@@ -172,7 +181,7 @@ def check_stage(stage: str, config: Any, plan: Plan) -> None:
     Raises: ConfigError for a batch that the processes cannot share, and for an engine that would not run.
     """
     check_batch(config, plan.processes)
-    if plan.settings.get("distributed_type") == "FSDP":
+    if plan.kind == "FSDP":
         from rlhf.models.distributed import check_fsdp
 
         check_fsdp(stage)
@@ -201,6 +210,8 @@ def launch(options: Options, stage: str, arguments: list[str], *, output: str | 
         environment[TIMEOUT] = str(options.timeout)
     seconds = timeout_seconds(environment)
     environment[EXPECTED_PROCESSES] = str(plan.processes)
+    if plan.machines > 1 and INTERFACE not in environment and (found := interface_towards(str(plan.ip))):
+        environment[INTERFACE] = found
     local = plan.processes // plan.machines
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // local)))
     resume = "rlhf " + shlex.join([stage, *arguments, *options.flags()])
