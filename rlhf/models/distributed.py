@@ -8,18 +8,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from rlhf.config.environment import EXPECTED_PROCESSES, secrets, timeout_seconds
-from rlhf.errors import ConfigError, TrainingError
+from rlhf.config.environment import timeout_seconds
+from rlhf.errors import TrainingError
+from rlhf.models.launched import check_world, under_deepspeed, use_cpu
 
 # Minor releases that tests/models/test_distributed.py has seen. Outside it, TRL may have moved what we rely on.
 TESTED = {"trl": ("1.16", "1.17"), "accelerate": ("1.14", "2.0"), "transformers": ("5.20", "6.0")}
-SECRETS_FILE = ".deepspeed_env"  # where DeepSpeed keeps the environment of other machines
 
 
 def quiet_libraries(*, telemetry: bool) -> None:
@@ -50,11 +49,6 @@ def quiet_libraries(*, telemetry: bool) -> None:
     datasets.disable_progress_bars()
     for name in ("accelerate", "torch.distributed", "DeepSpeed", "deepspeed"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def use_cpu() -> bool:
-    """Whether to train on the CPU: no accelerator is there, or ACCELERATE_USE_CPU asks for it."""
-    return not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
 
 
 def forget_accelerator() -> None:
@@ -94,84 +88,12 @@ def make_accelerator(*, unused: bool = False) -> Any:
     return accelerator
 
 
-def under_deepspeed() -> bool:
-    """Whether the launcher asked for DeepSpeed."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
-
-
-def check_launch(stage: str) -> None:
-    """Refuse what a launcher set up and what would run as something else, or run and not save.
-
-    Raises: ConfigError; TrainingError, as `check_world`.
-    """
-    check_world(int(os.environ.get("WORLD_SIZE", "1")))
-    # accelerate says where to meet if several were asked for, also where it then starts one process without a word.
-    launched, meeting = "ACCELERATE_MIXED_PRECISION" in os.environ, "MASTER_ADDR" in os.environ
-    if launched and meeting and "WORLD_SIZE" not in os.environ:
-        raise TrainingError(
-            "accelerate was asked for several processes and started one", where="accelerate launch",
-            do="use configs/accelerate/ddp.yaml (for a CPU too); for one process, unset MASTER_ADDR",
-        )  # fmt: skip
-    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
-        check_fsdp(stage)
-    if under_deepspeed():
-        check_no_secrets(Path.cwd(), Path.home())
-
-
-def check_fsdp(stage: str) -> None:
-    """Refuse FSDP where it would not run, or not as asked for.
-
-    Raises: ConfigError.
-    """
-    if use_cpu():
-        raise ConfigError(
-            "FSDP on a CPU would silently become plain data parallel, or train each process apart",
-            where="--launcher fsdp2", do="use --launcher zero3 (which shards on a CPU too), or a machine with GPUs",
-        )  # fmt: skip
-    if stage == "ppo":
-        raise ConfigError(
-            "PPO does not sample from weights that FSDP has sharded",
-            where="--launcher fsdp2",
-            do="use --launcher zero3",
-        )
-
-
-def check_no_secrets(*folders: Path) -> None:
-    """Refuse to run beside a `.deepspeed_env` that holds credentials: DeepSpeed would send them to other machines.
-
-    Raises: ConfigError naming the variables (not their values).
-    """
-    for path in (folder / SECRETS_FILE for folder in folders):
-        if path.is_file():
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-            found = secrets(line.partition("=")[0].strip() for line in lines)
-            if found:
-                raise ConfigError(
-                    "a file of DeepSpeed holds what looks like credentials", found=", ".join(found), where=str(path),
-                    do="delete it: the launchers here do not need it",
-                )  # fmt: skip
-
-
 def bound_waiting() -> None:
     """Give every group of processes our timeout, those that DeepSpeed makes by itself too (torch's default: half an
     hour). Call it before the first group is made."""
     import torch.distributed.distributed_c10d as c10d
 
     c10d.default_pg_timeout = timedelta(seconds=timeout_seconds())
-
-
-def check_world(processes: int) -> None:
-    """Compare the processes that run with those that were asked for.
-
-    Raises: TrainingError (some launch forms silently start one process).
-    """
-    for variable in ("WORLD_SIZE", EXPECTED_PROCESSES):
-        wanted = os.environ.get(variable)
-        if wanted is not None and int(wanted) != processes:
-            raise TrainingError(
-                "the launcher did not start the processes it was asked for", found=f"{processes} instead of {wanted}",
-                where=variable, do="use a file of configs/accelerate with 'accelerate launch --config_file'",
-            )  # fmt: skip
 
 
 def check_accelerator(accelerator: Any) -> None:
@@ -185,16 +107,6 @@ def check_accelerator(accelerator: Any) -> None:
             "DeepSpeed was asked for, and something else would run", found=str(accelerator.distributed_type.value),
             where="ACCELERATE_USE_DEEPSPEED", do="unset ACCELERATE_USE_CPU: it turns DeepSpeed off",
         )  # fmt: skip
-
-
-def rank() -> int:
-    """This process's index, also before an Accelerator exists."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def is_main() -> bool:
-    """Whether this process writes files and prints."""
-    return rank() == 0
 
 
 def set_batch(accelerator: Any, microbatch_size: int, max_grad_norm: float) -> None:
@@ -236,7 +148,7 @@ def accumulating(model: Any, accelerator: Any, *, last: bool) -> Iterator[None]:
             yield
 
 
-def backward(loss: torch.Tensor, model: Any, accelerator: Any) -> None:
+def backward(loss: Tensor, model: Any, accelerator: Any) -> None:
     """Add the gradient of a loss. accelerate would also let a DeepSpeed engine step, at every microbatch."""
     if under_deepspeed():
         model.backward(loss)
@@ -264,26 +176,17 @@ def clip_and_step(
     return norm
 
 
-def forget_steps(optimizer: Any, groups: list[int]) -> None:
-    """Make Adam count the updates of some parameter groups from here.
+@contextmanager
+def engine_loads_with(load: Callable[[str], None]) -> Iterator[None]:
+    """Have a Trainer under DeepSpeed take weights and optimizer state out of a checkpoint's folder by our function."""
+    from transformers import trainer as module
 
-    Weights that wait have no gradient and torch keeps no state for them. ZeRO gives the optimizer whole flat groups,
-    with gradients of 0: their moments stay 0 but their updates are counted, so that the bias correction of the first
-    real one would be missing (3.2 times too large a step).
-    """
-    zero: Any = getattr(optimizer, "optimizer", None)
-    inner = getattr(zero, "optimizer", None)
-    if inner is None or not groups:
-        return
-    if hasattr(zero, "sub_group_to_group_id"):  # ZeRO-3
-        owner = zero.sub_group_to_group_id
-        flat = [p for i, p in enumerate(zero.fp32_partitioned_groups_flat) if owner[i] in groups]
-    else:
-        flat = [p for i in groups for p in inner.param_groups[i]["params"]]
-    for parameter in flat:
-        step = inner.state.get(parameter, {}).get("step")
-        if step is not None:
-            step.zero_()
+    original = module.deepspeed_load_checkpoint
+    module.deepspeed_load_checkpoint = lambda _, folder, **__: load(folder)
+    try:
+        yield
+    finally:
+        module.deepspeed_load_checkpoint = original
 
 
 def save_model(model: Any, folder: str, *, accelerator: Any) -> None:

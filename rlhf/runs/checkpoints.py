@@ -21,7 +21,7 @@ from typing import Any
 from rlhf.errors import CheckpointError
 from rlhf.runs.run_dir import read_json, sync, write_json
 
-SCHEMA = 1
+SCHEMA = 2
 """Of the layout of a checkpoint. Raise it when an older one can no longer be read."""
 MANIFEST = "manifest.json"
 UNSEALED = "manifest.damaged.json"

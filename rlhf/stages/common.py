@@ -15,14 +15,8 @@ from rlhf.config.sections import Data, ModelSource, Optim
 from rlhf.data.render import CHATML, Renderer, prepare_tokenizer
 from rlhf.data.sources import RecordSet, load_records, split
 from rlhf.errors import ConfigError, DataError
-from rlhf.models.distributed import (
-    bound_waiting,
-    check_launch,
-    forget_accelerator,
-    is_main,
-    library_versions,
-    quiet_libraries,
-)
+from rlhf.models.distributed import bound_waiting, forget_accelerator, library_versions, quiet_libraries
+from rlhf.models.launched import check_launch, is_main
 from rlhf.models.load import count_parameters, load_tokenizer, resolve
 from rlhf.runs import handover
 from rlhf.runs.alive import watch

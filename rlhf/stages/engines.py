@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rlhf.config.schema import PPOConfig
 from rlhf.errors import ConfigError
-from rlhf.models.distributed import under_deepspeed
+from rlhf.models.launched import under_deepspeed
 from rlhf.stages.common import processes
 
 

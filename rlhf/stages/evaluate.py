@@ -21,7 +21,7 @@ from rlhf.evaluation.answers import Answer, answer, perplexity, score_rows
 from rlhf.evaluation.baselines import longer_wins, tfidf_accuracy
 from rlhf.evaluation.judge import Judge, load_judge
 from rlhf.evaluation.stats import best_of_n_kl, bootstrap, wins
-from rlhf.models.distributed import use_cpu
+from rlhf.models.launched import use_cpu
 from rlhf.models.prompt import load_speaker
 from rlhf.models.scorers import load_scorer
 from rlhf.runs.console import Console

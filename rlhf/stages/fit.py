@@ -8,7 +8,8 @@ from typing import Any
 
 from rlhf.config.sections import Optim, Saving
 from rlhf.data.render import Renderer
-from rlhf.models.distributed import check_accelerator, is_main, save_model
+from rlhf.models.distributed import check_accelerator, save_model
+from rlhf.models.launched import is_main
 from rlhf.runs import stop
 from rlhf.runs.console import Console
 from rlhf.runs.metrics import MetricsWriter
@@ -17,7 +18,7 @@ from rlhf.stages.common import processes, say_batch, seal, stop_at
 from rlhf.trainers.hf import Report, arguments, losses_since, silence, tokens_until
 from rlhf.trainers.phases import Program
 from rlhf.trainers.probe import Forgetting, Probed
-from rlhf.trainers.saving import Seals, last_checkpoint
+from rlhf.trainers.saving import Seals, by_name, last_checkpoint
 from rlhf.trainers.tuned import follow
 
 
@@ -64,7 +65,7 @@ def fit(
         if probe is not None:
             trainer.add_callback(probe)
         Seals(directory, saving, writer).attach(trainer)
-        with stop.at_safe_points(saving.grace):
+        with stop.at_safe_points(saving.grace), by_name(trainer, program):
             trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
         updates = trainer.state.global_step  # patience may have ended it early
         final = trainer.evaluate() if evaluate else {}

@@ -13,7 +13,8 @@ from rlhf.data.sources import load_records
 from rlhf.data.write import refuse_existing, write_lines
 from rlhf.errors import DataError
 from rlhf.evaluation.answers import answer
-from rlhf.models.distributed import quiet_libraries, use_cpu
+from rlhf.models.distributed import quiet_libraries
+from rlhf.models.launched import use_cpu
 from rlhf.models.load import context_length, resolve
 from rlhf.models.prompt import load_speaker
 from rlhf.runs.console import Console

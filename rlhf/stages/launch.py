@@ -182,7 +182,7 @@ def check_stage(stage: str, config: Any, plan: Plan) -> None:
     """
     check_batch(config, plan.processes)
     if plan.kind == "FSDP":
-        from rlhf.models.distributed import check_fsdp
+        from rlhf.models.launched import check_fsdp
 
         check_fsdp(stage)
 

@@ -14,11 +14,13 @@ from rlhf.data.render import Rendered, Renderer
 from rlhf.data.sources import load_records
 from rlhf.errors import ConfigError
 from rlhf.models.adapters import check_same_shape, policy_with_adapter
-from rlhf.models.distributed import is_main, make_accelerator, set_batch
+from rlhf.models.distributed import make_accelerator, set_batch
 from rlhf.models.heads import SharedValue, rescale_head
+from rlhf.models.launched import is_main
 from rlhf.models.load import context_length, disable_dropout, load_causal, resolve
 from rlhf.models.roles import VALUE, new_on, put_on, why_apart
 from rlhf.models.scorers import load_scorer, new_value_model
+from rlhf.models.zero import whole
 from rlhf.rollout.rewards import Rewards
 from rlhf.rollout.types import Experience
 from rlhf.runs import stop
@@ -300,7 +302,7 @@ def _save(trainer: PPOTrainer, directory: RunDir, renderer: Renderer, tokenizer:
     inner = a.unwrap_model(trainer.model)
     stop_at(inner.policy, renderer)
     average = trainer.average.applied(inner.trained_policy()) if trainer.average is not None else nullcontext()
-    with directory.new_model() as folder, average:
+    with average, whole(inner.parameters()), directory.new_model() as folder:
         for part, where in ((inner.policy, folder), (inner.value_model, folder.parent / "value_model")):
             save_part(part, where, trainer)
         if is_main():

@@ -8,7 +8,7 @@ from typing import Any
 from rlhf.config.schema import Architecture, PretrainConfig
 from rlhf.data.records import Text
 from rlhf.data.render import Rendered, Renderer
-from rlhf.models.distributed import use_cpu
+from rlhf.models.launched import use_cpu
 from rlhf.runs.console import Console
 from rlhf.stages import rendering
 from rlhf.stages.common import RunResult, begin, check_context, read_data, start

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 from rlhf.config.schema import PPOConfig
-from rlhf.errors import CheckpointError
-from rlhf.models.distributed import any_process, under_deepspeed
+from rlhf.models.distributed import any_process
 from rlhf.runs import stop
 from rlhf.runs.checkpoints import newest, refuse_old, writing
 from rlhf.runs.console import Console
@@ -14,7 +14,7 @@ from rlhf.runs.run_dir import RunDir
 from rlhf.trainers.ppo import PPOTrainer
 from rlhf.trainers.ppo_state import size_of_state
 
-PREFIX, STATE = "step", "state.pt"
+PREFIX = "step"
 
 
 class Keeper:
@@ -42,30 +42,28 @@ class Keeper:
 
         Raises: CheckpointError if the disk is full.
         """
-        state = trainer.state_dict()
-        if self.directory.main:
-            about, needed = {"step": trainer.step}, size_of_state(trainer)
-            keep, name = self.config.saving.keep, name_of(trainer)
-            with writing(self.directory.checkpoints, name, needed=needed, keep=keep, about=about) as folder:
-                torch.save(state, folder / STATE)
+        with self._place(trainer) as folder:
+            trainer.save(folder)
         trainer.accelerator.wait_for_everyone()
 
-    def load(self, trainer: PPOTrainer) -> bool:
-        """Continue from the newest whole checkpoint, if there is one.
+    def _place(self, trainer: PPOTrainer) -> AbstractContextManager[Path | None]:
+        if not self.directory.main:
+            return nullcontext()
+        return writing(
+            self.directory.checkpoints, name_of(trainer), needed=size_of_state(trainer), keep=self.config.saving.keep,
+            about={"step": trainer.step},
+        )  # fmt: skip
 
-        Raises: CheckpointError for one that another version wrote, and under DeepSpeed.
+    def load(self, trainer: PPOTrainer) -> bool:
+        """Continue from the newest whole checkpoint, if there is one. Collective.
+
+        Raises: CheckpointError for one that another version wrote, or of other weights.
         """
         refuse_old(self.directory.checkpoints / "ppo.pt")
         found = newest(self.directory.checkpoints, PREFIX, self.console.note)
-        if found is None:
-            return False
-        if under_deepspeed():  # each process holds a part of the optimizer's state, and this one file has one part
-            raise CheckpointError(
-                "a PPO run under DeepSpeed cannot be continued yet", where=str(found.path),
-                do="choose another output_dir to start over, or use a launcher without DeepSpeed (ddp)",
-            )  # fmt: skip
-        trainer.load_state_dict(torch.load(found.path / STATE, map_location="cpu", weights_only=True))
-        return True
+        if found is not None:
+            trainer.load(found.path)
+        return found is not None
 
 
 def name_of(trainer: PPOTrainer) -> str:

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from rlhf.trainers.losses import summed_losses
 from rlhf.trainers.order import passes, shuffled
 from rlhf.trainers.policy_value import PolicyAndValue, gather
 from rlhf.trainers.ppo_phases import PairPhases
-from rlhf.trainers.ppo_state import Work, load_state, state_of
+from rlhf.trainers.ppo_state import Work, load_state, save_state
 from rlhf.trainers.ptx import TextMix
 from rlhf.trainers.schedule import rate_factor
 from rlhf.trainers.stats import Stats, describe
@@ -81,7 +82,9 @@ class PPOTrainer:
         )  # fmt: skip
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.reference = reference.to(accelerator.device).eval() if reference is not None else None
-        self.average = Average(model.trained_policy(), config.ppo.ema) if config.ppo.ema is not None else None
+        self.average: Average | None = None
+        if config.ppo.ema is not None:
+            self.average = Average(model.trained_policy(), config.ppo.ema, main=accelerator.is_main_process)
 
     def computing(self) -> torch.autocast:
         """The precision of everything: sampling, old log-probs and new ones alike."""
@@ -177,12 +180,11 @@ class PPOTrainer:
             return [self.records[prompt_of[slot]] for slot in part.index.tolist()]
 
         models = self.rewards.models_only()
-        if models.parts:
-            with self.computing():
-                found = broken_scores(lambda p: models(p, records(p)), rollout, self.pad_id, self.tolerance)
-            self.watcher.broken(found, self.step, rollout)
         with unsharded(self.model, self.accelerator) as module, self.computing():
             trained: Any = module.eval()
+            if models.parts:
+                found = broken_scores(lambda p: models(p, records(p)), rollout, self.pad_id, self.tolerance)
+                self.watcher.broken(found, self.step, rollout)
             measured = measure(
                 rollout, read=lambda part: self.read(trained, part),
                 reference=self.reference_logprobs, rewards=lambda part: self.rewards(part, records(part)),
@@ -335,10 +337,10 @@ class PPOTrainer:
             "episodes": float((self.step + 1) * len(e)),
         }
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything a run continues from; collective."""
-        return state_of(self)
+    def save(self, folder: Path | None) -> None:
+        """Write everything a run continues from; collective, `folder` is None on all processes but the main one."""
+        save_state(self, folder)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`."""
-        load_state(self, state)
+    def load(self, folder: Path) -> None:
+        """Continue from what `save` wrote, also with another engine or number of processes; collective."""
+        load_state(self, folder)

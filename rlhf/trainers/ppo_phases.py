@@ -10,9 +10,9 @@ from torch import nn
 from rlhf.config.schema import PPOConfig
 from rlhf.config.tuning import Selection, Steps
 from rlhf.models.adapters import rate_factor
-from rlhf.models.distributed import forget_steps
 from rlhf.models.freezing import Layout, Place, layout
 from rlhf.models.heads import AdapterScorer, SharedValue
+from rlhf.models.zero import forget_steps
 from rlhf.trainers.phases import Group, Program, Stretch, ppo_program
 from rlhf.trainers.policy_value import PolicyAndValue
 from rlhf.trainers.tuned import begins

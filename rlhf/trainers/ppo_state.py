@@ -7,18 +7,22 @@ and phases from the number of the update: none of them is state.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from rlhf.errors import CheckpointError
 from rlhf.models.distributed import everybody
 from rlhf.rollout.score import Spread
 from rlhf.rollout.types import Experience
+from rlhf.trainers.trained import read_trained, size_of_trained, write_trained
 
 if TYPE_CHECKING:
     from rlhf.trainers.ppo import PPOTrainer
+
+STATE = "state.pt"
+"""Beside the trained weights; their files are those of `rlhf.trainers.trained`."""
 
 
 @dataclass
@@ -35,60 +39,69 @@ class Work:
     time_score: float = 0.0
 
 
-def state_of(trainer: PPOTrainer) -> dict[str, Any]:
-    """Everything that does not follow from the configuration and the models it names. Collective."""
+def save_state(trainer: PPOTrainer, folder: Path | None) -> None:
+    """Write everything that does not follow from the configuration and the models it names. Collective.
+
+    Args:
+        folder: on the main process; None on the others.
+    """
     t = trainer
-    return {
+    write_trained(folder, trained(t), t.optimizer)
+    state = {
         "step": t.step, "kl_coef": t.kl_coef, "rate": t.rate, "rollbacks": t.rollbacks,
         "spread": list(t.spread), "first_length": t.first_length,
         "average": t.average.weights if t.average is not None else None,
         "ptx_coef": t.text.coef if t.text is not None else None,
-        "model": own_weights(t.accelerator.unwrap_model(t.model)), "optimizer": t.optimizer.state_dict(),
+        "rates": [group["lr"] for group in t.optimizer.param_groups],  # of the last update, for the step's line
+        "buffers": buffers(t),
         "work": _packed(t.work, t.accelerator) if t.work is not None else None,
     }  # fmt: skip
+    if folder is not None:
+        torch.save(state, folder / STATE)
 
 
-def load_state(trainer: PPOTrainer, state: dict[str, Any]) -> None:
-    """Continue from `state_of`.
+def load_state(trainer: PPOTrainer, folder: Path) -> None:
+    """Continue from what `save_state` has written, perhaps under another engine. Collective.
 
     Raises: CheckpointError if it is of other weights.
     """
     t = trainer
+    state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    read_trained(folder, trained(t), t.optimizer)
     t.step, t.kl_coef, t.rate, t.rollbacks = (state[name] for name in ("step", "kl_coef", "rate", "rollbacks"))
     t.spread, t.first_length = Spread(*state["spread"]), state["first_length"]
-    if t.average is not None:
+    if t.average is not None and t.average.main:
         t.average.weights = state["average"]
     if t.text is not None:
         t.text.coef = state["ptx_coef"]
-    model = t.accelerator.unwrap_model(t.model)
-    wanted = set(own_weights(model))
-    if wanted != set(state["model"]):
-        raise CheckpointError(
-            "the checkpoint is of other weights", where=f"step {t.step}", do="start over in another output_dir",
-            found=", ".join(sorted(wanted ^ set(state["model"]))[:3]),
-        )  # fmt: skip
-    model.load_state_dict(state["model"], strict=False)
-    t.optimizer.load_state_dict(state["optimizer"])
+    for group, rate in zip(t.optimizer.param_groups, state["rates"], strict=True):
+        group["lr"] = rate
+    for name, buffer in buffers(t).items():
+        buffer.copy_(state["buffers"][name])
     t.work = _unpacked(state["work"], t.accelerator) if state["work"] is not None else None
 
 
-def own_weights(model: Any) -> dict[str, Tensor]:
-    """The entries of a `PolicyAndValue`'s state that the run may have changed: trained weights, and buffers.
+def trained(trainer: PPOTrainer) -> dict[str, nn.Parameter]:
+    """The weights that the run changes, of both models.
 
     What is frozen throughout, such as the base under an adapter, is read again from where it came from.
     """
-    trained = {id(p) for p in (*model.trained_policy().values(), *model.trained_value().values())}
-    return {
-        name: value.detach()
-        for name, value in model.state_dict(keep_vars=True).items()
-        if not isinstance(value, nn.Parameter) or id(value) in trained
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return {f"policy.{name}": p for name, p in model.trained_policy().items()} | {
+        f"value_model.{name}": p for name, p in model.trained_value().items()
     }
+
+
+def buffers(trainer: PPOTrainer) -> dict[str, Tensor]:
+    """Numbers of the models that are saved with them and are no weights."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    saved = model.state_dict().keys()
+    return {name: value.detach() for name, value in model.named_buffers() if name in saved}
 
 
 def size_of_state(trainer: PPOTrainer) -> int:
     """Bytes that a checkpoint takes at most, optimizer state and rollout included."""
-    weights = own_weights(trainer.accelerator.unwrap_model(trainer.model)).values()
-    size = sum(value.numel() * (value.element_size() + 8) for value in weights)  # two float32 moments
+    size = size_of_trained(trained(trainer))
     if trainer.average is not None:
         size += sum(value.nbytes for value in trainer.average.weights.values())
     if trainer.work is not None:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from rlhf.config.sections import Saving
-from rlhf.models.distributed import any_process
+from rlhf.models.distributed import any_process, engine_loads_with
+from rlhf.models.zero import numel
 from rlhf.runs import stop
 from rlhf.runs.checkpoints import MANIFEST, Checkpoint, forget_after, newest, prune, room, seal, size_of
 from rlhf.runs.metrics import MetricsWriter
 from rlhf.runs.run_dir import RunDir
+from rlhf.trainers.phases import Program
+from rlhf.trainers.trained import read_trained, size_of_trained, write_trained
 
 PREFIX = "checkpoint"
-ADAM_BYTES = 8  # of state for each trained number
+SCHEDULER = "scheduler.pt"
 
 
 def last_checkpoint(run: RunDir, say: Callable[[str], None]) -> Checkpoint | None:
@@ -62,8 +67,8 @@ class Seals(TrainerCallback):
             return max(written)
         adapter = hasattr(self.trainer.model, "peft_config")
         parameters = list(self.trainer.model.parameters())
-        saved = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad or not adapter)
-        return saved + sum(ADAM_BYTES * p.numel() for p in parameters if p.requires_grad)
+        saved = sum(numel(p) * p.element_size() for p in parameters if p.requires_grad or not adapter)
+        return saved + size_of_trained({str(i): p for i, p in enumerate(parameters) if p.requires_grad})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """If told to end: save after an update that is logged anyway, so that no number of the run changes; or after
@@ -88,3 +93,37 @@ class Seals(TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()
         if self.ending:
             raise stop.Stopped(f"after update {state.global_step}")
+
+
+@contextmanager
+def by_name(trainer: Any, plan: Program) -> Iterator[None]:
+    """Have a Trainer keep what it has trained, and the optimizer's state, in files that any engine reads.
+
+    Its own ones hold one process's part each under DeepSpeed, and are of no use to another number of processes. (FSDP,
+    which runs on GPUs only, keeps its own.)
+    """
+    if trainer.is_fsdp_enabled:
+        yield
+        return
+
+    def named() -> dict[str, Any]:
+        return {name: p for name, p in trainer.model.named_parameters() if name in plan.names}
+
+    def save(folder: str) -> None:
+        main = trainer.accelerator.is_main_process
+        write_trained(Path(folder) if main else None, named(), trainer.optimizer)
+        if main:
+            torch.save(trainer.lr_scheduler.state_dict(), Path(folder) / SCHEDULER)
+
+    def load(folder: str) -> None:
+        read_trained(Path(folder), named(), trainer.optimizer)
+
+    def load_all(folder: str | None) -> None:
+        if folder is not None:
+            if not trainer.is_deepspeed_enabled:  # else it has been done, with the engine's weights
+                load(folder)
+            trainer.lr_scheduler.load_state_dict(torch.load(Path(folder) / SCHEDULER, weights_only=True))
+
+    trainer._save_optimizer_and_scheduler, trainer._load_optimizer_and_scheduler = save, load_all
+    with engine_loads_with(load):
+        yield

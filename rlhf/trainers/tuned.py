@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from rlhf.models.distributed import forget_steps
+from rlhf.models.zero import forget_steps
 from rlhf.trainers.phases import Group, Program
 
 

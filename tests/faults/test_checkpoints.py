@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def _cut(folder: Path) -> None:
-    path = next(p for p in (folder / "state.pt", folder / "optimizer.pt") if p.is_file())
+    path = next(p for p in (folder / "state.pt", folder / "trained-00000.safetensors") if p.is_file())
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
@@ -37,7 +37,7 @@ def _flip(folder: Path) -> None:
 
 
 def _lose(folder: Path) -> None:
-    next(p for p in (folder / "state.pt", folder / "optimizer.pt") if p.is_file()).unlink()
+    next(p for p in (folder / "state.pt", folder / "trained-00000.safetensors") if p.is_file()).unlink()
 
 
 def _unseal(folder: Path) -> None:
@@ -112,7 +112,7 @@ def test_an_old_layout_is_refused_and_left_alone(stage: str, broken: Any, call_c
     names = checkpoints(folder.parent)
     code, _, err = call_cli([stage, setup.write(tmp_path, stage, config)])
     assert code == 2
-    assert "another layout than this version reads (found: schema 0, not 1); go on with the version" in err
+    assert "another layout than this version reads (found: schema 0, not 2); go on with the version" in err
     assert checkpoints(folder.parent) == names
 
 

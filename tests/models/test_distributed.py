@@ -15,7 +15,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from rlhf.errors import TrainingError
-from rlhf.models import distributed
+from rlhf.models import distributed, launched
 from tests.models import tiny
 
 HINT = "this release was never run: read its changes, run the tests, then widen TESTED and pyproject.toml"
@@ -71,28 +71,28 @@ def test_accelerate_still_takes_what_it_is_given() -> None:
 # World size
 
 
-@pytest.mark.parametrize("variable", ["WORLD_SIZE", distributed.EXPECTED_PROCESSES])
+@pytest.mark.parametrize("variable", ["WORLD_SIZE", launched.EXPECTED_PROCESSES])
 def test_a_wrong_number_of_processes_is_refused(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("WORLD_SIZE", distributed.EXPECTED_PROCESSES):
+    for name in ("WORLD_SIZE", launched.EXPECTED_PROCESSES):
         monkeypatch.delenv(name, raising=False)
-    distributed.check_world(1)
+    launched.check_world(1)
     monkeypatch.setenv(variable, "2")
-    distributed.check_world(2)
+    launched.check_world(2)
     with pytest.raises(TrainingError, match="1 instead of 2"):
-        distributed.check_world(1)
+        launched.check_world(1)
 
 
 def test_an_accelerator_that_is_alone_where_two_were_asked_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(distributed.EXPECTED_PROCESSES, "2")
+    monkeypatch.setenv(launched.EXPECTED_PROCESSES, "2")
     with pytest.raises(TrainingError, match="1 instead of 2"):
         distributed.make_accelerator()
 
 
 def test_only_rank_0_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
-    assert distributed.is_main()
+    assert launched.is_main()
     monkeypatch.setenv("RANK", "1")
-    assert not distributed.is_main()
+    assert not launched.is_main()
 
 
 # Telemetry

@@ -79,12 +79,12 @@ def test_a_damaged_newest_one_is_named_and_the_one_before_is_used(fault: str, tm
     assert said[-1].endswith("no older one is left: starting over")
 
 
-@pytest.mark.parametrize("schema", [0, 2, "1"])
+@pytest.mark.parametrize("schema", [0, 1, 3, "2"])
 def test_another_layout_is_refused_and_not_skipped(schema: object, tmp_path: Path) -> None:
     write(tmp_path, "step-000001")
     path = write(tmp_path, "step-000002") / MANIFEST
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": schema}))
-    with pytest.raises(CheckpointError, match=r"another layout .*schema .*, not 1\); go on with the version") as error:
+    with pytest.raises(CheckpointError, match=r"another layout .*schema .*, not 2\); go on with the version") as error:
         newest(tmp_path, "step", pytest.fail)
     assert not isinstance(error.value, Damaged)
 

@@ -13,7 +13,7 @@ import yaml
 
 from rlhf.config.environment import LAST_WORDS, secrets, timeout_seconds
 from rlhf.errors import ConfigError
-from rlhf.models.distributed import check_fsdp, check_launch, check_no_secrets
+from rlhf.models.launched import check_fsdp, check_launch, check_no_secrets
 from rlhf.runs.alive import STUCK, Watchdog, say, signs
 from rlhf.runs.checkpoints import MANIFEST
 from rlhf.stages.launch import Options, resolve
@@ -147,7 +147,7 @@ def test_fsdp_is_refused_on_a_cpu_and_for_ppo(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigError, match="zero3"):
         check_launch("sft")
-    monkeypatch.setattr("rlhf.models.distributed.use_cpu", lambda: False)
+    monkeypatch.setattr("rlhf.models.launched.use_cpu", lambda: False)
     check_fsdp("sft")
     with pytest.raises(ConfigError, match="PPO does not sample"):
         check_fsdp("ppo")

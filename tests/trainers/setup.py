@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import io
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from rlhf.rollout.rewards import ModelReward, Rewards
 from rlhf.rollout.types import Experience
 from rlhf.trainers.policy_value import PolicyAndValue
 from rlhf.trainers.ppo import PPOTrainer
+from rlhf.trainers.ppo_state import STATE
 from rlhf.trainers.watch import Watcher
 from tests.models import tiny
 
@@ -97,24 +99,25 @@ def spiked(trainer: PPOTrainer, at: int, size: float) -> None:
     trainer.set_learning_rates = rates  # type: ignore[method-assign]
 
 
+def saved(trainer: PPOTrainer, folder: Path) -> Path:
+    """What the trainer continues from, in a new folder."""
+    folder.mkdir()
+    trainer.save(folder)
+    return folder
+
+
 def memory() -> tuple[dict[str, Any], Callable[[PPOTrainer], None], Callable[[PPOTrainer], bool]]:
-    """A checkpoint in memory."""
+    """A checkpoint that is forgotten with the functions that write and read it, and what it says of the run."""
+    place = tempfile.TemporaryDirectory()
     kept: dict[str, Any] = {}
 
     def save(trainer: PPOTrainer) -> None:
-        state = trainer.state_dict()
-        kept.update({"state": torch.load(_bytes(state), weights_only=True)})
+        folder = saved(trainer, Path(place.name) / str(len(kept["all"]) if kept else 0))
+        kept.update({"all": [*kept.get("all", []), folder], "state": torch.load(folder / STATE, weights_only=True)})
 
     def load(trainer: PPOTrainer) -> bool:
         if kept:
-            trainer.load_state_dict(torch.load(_bytes(kept["state"]), weights_only=True))
+            trainer.load(kept["all"][-1])
         return bool(kept)
 
     return kept, save, load
-
-
-def _bytes(state: Any) -> Any:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    return buffer

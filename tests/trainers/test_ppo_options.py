@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from rlhf.trainers.losses import summed_losses
 from tests.models import tiny
 from tests.models.fixtures import shake
 from tests.tolerances import assert_close
-from tests.trainers.setup import config, experienced, make
+from tests.trainers.setup import config, experienced, make, saved
 
 # The loss
 
@@ -202,7 +203,7 @@ def test_the_trainer_averages_once_a_step(reward_folder: str) -> None:
         assert_close(trainer.average.weights[name], value.tolist())
 
 
-def test_everything_that_a_run_continues_from_is_in_its_state(reward_folder: str) -> None:
+def test_everything_that_a_run_continues_from_is_in_its_state(reward_folder: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"ppo": {"ema": 0.5, "steps": 3, "normalize_scores": "running"}}
     whole, lines = make(reward_folder, **options), []
     whole.on_report = lambda step, e, stats: lines.append(stats)
@@ -211,7 +212,7 @@ def test_everything_that_a_run_continues_from_is_in_its_state(reward_folder: str
     first.one_step()
     second = make(reward_folder, **options)
     second.on_report = lambda step, e, stats: again.append(stats)
-    second.load_state_dict(first.state_dict())
+    second.load(saved(first, tmp_path / "first"))
     second.train()
     drop = {"time_sample", "time_score", "time_update"}
     assert [{k: v for k, v in s.items() if k not in drop} for s in again] == [

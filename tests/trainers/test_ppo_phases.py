@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from rlhf.errors import ConfigError
 from rlhf.models.roles import VALUE
 from tests.models import tiny
-from tests.trainers.setup import make
+from tests.trainers.setup import make, saved
 from tests.trainers.test_roles import trainer as shared_trainer
 
 HEAD_FIRST = {"value_model": [{"train": {"parts": ["score"]}, "steps": 1}, {"train": "all"}]}
@@ -66,31 +67,21 @@ def test_phases_that_train_everything_change_nothing(reward_folder: str) -> None
 
 
 @pytest.mark.parametrize("after", [1, 2])
-def test_a_resumed_run_is_in_the_phase_of_the_uninterrupted_one(after: int, reward_folder: str) -> None:
+def test_a_resumed_run_is_in_the_phase_of_the_uninterrupted_one(after: int, reward_folder: str, tmp_path: Path) -> None:
     """At the unfreeze and after it, with averaged weights."""
     settings: dict[str, Any] = {"unfreeze": LAST_FIRST | HEAD_FIRST, "ppo": {"steps": 3, "ema": 0.5}}
     one = make(reward_folder, **settings)
-    states = []
     while one.step < 3:
         one.one_step()
-        states.append(torch.load(_saved(one), weights_only=True))
+        saved(one, tmp_path / str(one.step))
     two = make(reward_folder, **settings)
-    two.load_state_dict(states[after - 1])
+    two.load(tmp_path / str(after))
     two.train()
     assert not tiny.moved(two.model, tiny.snapshot(one.model))
     assert one.average is not None
     assert two.average is not None
     assert one.average.weights.keys() == dict(one.model.policy.named_parameters()).keys()
     assert all(torch.equal(two.average.weights[name], value) for name, value in one.average.weights.items())
-
-
-def _saved(trainer: Any) -> Any:
-    import io
-
-    buffer = io.BytesIO()
-    torch.save(trainer.state_dict(), buffer)
-    buffer.seek(0)
-    return buffer
 
 
 def test_a_value_model_on_the_policys_base_has_phases_of_its_own(adapter_folder: str, rewarder: str) -> None:

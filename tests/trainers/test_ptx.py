@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from rlhf.trainers.ppo import PPOTrainer
 from rlhf.trainers.ptx import TextMix
 from tests.models import tiny
 from tests.tolerances import GRADIENT, distance
-from tests.trainers.setup import experienced, gradient, make
+from tests.trainers.setup import experienced, gradient, make, saved
 
 
 def documents(count: int = 9) -> list[Rendered]:
@@ -116,13 +117,13 @@ def test_the_coefficient_finds_the_wanted_ratio_of_gradient_norms(start: float, 
     assert theirs / ours == pytest.approx(0.5, rel=0.01)
 
 
-def test_the_coefficient_is_reported_moves_once_a_step_and_is_continued(reward_folder: str) -> None:
+def test_the_coefficient_is_reported_moves_once_a_step_and_is_continued(reward_folder: str, tmp_path: Path) -> None:
     lines: list[dict[str, float]] = []
     trainer = with_text(reward_folder, 0.7, ptx={"balance": 0.5}, report=lambda _, __, stats: lines.append(stats))
     trainer.train()
     assert trainer.text is not None
     assert len({line["ptx_coef"] for line in lines}) == len(lines) == 2
     again = with_text(reward_folder, 0.7, ptx={"balance": 0.5})
-    again.load_state_dict(trainer.state_dict())
+    again.load(saved(trainer, tmp_path / "state"))
     assert again.text is not None
     assert again.text.coef == trainer.text.coef == lines[-1]["ptx_coef"] != 0.7

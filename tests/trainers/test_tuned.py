@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from rlhf.config.sections import Peft
 from rlhf.config.tuning import Phase, Selection
-from rlhf.models.distributed import forget_steps
+from rlhf.models.zero import forget_steps
 from rlhf.trainers.tuned import set_trained
 from tests.models import tiny
 from tests.tolerances import assert_close
