@@ -6,11 +6,11 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf.config.environment import EXPECTED_PROCESSES, TIMEOUT, timeout_seconds
+from rlhf.config.environment import DEFAULT_TIMEOUT, EXPECTED_PROCESSES, MEETING, TIMEOUT, timeout_seconds
 from rlhf.config.load import read_yaml
 from rlhf.errors import ConfigError, collect
 from rlhf.stages.network import interface_towards
@@ -66,11 +66,15 @@ class Plan:
         """accelerate's distributed_type."""
         return str(self.settings.get("distributed_type", "NO"))
 
-    def command(self, arguments: list[str], attempt: int = 0) -> list[str]:
-        """The command; another attempt meets on another port, since the old one may still hold dead addresses."""
+    def command(self, arguments: list[str], attempt: int = 0, seconds: int = DEFAULT_TIMEOUT) -> list[str]:
+        """The command; another attempt meets on another port, since the old one may still hold dead addresses.
+
+        Args:
+            seconds: how long machines wait for each other.
+        """
         port = 0 if self.port is None else self.port + attempt
         several = ["--num_machines", str(self.machines), "--machine_rank", str(self.machine_rank),
-                   "--main_process_ip", str(self.ip)]  # fmt: skip
+                   "--main_process_ip", str(self.ip), "--rdzv_conf", f"timeout={max(seconds, MEETING)}"]  # fmt: skip
         if self.kind == "DEEPSPEED":
             several += ["--deepspeed_multinode_launcher", "standard"]  # the others write the environment to a file
         return [
@@ -214,15 +218,24 @@ def launch(options: Options, stage: str, arguments: list[str], *, output: str | 
         environment[INTERFACE] = found
     local = plan.processes // plan.machines
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // local)))
+    several = plan.machines > 1
+    if several:  # whatever the environment said: the command is to work wherever it is pasted
+        options = replace(
+            options, processes=plan.processes, machines=plan.machines, machine_rank=plan.machine_rank, ip=plan.ip,
+            port=plan.port,
+        )  # fmt: skip
     resume = "rlhf " + shlex.join([stage, *arguments, *options.flags()])
     ended = Ended(0)
     for attempt in range(options.max_restarts + 1):
-        ended = supervise(plan.command([stage, *arguments], attempt), environment, seconds)
+        ended = supervise(plan.command([stage, *arguments], attempt, seconds), environment, seconds)
         if ended.code == 0:
             return 0
         left = options.max_restarts - attempt
         again = left > 0 and ended.may_restart
-        report(ended, Path(output) if output else None, resume, restarts_left=left if again else 0)
+        report(
+            ended, Path(output) if output else None, resume, restarts_left=left if again else 0,
+            meeting=f"{plan.ip}:{plan.port}" if several else "", writes=plan.machine_rank == 0,
+        )  # fmt: skip
         if not again:
             break
     return ended.code

@@ -82,4 +82,3 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
             _ip("-n", host.name, "addr", "add", f"{host.address}/24", "dev", host.cable)
             host.cable_is("up")
         yield a, b
-
