@@ -227,7 +227,8 @@ def launch(options: Options, stage: str, arguments: list[str], *, output: str | 
     resume = "rlhf " + shlex.join([stage, *arguments, *options.flags()])
     ended = Ended(0)
     for attempt in range(options.max_restarts + 1):
-        ended = supervise(plan.command([stage, *arguments], attempt, seconds), environment, seconds)
+        command, meeting = plan.command([stage, *arguments], attempt, seconds), max(seconds, MEETING) + MEETING / 2
+        ended = supervise(command, environment, seconds, meeting if several else None)
         if ended.code == 0:
             return 0
         left = options.max_restarts - attempt

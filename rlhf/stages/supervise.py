@@ -46,19 +46,23 @@ class Ended:
         return self.code not in (0, INTERRUPTED, STOPPED) and not refused
 
 
-def supervise(command: list[str], environment: Mapping[str, str], seconds: float) -> Ended:
+def supervise(
+    command: list[str], environment: Mapping[str, str], seconds: float, meeting: float | None = None
+) -> Ended:
     """Run a job to its end.
 
     Args:
         seconds: how long processes may wait for each other; when one has died, the rest have no longer than this (and
             no longer than a minute) to end by themselves.
+        meeting: how long it may take until a process says that it lives; the launcher's own limit may be doubled by
+            its attempts to reach another machine.
     """
     with tempfile.TemporaryDirectory(prefix="rlhf-") as name, _told() as told:
         folder = Path(name)
         # A group of its own: some launchers die of SIGTERM and leave their processes behind, which must have it too.
         process = subprocess.Popen(command, env={**environment, LAST_WORDS: name}, start_new_session=True)
         first: tuple[Sign, float] | None = None
-        passed = 0
+        passed, begun = 0, time.monotonic()
         while process.poll() is None:
             time.sleep(LOOK)
             for number in told[passed:]:
@@ -67,6 +71,8 @@ def supervise(command: list[str], environment: Mapping[str, str], seconds: float
                     os.killpg(process.pid, number)
             first = first or (None if told else _first_gone(folder))
             if first is not None and time.time() - first[1] > min(GRACE, seconds):
+                _end_all(process, folder)
+            if meeting is not None and time.monotonic() - begun > meeting and not signs(folder):
                 _end_all(process, folder)
         if told:
             _wait_for_group(process.pid)
