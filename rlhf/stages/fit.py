@@ -14,6 +14,7 @@ from rlhf.runs import stop
 from rlhf.runs.console import Console
 from rlhf.runs.metrics import MetricsWriter
 from rlhf.runs.run_dir import RunDir
+from rlhf.stages.agree import same_checkpoint
 from rlhf.stages.common import processes, say_batch, seal, stop_at
 from rlhf.trainers.hf import Report, arguments, losses_since, silence, tokens_until
 from rlhf.trainers.phases import Program
@@ -47,6 +48,7 @@ def fit(
     accumulation = optim.accumulation(world)
     say_batch(world, optim.batch_size // world // accumulation, accumulation, updates, what, console)
     checkpoint = last_checkpoint(directory, console.note) if resume else None
+    same_checkpoint(checkpoint.path.name if checkpoint else None, directory)
     lines, step = (checkpoint.about["lines"], checkpoint.about["step"]) if checkpoint else (0, 0)
     if checkpoint:
         console.note(f"continuing from {checkpoint.path} (update {step})")

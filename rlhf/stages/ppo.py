@@ -24,13 +24,15 @@ from rlhf.models.zero import whole
 from rlhf.rollout.rewards import Rewards
 from rlhf.rollout.types import Experience
 from rlhf.runs import stop
+from rlhf.runs.alive import beat
 from rlhf.runs.console import Bar, Console
 from rlhf.runs.metrics import MetricsWriter, cut
 from rlhf.runs.run_dir import RunDir
 from rlhf.stages import rendering
+from rlhf.stages.agree import same_checkpoint
 from rlhf.stages.common import RunResult, begin, check_context, open_tokenizer, seal, start, stop_at
 from rlhf.stages.engines import check_deepspeed
-from rlhf.stages.resume import Keeper
+from rlhf.stages.resume import Keeper, name_of
 from rlhf.stages.rewards import build_rewards, check_offload, reward_deviation, same_tokenizer
 from rlhf.stages.tuning import say_phases
 from rlhf.trainers.policy_value import PolicyAndValue
@@ -67,6 +69,8 @@ def run(config: PPOConfig, console: Console) -> RunResult:
         with directory.guard():
             if state == "interrupted" and keeper.load(trainer):
                 console.note(f"continuing after step {trainer.step}{_in_hand(trainer)}")
+                beat(trainer.step)
+            same_checkpoint(name_of(trainer), directory)
             reporter.open(trainer.step)
             with stop.at_safe_points(config.saving.grace):
                 trainer.train()
@@ -126,8 +130,10 @@ def prepare(config: PPOConfig, console: Console) -> Ready:
     model = PolicyAndValue(policy, _value_model(config, policy, shared, len(tokenizer), renderer, console))
     if config.optim.activation_checkpointing:
         model.recompute_activations()
+    beat()
     # After the models: once an accelerator of ZeRO-3 exists, transformers loads shards of them, which no head fits.
     accelerator = make_accelerator(unused=bool(config.unfreeze.policy or config.unfreeze.value_model))
+    beat()
     set_batch(accelerator, config.optim.microbatch_size, config.optim.max_grad_norm)
     longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
     check_context(longest, context_length(model.policy), "data.max_prompt_tokens + sampling.max_new_tokens")
