@@ -187,7 +187,7 @@ class PPOConfig(Trained):
         "step; without an accelerator it changes nothing",
     )
     watch: Watch = Watch()
-    checkpoint_every: Count = Field(50, description="steps between checkpoints")
+    checkpoint_every: Count = Field(50, description="steps between regular checkpoints, to which a rollback returns")
     sample_every: Count = Field(10, description="steps between written samples")
 
     _seen_by_the_head = model_validator(mode="after")(no_soft_prompt)

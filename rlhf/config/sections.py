@@ -44,6 +44,11 @@ class Saving(Section):
     """Checkpoints, and how a run ends that is told to."""
 
     keep: Count = Field(2, description="checkpoints that stay; with patience the best one stays besides")
+    share: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.02,
+        description="largest share of the time for checkpoints beyond the regular ones: cheap ones come at every "
+        "step (SFT and classifiers: at every update that is logged), dear ones seldom; 0 = regular ones only",
+    )
     grace: Positive = Field(
         25.0,
         description="seconds after SIGTERM in which a checkpoint is saved and the process ends; without a safe point "
