@@ -250,4 +250,4 @@ def replies_of(config: Any, planned: Mapping[str, Made]) -> int | None:
     else:
         record = handover.read(resolve(config.policy))
         found = record.reply_tokens if record is not None else None
-    return None if found is None else math.ceil(found)
+    return None if found is None else max(math.ceil(found), config.sampling.min_new_tokens)
