@@ -199,20 +199,26 @@ def save_model(model: Any, folder: str, *, accelerator: Any) -> None:
 
 
 @contextmanager
-def unsharded(model: nn.Module, accelerator: Any) -> Iterator[nn.Module]:
-    """The bare module with whole weights, for sampling and scoring. Under ZeRO-3 its parameters are gathered."""
-    inner = accelerator.unwrap_model(model)
+def unsharded(
+    model: nn.Module, accelerator: Any, part: Callable[[Any], nn.Module] = lambda whole: whole
+) -> Iterator[Any]:
+    """The bare module, or a part of it, with whole weights, for sampling and scoring.
+
+    Under ZeRO-3 the weights of that part are gathered, once, and those of the rest stay shared out. Nothing but the
+    part may run inside: the engine gathers for none of its modules meanwhile.
+    """
+    wanted = part(accelerator.unwrap_model(model))
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     if plugin is None or plugin.zero_stage != 3:
-        yield inner
+        yield wanted
         return
     import deepspeed
     from trl.models.utils import add_hooks, remove_hooks
 
-    with deepspeed.zero.GatheredParameters(list(inner.parameters())):
+    with deepspeed.zero.GatheredParameters(list(wanted.parameters())):
         remove_hooks(model)  # gathering alone does not help: the ZeRO-3 hooks would partition again
         try:
-            yield inner
+            yield wanted
         finally:
             add_hooks(model)
 

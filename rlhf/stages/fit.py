@@ -89,12 +89,17 @@ def fit_lm(
     stage: str, model: Any, tokenizer: Any, renderer: Renderer, directory: RunDir, optim: Optim, seed: int,
     console: Console, *, program: Program, saving: Saving, records: int, evaluate: bool,
     build: Callable[[dict[str, Any], Report], Any], resume: bool, evaluations: int = 5, probed: Probed | None = None,
+    reply_tokens: float | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """`fit` for a language model, to the end of the run. Returns: the summary."""
+    """`fit` for a language model, to the end of the run. Returns: the summary.
+
+    Args:
+        reply_tokens: mean length of what it learns to say, for the hand-over record.
+    """
 
     def save(trainer: Any, folder: Path) -> dict[str, Any]:
         stop_at(model, renderer)
-        save_trained(trainer, folder, stage, renderer, tokenizer)
+        save_trained(trainer, folder, stage, renderer, tokenizer, reply_tokens=reply_tokens)
         return {"records": records}
 
     summary, final = fit(

@@ -15,7 +15,7 @@ from rlhf.data.sources import load_records
 from rlhf.errors import ConfigError
 from rlhf.models.adapters import check_same_shape, policy_with_adapter
 from rlhf.models.distributed import make_accelerator, set_batch
-from rlhf.models.heads import SharedValue, rescale_head
+from rlhf.models.heads import AdapterScorer, SharedValue, rescale_head
 from rlhf.models.launched import is_main
 from rlhf.models.load import context_length, disable_dropout, load_causal, resolve
 from rlhf.models.roles import VALUE, new_on, put_on, why_apart
@@ -33,7 +33,7 @@ from rlhf.stages.agree import same_checkpoint
 from rlhf.stages.common import RunResult, begin, check_context, open_tokenizer, seal, start, stop_at
 from rlhf.stages.engines import check_deepspeed
 from rlhf.stages.resume import Keeper, name_of
-from rlhf.stages.rewards import build_rewards, reward_deviation, same_tokenizer, to_device
+from rlhf.stages.rewards import build_rewards, check_offload, reward_deviation, same_tokenizer
 from rlhf.stages.tuning import say_phases
 from rlhf.trainers.policy_value import PolicyAndValue
 from rlhf.trainers.ppo import PPOTrainer
@@ -74,7 +74,7 @@ def run(config: PPOConfig, console: Console) -> RunResult:
             reporter.open(trainer.step)
             with stop.at_safe_points(config.saving.grace):
                 trainer.train()
-            _save(trainer, directory, renderer, tokenizer)
+            _save(trainer, directory, renderer, tokenizer, reporter.last.get("response_length"))
     reporter.close()
     summary = {"steps": config.ppo.steps, **{k: round(v, 6) for k, v in reporter.last.items() if "time" not in k}}
     directory.note(summary=summary)
@@ -116,6 +116,7 @@ def prepare(config: PPOConfig, console: Console) -> Ready:
     shared = share(config, console)
     policy, reference = _policy(config, len(tokenizer))
     rewards = build_rewards(config, renderer, console, base=policy if shared else None)
+    check_offload(config, sum(not isinstance(model, AdapterScorer) for model in rewards.models()))
     loaded = load_records(
         "prompt", config.data.prompts, seed=config.seed, on_bad_row=config.data.on_bad_row,
         deduplicate=config.data.deduplicate,
@@ -138,9 +139,8 @@ def prepare(config: PPOConfig, console: Console) -> Ready:
     check_context(longest, context_length(model.policy), "data.max_prompt_tokens + sampling.max_new_tokens")
     say_phases(config, model, console)
     return Ready(
-        tokenizer, renderer, accelerator, model, reference, to_device(rewards, accelerator.device), prompts, records,
-        text, loaded.fingerprint,
-    )  # fmt: skip
+        tokenizer, renderer, accelerator, model, reference, rewards, prompts, records, text, loaded.fingerprint
+    )
 
 
 def share(config: PPOConfig, console: Console) -> bool:
@@ -303,7 +303,9 @@ class _Reporter:
             self.writer.close()
 
 
-def _save(trainer: PPOTrainer, directory: RunDir, renderer: Renderer, tokenizer: Any) -> None:
+def _save(
+    trainer: PPOTrainer, directory: RunDir, renderer: Renderer, tokenizer: Any, reply_tokens: float | None
+) -> None:
     a = trainer.accelerator
     inner = a.unwrap_model(trainer.model)
     stop_at(inner.policy, renderer)
@@ -312,7 +314,7 @@ def _save(trainer: PPOTrainer, directory: RunDir, renderer: Renderer, tokenizer:
         for part, where in ((inner.policy, folder), (inner.value_model, folder.parent / "value_model")):
             save_part(part, where, trainer)
         if is_main():
-            seal(folder, "ppo", renderer, tokenizer)
+            seal(folder, "ppo", renderer, tokenizer, reply_tokens=reply_tokens)
 
 
 def save_part(part: Any, folder: Path, trainer: PPOTrainer) -> None:
