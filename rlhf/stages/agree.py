@@ -42,7 +42,7 @@ def same_run(run: RunDir, state: str, config: BaseModel, inputs: Mapping[str, st
     """
     seen = {f"{key} of the configuration": value for key, value in _flat("", plain(config))}
     seen |= {f"input {path}": mark for path, mark in inputs.items()}
-    seen[RUN] = f"{state} {run.info.get('id', '')}".strip()
+    seen[RUN] = f"{state} {run.info.get('id', '')[:8]}".strip()
     if state == "interrupted":
         seen |= {f"{CHECKPOINT} {p.parent.name}": digest(p)[:8] for p in run.checkpoints.glob(f"*/{MANIFEST}")}
     same_everywhere(seen, where=f"output_dir {run.path}", trouble=trouble)
@@ -117,7 +117,7 @@ def _difference(views: list[Any], where: str) -> RLHFError | None:
         )
     first, differing = views[0]["seen"], {}
     for i, view in enumerate(views):
-        for key in sorted(first.keys() | view["seen"].keys()):
+        for key in sorted(first.keys() | view["seen"].keys(), key=lambda key: (key != RUN, key)):
             ours, theirs = (seen.get(key, ABSENT) for seen in (first, view["seen"]))
             if ours != theirs and key not in differing:
                 differing[key] = f"{key}: {ours} on rank 0 ({views[0]['host']}), {theirs} on rank {i} ({view['host']})"

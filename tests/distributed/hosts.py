@@ -64,8 +64,9 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
 
     Raises: NoHosts.
     """
-    if shutil.which("ip") is None:
-        raise NoHosts("there is no 'ip' command")
+    for command in ("ip", "unshare"):
+        if shutil.which(command) is None:
+            raise NoHosts(f"there is no command '{command}'")
     if os.geteuid() != 0:
         raise NoHosts("only root makes network namespaces")
     mark = secrets.token_hex(3)

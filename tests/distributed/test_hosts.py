@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,15 +83,12 @@ def cut_after(step: int, run: Path, host: Host, processes: list[tuple[subprocess
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[tuple[Host, Host]]:
     """Two of them, or a skip that says why there are none."""
-    try:
-        context = two_hosts()
-        pair = context.__enter__()
-    except NoHosts as why:
-        pytest.skip(f"two hosts need network namespaces: {why}")
-    try:
+    with ExitStack() as stack:
+        try:
+            pair = stack.enter_context(two_hosts())
+        except NoHosts as why:
+            pytest.skip(f"two hosts need network namespaces: {why}")
         yield pair
-    finally:
-        context.__exit__(None, None, None)
 
 
 @pytest.fixture(scope="module")
