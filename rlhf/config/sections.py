@@ -40,6 +40,10 @@ class Section(BaseModel):
         return value
 
 
+Precision = Literal["auto", "native", "float32", "bfloat16"]
+PRECISION = "auto = bfloat16 on a GPU that has it; native = also on a CPU that has it (others emulate it, slowly)"
+
+
 class Saving(Section):
     """Checkpoints, and how a run ends that is told to."""
 
@@ -175,9 +179,7 @@ class Optim(Section):
         1.0, description="each block's learning rate is this times that of the block above it; 1 = the same for all"
     )
     head_factor: Positive = Field(1.0, description="learning rate of a new output layer, relative to the others'")
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of forward and backward (weights keep theirs); auto = bfloat16 on a GPU that has it"
-    )
+    precision: Precision = Field("auto", description=f"of forward and backward (weights keep theirs); {PRECISION}")
     batch_size: Count = Field(64, description="sequences (or pairs) per optimizer update, over all processes")
     microbatch_size: Count = Field(16, description="sequences (or pairs) per backward on one process")
     activation_checkpointing: bool = Field(

@@ -123,7 +123,7 @@ def trainer_arguments(precision: str) -> dict[str, Any]:
     """Arguments that make a transformers Trainer see the right world on this machine.
 
     Args:
-        precision: 'auto', 'float32' or 'bfloat16', of forward and backward.
+        precision: 'auto', 'native', 'float32' or 'bfloat16', of forward and backward.
     """
     arguments: dict[str, Any] = {"use_cpu": use_cpu(), "report_to": "none", "disable_tqdm": True}
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -133,8 +133,17 @@ def trainer_arguments(precision: str) -> dict[str, Any]:
 
 
 def wants_bfloat16(precision: str) -> bool:
-    """Whether forward and backward run in bfloat16: 'bfloat16', or 'auto' on a GPU that has it."""
-    return precision == "bfloat16" or (precision == "auto" and not use_cpu() and torch.cuda.is_bf16_supported())
+    """Whether forward and backward run in bfloat16: 'bfloat16', 'auto' on a GPU that has it, 'native' also on a CPU."""
+    if use_cpu():
+        return precision == "bfloat16" or (precision == "native" and cpu_has_bfloat16())
+    return precision == "bfloat16" or (precision in ("auto", "native") and torch.cuda.is_bf16_supported())
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 itself (AVX-512 BF16, AMX, or of Arm): others take many times longer
+    than for float32."""
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import torch
 
 from rlhf.config.schema import PPOConfig, PretrainConfig, SFTConfig
 from rlhf.models import memory
+from rlhf.models.distributed import cpu_has_bfloat16
 from rlhf.models.memory import Estimate, Part, Runtime, Sharding, Traced, Weights
 from rlhf.models.packing import pack
 from rlhf.models.trace import trace
@@ -47,9 +48,11 @@ class Case:
 
     @property
     def bfloat16(self) -> bool:
-        """Whether passes run in bfloat16; 'auto' does on a GPU."""
+        """Whether passes run in bfloat16, as `wants_bfloat16` says where the run is."""
         precision = self.config.optim.precision
-        return bool(precision == "bfloat16" or (precision == "auto" and self.gpu))
+        if self.gpu:
+            return precision != "float32"
+        return precision == "bfloat16" or (precision == "native" and cpu_has_bfloat16())
 
 
 _traced: dict[Any, Traced] = {}
