@@ -29,10 +29,9 @@ from rlhf.runs.console import Bar, Console
 from rlhf.runs.metrics import MetricsWriter, cut
 from rlhf.runs.run_dir import RunDir
 from rlhf.stages import rendering
-from rlhf.stages.agree import same_checkpoint
 from rlhf.stages.common import RunResult, begin, check_context, open_tokenizer, seal, start, stop_at
 from rlhf.stages.engines import check_deepspeed
-from rlhf.stages.resume import Keeper, name_of
+from rlhf.stages.resume import Keeper
 from rlhf.stages.rewards import build_rewards, check_offload, reward_deviation, same_tokenizer
 from rlhf.stages.tuning import say_phases
 from rlhf.trainers.policy_value import PolicyAndValue
@@ -70,7 +69,6 @@ def run(config: PPOConfig, console: Console) -> RunResult:
             if state == "interrupted" and keeper.load(trainer):
                 console.note(f"continuing after step {trainer.step}{_in_hand(trainer)}")
                 beat(trainer.step)
-            same_checkpoint(name_of(trainer), directory)
             reporter.open(trainer.step)
             with stop.at_safe_points(config.saving.grace):
                 trainer.train()

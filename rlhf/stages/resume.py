@@ -12,6 +12,7 @@ from rlhf.runs.checkpoints import newest, refuse_old, writing
 from rlhf.runs.console import Console
 from rlhf.runs.pace import Pace
 from rlhf.runs.run_dir import RunDir
+from rlhf.stages.agree import same_checkpoint
 from rlhf.trainers.ppo import PPOTrainer
 from rlhf.trainers.ppo_state import size_of_state
 
@@ -61,10 +62,11 @@ class Keeper:
     def load(self, trainer: PPOTrainer) -> bool:
         """Continue from the newest whole checkpoint, if there is one. Collective.
 
-        Raises: CheckpointError for one that another version wrote, or of other weights.
+        Raises: CheckpointError for one that another version wrote, of other weights, or that other processes lack.
         """
         refuse_old(self.directory.checkpoints / "ppo.pt")
         found = newest(self.directory.checkpoints, PREFIX, self.console.note)
+        same_checkpoint(found.path.name if found else None, self.directory)
         if found is not None:
             trainer.load(found.path)
         return found is not None
