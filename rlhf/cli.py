@@ -111,7 +111,7 @@ def check(
     launcher: opt.LauncherOpt = None, num_processes: opt.ProcessesOpt = None, num_machines: opt.MachinesOpt = None,
     gpu_memory: Annotated[str | None, typer.Option(help="of one GPU, e.g. 80G; default: this machine's")] = None,
     response_tokens: Annotated[
-        int | None, typer.Option(min=1, help="ppo: mean length of responses, if known; default: the longest")
+        int | None, typer.Option(min=1, help="ppo: mean length of responses; default: of what the policy learnt to say")
     ] = None,
     quiet: opt.QuietOpt = False, as_json: opt.JsonOpt = False,
 ) -> None:  # fmt: skip

@@ -12,6 +12,7 @@ EXPECTED_PROCESSES = "RLHF_EXPECTED_PROCESSES"  # over all machines
 TIMEOUT = "RLHF_TIMEOUT"  # seconds
 LAST_WORDS = "RLHF_LAST_WORDS"  # folder in which each process says that it lives and how it ended
 DEFAULT_TIMEOUT = 1800
+MEETING = 60  # seconds that processes have at least to start and to find each other, however short the timeout
 SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_KEY|PRIVATE_KEY|AUTH", re.IGNORECASE)
 HARMLESS = ("TOKENIZERS_", "XAUTHORITY", "SSH_AUTH_SOCK")
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rlhf.config.sections import Count, ModelSource, NonNegative, Positive, Section, Source, Unit
+from rlhf.config.sections import PRECISION, Count, ModelSource, NonNegative, Positive, Precision, Section, Source, Unit
 from rlhf.errors import ConfigError
 
 Steps = Annotated[int, Field(ge=0)]
@@ -189,9 +189,7 @@ class PPOOptim(Section):
     weight_decay: NonNegative = Field(0.0, description="decoupled weight decay")
     adam_eps: Positive = Field(1e-5, description="the literature's value for PPO (arXiv:2403.17031)")
     max_grad_norm: Positive = Field(1.0, description="global gradient norm is clipped to this")
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of scoring and updates (weights keep theirs); auto = bfloat16 on a GPU that has it"
-    )
+    precision: Precision = Field("auto", description=f"of scoring and updates (weights keep theirs); {PRECISION}")
     microbatch_size: Count = Field(16, description="episodes per backward on one process")
     activation_checkpointing: bool = Field(
         False, description="keep only each layer's input for the backward pass: less memory, a third more work"

@@ -181,8 +181,13 @@ class PPOConfig(Trained):
         "reference is the base with the SFT adapter; separate = a model for each; auto = shared if all are adapters of "
         "one base",
     )
+    offload: tuple[Literal["reference", "reward"], ...] = Field(
+        (),
+        description="frozen models that lie in CPU memory but for scoring: less memory on the device, one copy to it a "
+        "step; without an accelerator it changes nothing",
+    )
     watch: Watch = Watch()
-    checkpoint_every: Count = Field(50, description="steps between checkpoints")
+    checkpoint_every: Count = Field(50, description="steps between regular checkpoints, to which a rollback returns")
     sample_every: Count = Field(10, description="steps between written samples")
 
     _seen_by_the_head = model_validator(mode="after")(no_soft_prompt)
@@ -191,6 +196,17 @@ class PPOConfig(Trained):
     def _some_reward(self) -> PPOConfig:
         if self.reward_model is None and not self.rewards:
             raise ValueError("no reward: give reward_model, or at least one of rewards")
+        return self
+
+    @model_validator(mode="after")
+    def _models_to_offload(self) -> PPOConfig:
+        if "reference" in self.offload and self.peft.enabled:
+            raise ValueError(
+                f"offload: reference: there is none, since peft.method={self.peft.method} makes the policy an adapter "
+                "over it; take it out"
+            )
+        if "reward" in self.offload and self.reward_model is None and all(part.function for part in self.rewards):
+            raise ValueError("offload: reward: there is no reward model, only functions; take it out")
         return self
 
     @model_validator(mode="after")

@@ -40,10 +40,19 @@ class Section(BaseModel):
         return value
 
 
+Precision = Literal["auto", "native", "float32", "bfloat16"]
+PRECISION = "auto = bfloat16 on a GPU that has it; native = also on a CPU that has it (others emulate it, slowly)"
+
+
 class Saving(Section):
     """Checkpoints, and how a run ends that is told to."""
 
     keep: Count = Field(2, description="checkpoints that stay; with patience the best one stays besides")
+    share: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.02,
+        description="largest share of the time for checkpoints beyond the regular ones: cheap ones come at every "
+        "step (SFT and classifiers: at every update that is logged), dear ones seldom; 0 = regular ones only",
+    )
     grace: Positive = Field(
         25.0,
         description="seconds after SIGTERM in which a checkpoint is saved and the process ends; without a safe point "
@@ -170,9 +179,7 @@ class Optim(Section):
         1.0, description="each block's learning rate is this times that of the block above it; 1 = the same for all"
     )
     head_factor: Positive = Field(1.0, description="learning rate of a new output layer, relative to the others'")
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of forward and backward (weights keep theirs); auto = bfloat16 on a GPU that has it"
-    )
+    precision: Precision = Field("auto", description=f"of forward and backward (weights keep theirs); {PRECISION}")
     batch_size: Count = Field(64, description="sequences (or pairs) per optimizer update, over all processes")
     microbatch_size: Count = Field(16, description="sequences (or pairs) per backward on one process")
     activation_checkpointing: bool = Field(

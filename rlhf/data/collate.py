@@ -3,7 +3,7 @@ pad token may equal any other."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +15,18 @@ from rlhf.errors import DataError, ShapeError
 
 IGNORE = -100  # label without loss, as in torch.nn.functional.cross_entropy
 TooLong = Literal["error", "drop", "truncate"]
+
+
+def replies(rendered: Rendered) -> int:
+    """Runs of tokens that carry loss: what the assistant says in a turn, its end token included, is one."""
+    return sum(now and not before for before, now in zip([False, *rendered.mask], rendered.mask, strict=False))
+
+
+def mean_reply(rows: Iterable[Rendered]) -> float | None:
+    """Mean tokens of a reply; None if there is none."""
+    counts = [(sum(row.mask), replies(row)) for row in rows]
+    number = sum(n for _, n in counts)
+    return sum(tokens for tokens, _ in counts) / number if number else None
 
 
 @dataclass

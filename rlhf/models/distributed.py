@@ -128,7 +128,7 @@ def trainer_arguments(precision: str) -> dict[str, Any]:
     """Arguments that make a transformers Trainer see the right world on this machine.
 
     Args:
-        precision: 'auto', 'float32' or 'bfloat16', of forward and backward.
+        precision: 'auto', 'native', 'float32' or 'bfloat16', of forward and backward.
     """
     arguments: dict[str, Any] = {"use_cpu": use_cpu(), "report_to": "none", "disable_tqdm": True}
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -138,8 +138,17 @@ def trainer_arguments(precision: str) -> dict[str, Any]:
 
 
 def wants_bfloat16(precision: str) -> bool:
-    """Whether forward and backward run in bfloat16: 'bfloat16', or 'auto' on a GPU that has it."""
-    return precision == "bfloat16" or (precision == "auto" and not use_cpu() and torch.cuda.is_bf16_supported())
+    """Whether forward and backward run in bfloat16: 'bfloat16', 'auto' on a GPU that has it, 'native' also on a CPU."""
+    if use_cpu():
+        return precision == "bfloat16" or (precision == "native" and cpu_has_bfloat16())
+    return precision == "bfloat16" or (precision in ("auto", "native") and torch.cuda.is_bf16_supported())
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 itself (AVX-512 BF16, AMX, or of Arm): others take many times longer
+    than for float32."""
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
 @contextmanager
@@ -209,20 +218,26 @@ def save_model(model: Any, folder: str, *, accelerator: Any) -> None:
 
 
 @contextmanager
-def unsharded(model: nn.Module, accelerator: Any) -> Iterator[nn.Module]:
-    """The bare module with whole weights, for sampling and scoring. Under ZeRO-3 its parameters are gathered."""
-    inner = accelerator.unwrap_model(model)
+def unsharded(
+    model: nn.Module, accelerator: Any, part: Callable[[Any], nn.Module] = lambda whole: whole
+) -> Iterator[Any]:
+    """The bare module, or a part of it, with whole weights, for sampling and scoring.
+
+    Under ZeRO-3 the weights of that part are gathered, once, and those of the rest stay shared out. Nothing but the
+    part may run inside: the engine gathers for none of its modules meanwhile.
+    """
+    wanted = part(accelerator.unwrap_model(model))
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     if plugin is None or plugin.zero_stage != 3:
-        yield inner
+        yield wanted
         return
     import deepspeed
     from trl.models.utils import add_hooks, remove_hooks
 
-    with deepspeed.zero.GatheredParameters(list(inner.parameters())):
+    with deepspeed.zero.GatheredParameters(list(wanted.parameters())):
         remove_hooks(model)  # gathering alone does not help: the ZeRO-3 hooks would partition again
         try:
-            yield inner
+            yield wanted
         finally:
             add_hooks(model)
 

@@ -4,7 +4,7 @@ Of P trained and F frozen parameters of b and f bytes each, on n processes:
 
     part            one, DDP      ZeRO-1      ZeRO-2      ZeRO-3, FSDP
     weights         b P + f F     b P + f F   b P + f F   (b P + f F) / n, and what is gathered at a time
-    gradients       b P           b P         b P / n     b P / n
+    gradients       b T           b P         b P / n     b P / n     T = those of P that the phase trains
     Adam            2 b P         8 P / n     8 P / n     8 P / n (FSDP: 2 b P / n)
     master copy     0             4 P / n     4 P / n     4 P / n (FSDP: 0)
     communication   DDP: b P      b min(P, B) ...         B = 5e8 numbers, DeepSpeed's bucket
@@ -109,14 +109,20 @@ class Traced:
     boundary: float
 
 
-def states(w: Weights, s: Sharding) -> list[Part]:
-    """Weights, gradients, optimizer, master copy and communication of what is trained, on one process."""
+def states(w: Weights, s: Sharding, active: int | None = None) -> list[Part]:
+    """Weights, gradients, optimizer, master copy and communication of what is trained, on one process.
+
+    Args:
+        active: how many weights take gradients in the phase; None = all that are ever trained. The optimizer is one for
+            all phases, and DeepSpeed has room for every gradient throughout.
+    """
+    now = w.trained if active is None or s.deepspeed else active
     adam = 8 if s.deepspeed else 2 * w.trained_bytes
     ranks = s.processes > 1
     bucket = min(w.trained, BUCKET) if s.deepspeed else w.trained if ranks and s.zero == 0 else 0
     parts = [
         Part("weights", s.share(w.bytes, 3), s.offload_weights),
-        Part("gradients", s.share(w.trained * w.trained_bytes, 2), s.offload_optimizer),
+        Part("gradients", s.share(now * w.trained_bytes, 2), s.offload_optimizer),
         Part("optimizer (Adam)", s.share(adam * w.trained, 1), s.offload_optimizer),
         Part("master copy", s.share(4 * w.trained, 1) if s.deepspeed else 0.0, s.offload_optimizer),
         Part("communication", float(bucket * w.trained_bytes)),

@@ -131,6 +131,11 @@ class Rewards:
         values = [weight * reward(part, prompts) for weight, reward in self.parts]
         return torch.stack(values).sum(dim=0)
 
+    def models(self) -> list[Any]:
+        """Every model that scores."""
+        parts = [r for _, part in self.parts for r in (part.members if isinstance(part, EnsembleReward) else (part,))]
+        return [part.model for part in parts if isinstance(part, ModelReward)]
+
     def models_only(self) -> Rewards:
         """The parts that must give the same number twice."""
         return Rewards(tuple((w, r) for w, r in self.parts if not isinstance(r, FunctionReward)))

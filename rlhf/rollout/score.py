@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from typing import Any, NamedTuple
 
@@ -18,6 +19,10 @@ from rlhf.models.packing import can_pack, head_reads, microbatches, output_layer
 from rlhf.rollout.types import Experience, Measured, Rollout, unpack_bits
 
 CHUNK = 2**25  # logits that a policy's output layer may hold at once (128 MiB in float32); more go in parts
+
+
+Asked = AbstractContextManager[Callable[[Rollout], Tensor]]
+"""Numbers about a rollout from models that are there while the context lasts."""
 
 
 class Read(NamedTuple):
@@ -147,10 +152,12 @@ class Spread(NamedTuple):
 
 @torch.no_grad()
 def measure(
-    rollout: Rollout, *, read: Callable[[Rollout], tuple[Tensor, Any, Tensor]],
-    reference: Callable[[Rollout], Tensor], rewards: Callable[[Rollout], Tensor], microbatch: int, packed: bool,
+    rollout: Rollout, *, read: Callable[[Rollout], tuple[Tensor, Any, Tensor]], reference: Asked, rewards: Asked,
+    microbatch: int, packed: bool,
 ) -> Measured:  # fmt: skip
     """What policy, reference, value model and rewards say about a rollout; rows do not depend on each other.
+
+    They are asked one after the other, each about all rows, so that no two of the frozen ones need be there at a time.
 
     Args:
         read: rollout -> log-probs, entropy and values of the trained models, [B, R] each.
@@ -160,12 +167,18 @@ def measure(
     """
     old = torch.zeros(rollout.response_ids.shape, device=rollout.response_ids.device)
     ref, values, raw = torch.zeros_like(old), torch.zeros_like(old), torch.zeros_like(old[:, 0])
-    for rows in microbatches(rollout.mask.sum(dim=1), microbatch, packed=packed):
+    parts = microbatches(rollout.mask.sum(dim=1), microbatch, packed=packed)
+    with rewards as say:
+        for rows in parts:
+            raw[rows] = say(rollout.select(rows))
+    with reference as say:
+        for rows in parts:
+            part = rollout.select(rows)
+            ref[rows, : part.response_ids.shape[1]] = say(part)
+    for rows in parts:
         part = rollout.select(rows)
         width = part.response_ids.shape[1]
         old[rows, :width], _, values[rows, :width] = read(part)
-        ref[rows, :width] = reference(part)
-        raw[rows] = rewards(part)
     own = {f.name: getattr(rollout, f.name) for f in fields(Rollout)}
     return Measured(**own, old_logprobs=old, ref_logprobs=ref, values=values, raw_scores=raw)
 

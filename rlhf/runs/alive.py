@@ -36,13 +36,22 @@ class Sign:
     words: str = ""
 
 
-def say(what: str, *, step: int = 0, words: str = "") -> None:
-    """Leave a sign, if somebody reads it."""
+_step = 0  # the last that this process has finished
+
+
+def say(what: str, *, step: int | None = None, words: str = "") -> None:
+    """Leave a sign, if somebody reads it.
+
+    Args:
+        step: by default the last one that was said.
+    """
+    global _step
+    _step = _step if step is None else step
     folder = os.environ.get(LAST_WORDS)
     if not folder or not Path(folder).is_dir():
         return
     sign = Sign(
-        int(os.environ.get("RANK", "0")), os.getpid(), socket.gethostname(), time.time(), what, step, words[:2000]
+        int(os.environ.get("RANK", "0")), os.getpid(), socket.gethostname(), time.time(), what, _step, words[:2000]
     )
     path = Path(folder) / f"{sign.rank}.json"
     temporary = path.with_suffix(".tmp")
@@ -106,11 +115,13 @@ def watch() -> None:
     if _watchdog is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _watchdog = Watchdog(timeout_seconds())
         _watchdog.start()
-    beat()
+    beat(0)
 
 
 def beat(step: int | None = None) -> None:
-    """Some work was finished."""
+    """Some work was finished; `step` if it was a whole step or update."""
+    global _step
+    _step = _step if step is None else step
     if _watchdog is not None:
         _watchdog.beat(step)
     elif step is not None and LAST_WORDS in os.environ:

@@ -38,6 +38,7 @@ class Handover:
     score_std: float | None = None
     labels: list[str] | None = None  # of a classifier, in the order of its outputs
     several: bool | None = None  # whether they may hold at once
+    reply_tokens: float | None = None  # mean length of what it has learnt to say, or of what it said last
 
     def write(self, folder: Path) -> None:
         """Write the record into a model folder."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from rlhf.config.schema import ClassifyConfig, PPOConfig, PretrainConfig, RewardConfig, SFTConfig
-from rlhf.data.collate import LengthReport, TooLong, fit, fit_pair
+from rlhf.data.collate import LengthReport, TooLong, fit, fit_pair, replies
 from rlhf.data.records import BadRow, Comparison, reasons
 from rlhf.data.render import Rendered, Renderer
 from rlhf.data.sources import load_records, split
@@ -36,8 +36,14 @@ class Audit:
         default_factory=list
     )  # tokens and tokens with loss of the records that are used
     tokens: int = 0  # of all sides that are used
+    replies: int = 0  # of all records that are used
     ended: int = 0  # records used whose last token is the end token
     fit: LengthReport = field(default_factory=LengthReport)
+
+    @property
+    def reply_tokens(self) -> float | None:
+        """Mean tokens of a reply in demonstrations."""
+        return sum(loss for _, loss in self.kept) / self.replies if self.replies else None
 
     def longest(self, rows: int) -> tuple[int, int]:
         """Tokens of the longest record used, and tokens with loss in the `rows` longest together."""
@@ -163,5 +169,6 @@ def _count(
             continue
         found.kept.append((max(len(row.ids) for row in used), max(sum(row.mask) for row in used)))
         found.tokens += sum(len(row.ids) for row in used)
+        found.replies += sum(replies(row) for row in used)
         found.ended += all(row.ids[-1] == end_id for row in used)
     return found

@@ -18,7 +18,6 @@ from rlhf.config.schema import PPOConfig
 from rlhf.models.cost import ADAMW_BYTES, Machine, Shape
 from rlhf.models.heads import SharedValue
 from rlhf.models.packing import can_pack, microbatches, pack
-from rlhf.rollout.rewards import EnsembleReward, ModelReward
 from rlhf.rollout.sample import sample
 from rlhf.rollout.types import Experience
 from rlhf.runs.console import Console
@@ -130,7 +129,7 @@ def limits_of(
     context = float(e.mask.sum(dim=1).double().square().sum() / 2 / everything)
     rate = machine.rate(trainer.bfloat16 or policy.weight_bytes == 2)
     forward = policy.forward(everything, context, responses)
-    scorers = [Shape.of(model) for model in reward_models(ready)]
+    scorers = [Shape.of(model) for model in ready.rewards.models()]
     score = 2 * forward + sum(s.forward(everything, context) for s in (*scorers, *([value] if value else [])))
     whole = not config.peft.enabled
     passes = forward * policy.backward_factor(whole)
@@ -170,15 +169,6 @@ def sampling_limit(
     return Limit(
         operations, limit, floor, int(lengths.sum()), "weights" if by_weights > limit / 2 else "matrix products"
     )
-
-
-def reward_models(ready: Ready) -> list[Any]:
-    """Every model that scores."""
-    found: list[Any] = []
-    for _, part in ready.rewards.parts:
-        members = part.members if isinstance(part, EnsembleReward) else (part,)
-        found += [member.model for member in members if isinstance(member, ModelReward)]
-    return found
 
 
 def fill(config: PPOConfig, e: Experience, trainer: PPOTrainer) -> tuple[int, int]:

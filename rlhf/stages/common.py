@@ -14,14 +14,15 @@ from rlhf.config.schema import Stage
 from rlhf.config.sections import Data, ModelSource, Optim
 from rlhf.data.render import CHATML, Renderer, prepare_tokenizer
 from rlhf.data.sources import RecordSet, load_records, split
-from rlhf.errors import ConfigError, DataError
+from rlhf.errors import ConfigError, DataError, RLHFError
 from rlhf.models.distributed import bound_waiting, forget_accelerator, library_versions, quiet_libraries
 from rlhf.models.launched import check_launch, is_main
 from rlhf.models.load import count_parameters, load_tokenizer, resolve
 from rlhf.runs import handover
-from rlhf.runs.alive import watch
+from rlhf.runs.alive import beat, watch
 from rlhf.runs.console import Console
 from rlhf.runs.run_dir import RunDir, fingerprint_path, plain
+from rlhf.stages.agree import same_run
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,24 @@ class RunResult:
 def begin(stage: str, config: Stage, console: Console) -> tuple[RunDir, str]:
     """Check the output folder, seed everything, silence the libraries. Nothing is written yet.
 
-    Returns: the run directory and 'new', 'interrupted' or 'finished'.
+    Returns: the run directory and 'new', 'interrupted' or 'finished'; the same on every process.
     """
     console.title(f"{stage} -> {config.output_dir}")
     run = RunDir(config.output_dir, main=is_main())
-    state = run.check(stage, config, inputs_of(config))
+    state, inputs, trouble = "", {}, None
+    try:
+        inputs = inputs_of(config)
+        state = run.check(stage, config, inputs)
+        if state != "finished":
+            check_launch(stage)
+    except RLHFError as error:
+        trouble = error
+    same_run(run, state, config, inputs, trouble)
     if state == "finished":
         console.note("already finished with this configuration: skipped")
         return run, state
     quiet_libraries(telemetry=config.telemetry)
     forget_accelerator()
-    check_launch(stage)
     if processes() > 1:
         bound_waiting()
     optim = getattr(config, "optim", None)
@@ -95,6 +103,7 @@ def processes() -> int:
 
 def start(run: RunDir, stage: str, config: Stage) -> None:
     """Make the run directory. Called once all inputs have been read and found good."""
+    beat()
     run.start(
         stage, config, seed=config.seed, processes=processes(), versions=library_versions(), inputs=inputs_of(config)
     )

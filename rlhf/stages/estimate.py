@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from rlhf.config.schema import PPOConfig, PretrainConfig, SFTConfig
-from rlhf.config.sections import Peft
 from rlhf.models import memory
+from rlhf.models.distributed import cpu_has_bfloat16
 from rlhf.models.memory import Estimate, Part, Runtime, Sharding, Traced, Weights
 from rlhf.models.packing import pack
 from rlhf.models.trace import trace
 from rlhf.rollout.score import CHUNK
-from rlhf.stages.skeleton import Cast, Skeleton
+from rlhf.stages.skeleton import Active, Cast, Skeleton
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,11 @@ class Case:
 
     @property
     def bfloat16(self) -> bool:
-        """Whether passes run in bfloat16; 'auto' does on a GPU."""
+        """Whether passes run in bfloat16, as `wants_bfloat16` says where the run is."""
         precision = self.config.optim.precision
-        return bool(precision == "bfloat16" or (precision == "auto" and self.gpu))
+        if self.gpu:
+            return precision != "float32"
+        return precision == "bfloat16" or (precision == "native" and cpu_has_bfloat16())
 
 
 _traced: dict[Any, Traced] = {}
@@ -85,32 +86,39 @@ def _trainer(case: Case, model: Skeleton) -> Estimate:
     if case.stage == "reward":
         rows *= 2  # both sides
     extra = config.peft.prompt_tokens if isinstance(config, SFTConfig) and config.peft.method == "prompt" else 0
-    kept = traced(model, rows, length + extra, case.bfloat16)
-    transient = [
-        Part("activations", memory.activations(kept, model.kept, recompute=config.optim.activation_checkpointing)),
-        memory.gathered(model.weights, model.blocks, s),
-    ]
+    pass_ = traced(model, rows, length + extra, case.bfloat16)
+    transient = [memory.gathered(model.weights, model.blocks, s)]
     if case.stage == "pretrain":
         transient.append(Part("output layer and loss", memory.logits(rows * length, model.vocabulary, memory.LOSS)))
     elif case.stage == "sft":
         columns = min(model.vocabulary, memory.VOCABULARY_PART)
         transient.append(Part("output layer and loss", memory.logits(rows * length * loss, columns, memory.FUSED)))
     data = Part("records", memory.records(load.records, load.tokens), host=True)
-    parts = memory.with_runtime([*memory.states(model.weights, s), data], transient, Runtime.of(case.gpu))
-    return Estimate({"update": parts}, device_is_host=not case.gpu)
+    updates = []
+    for active in model.phases:
+        kept = memory.activations(pass_, active.kept, recompute=config.optim.activation_checkpointing)
+        updates.append(memory.with_runtime(
+            [*memory.states(model.weights, s, active.weights), data], [Part("activations", kept), *transient],
+            Runtime.of(case.gpu),
+        ))  # fmt: skip
+    return _worst({}, updates, case)
+
+
+def _worst(others: dict[str, list[Part]], updates: list[list[Part]], case: Case) -> Estimate:
+    """Of all phases of training, the one whose updates need most; it is named if there are several."""
+    whole = Estimate({str(i): parts for i, parts in enumerate(updates, 1)}, device_is_host=not case.gpu)
+    name = "update" if len(updates) == 1 else f"update, phase {whole.largest} of {len(updates)}"
+    return Estimate(others | {name: list(whole.phases[whole.largest])}, device_is_host=not case.gpu)
 
 
 def _ppo(case: Case, config: PPOConfig, cast: Cast) -> Estimate:
-    """Of PPO: the largest of sampling, scoring and updating. Responses count as long as they may become."""
+    """Of PPO: the largest of sampling, scoring and updating."""
     s, load, runtime = case.sharding, case.load, Runtime.of(case.gpu)
-    response, longest = config.sampling.max_new_tokens, load.longest + config.sampling.max_new_tokens
-    trained = cast.policy.weights
-    if cast.value is not None:
-        own = cast.value.weights
-        trained = trained + (Weights(own.trained, 0, own.trained_bytes) if cast.shared else own)
-    states = memory.states(trained, s)
+    trained = _trained(cast)
+    resting, asked = _resting(case, config, cast)
     standing = [
-        *states, *_frozen(cast), Part("records", memory.records(load.records, load.tokens), host=True),
+        *_frozen(config, cast, case.gpu), *resting,
+        Part("records", memory.records(load.records, load.tokens), host=True),
         Part("rollout", _rollout(config, load, cast.policy.vocabulary)),
     ]  # fmt: skip
     if case.bfloat16 and not case.gpu:
@@ -121,38 +129,61 @@ def _ppo(case: Case, config: PPOConfig, cast: Cast) -> Estimate:
         standing.append(Part("averaged policy", float(4 * cast.policy.weights.trained)))
     share = config.ppo.rollout_size // config.ppo.minibatches // s.processes
     micro = min(config.optim.microbatch_size, share)
-    response = min(response, case.response or response)
+    most = config.sampling.max_new_tokens
+    response = min(most, max(config.sampling.min_new_tokens, case.response or most))
     shape = _packed([length + response for length in load.spread(micro)])
-    passes = [traced(cast.policy, *shape, case.bfloat16)]
-    models = [cast.policy]
-    if cast.value is not None:
-        passes.append(traced(cast.value, *shape, case.bfloat16))
-        models.append(cast.value)
-    recompute = config.optim.activation_checkpointing
+    models = [cast.policy] if cast.value is None else [cast.policy, cast.value]
+    passes = [traced(model, *shape, case.bfloat16) for model in models]
     vocabulary = cast.policy.vocabulary
     tokens = min(micro * response, max(1, CHUNK // vocabulary))
-    kept = [memory.activations(p, m.kept, recompute=recompute) for p, m in zip(passes, models, strict=True)]
-    more = memory.FILTERED if _filtered(config) else 0
-    # The output layer is at its largest while only the policy has been read.
-    head = max(
-        memory.logits(tokens, vocabulary, memory.POLICY + more) - sum(kept[1:]),
-        memory.logits(tokens, vocabulary, memory.POLICY_KEPT + more),
-    )
-    update = [Part("activations", sum(kept)), Part("output layer and loss", head),
-              memory.gathered(trained, cast.policy.blocks, s)]  # fmt: skip
     together = memory.gathered(trained, cast.policy.blocks, s, whole=True)
+    alone = memory.gathered(cast.policy.weights, cast.policy.blocks, s, whole=True)
     score = [Part("activations", max(p.fixed + p.block for p in passes)),
              Part("output layer and loss", memory.logits(tokens, vocabulary, memory.LOSS)), together]  # fmt: skip
     decoded = min(config.sampling.batch_size, max(1, config.ppo.rollout_size // s.processes))
-    sample = [Part("KV cache", _cache(cast.policy, decoded, longest, case.bfloat16)),
-              Part("output layer and loss", memory.logits(decoded, vocabulary, memory.DRAWN)), together]  # fmt: skip
-    idle = [part for part in standing if part.name != "gradients"]  # there are none outside of updates
-    phases = {
+    sample = [Part("KV cache", _cache(cast.policy, decoded, load.longest + most, case.bfloat16)),
+              Part("output layer and loss", memory.logits(decoded, vocabulary, memory.DRAWN)), alone]  # fmt: skip
+    # There are no gradients outside of updates.
+    idle = [*(part for part in memory.states(trained, s) if part.name != "gradients"), *standing]
+    updates = []
+    for phase in _phases(models, config.ppo.steps):
+        kept = [
+            memory.activations(p, active.kept, recompute=config.optim.activation_checkpointing)
+            for p, active in zip(passes, phase, strict=True)
+        ]
+        head = Part("output layer and loss", _head(config, tokens, vocabulary, kept))
+        update = [Part("activations", sum(kept)), head, memory.gathered(trained, cast.policy.blocks, s)]
+        held = memory.states(trained, s, sum(active.weights for active in phase))
+        updates.append(memory.with_runtime([*held, *standing], update, runtime))
+    others = {
         "sample": memory.with_runtime(idle, sample, runtime),
-        "score": memory.with_runtime(idle, score, runtime),
-        "update": memory.with_runtime(standing, update, runtime),
+        "score": memory.with_runtime([*idle, *asked], score, runtime),
     }
-    return Estimate(phases, device_is_host=not case.gpu)
+    return _worst(others, updates, case)
+
+
+def _trained(cast: Cast) -> Weights:
+    """Policy and value model together; a shared base counts once."""
+    trained = cast.policy.weights
+    if cast.value is None:
+        return trained
+    own = cast.value.weights
+    return trained + (Weights(own.trained, 0, own.trained_bytes) if cast.shared else own)
+
+
+def _phases(models: list[Skeleton], steps: int) -> list[tuple[Active, ...]]:
+    """What the models train in each stretch of a run in which none of them changes it."""
+    starts = sorted({active.begins for model in models for active in model.phases if active.begins < steps})
+    return [tuple([a for a in model.phases if a.begins <= start][-1] for model in models) for start in starts]
+
+
+def _head(config: PPOConfig, tokens: int, vocabulary: int, kept: list[float]) -> float:
+    """Of the policy's output layer, which is at its largest while only the policy has been read."""
+    more = memory.FILTERED if _filtered(config) else 0
+    return max(
+        memory.logits(tokens, vocabulary, memory.POLICY + more) - sum(kept[1:]),
+        memory.logits(tokens, vocabulary, memory.POLICY_KEPT + more),
+    )
 
 
 def _packed(lengths: list[int]) -> tuple[int, int]:
@@ -162,13 +193,34 @@ def _packed(lengths: list[int]) -> tuple[int, int]:
     return int(rows), int(length)
 
 
-def _frozen(cast: Cast) -> list[Part]:
-    """Reference and reward models: whole on every process, or adapters beside the policy's base."""
-    found = [] if cast.reference is None else [Part("reference", float(cast.reference.weights.bytes))]
+def offloadable(cast: Cast) -> tuple[str, ...]:
+    """Roles whose models could rest in the machine's memory."""
+    return (*(["reference"] if cast.reference else []), *(["reward"] if cast.scorers and not cast.shared else []))
+
+
+def _whole(cast: Cast) -> dict[str, float]:
+    """Bytes of the frozen models that have weights of their own, by role; whole on every process."""
+    reference = 0.0 if cast.reference is None else float(cast.reference.weights.bytes)
+    scorers = 0.0 if cast.shared else float(sum(model.weights.bytes for model in cast.scorers))
+    return {"reference": reference, "reward": scorers}
+
+
+NAMES = {"reference": "reference", "reward": "reward models"}
+
+
+def _frozen(config: PPOConfig, cast: Cast, gpu: bool) -> list[Part]:
+    """Reference and reward models that stay on the device, or adapters beside the policy's base."""
     if cast.shared:
         adapter = float(cast.policy.weights.trained * cast.policy.weights.trained_bytes)
         return [Part("reference adapter", adapter), Part("reward models' adapters", adapter * len(cast.scorers))]
-    return [*found, *([Part("reward models", float(sum(m.weights.bytes for m in cast.scorers)))])]
+    return [Part(NAMES[role], size) for role, size in _whole(cast).items() if not gpu or role not in config.offload]
+
+
+def _resting(case: Case, config: PPOConfig, cast: Cast) -> tuple[list[Part], list[Part]]:
+    """Offloaded models: in the machine's memory throughout; and on the device for scoring, one role at a time."""
+    away = {role: size for role, size in _whole(cast).items() if case.gpu and role in config.offload}
+    at_rest = [Part(f"{NAMES[role]}, at rest", size, host=True) for role, size in away.items()]
+    return at_rest, [Part("offloaded models, the larger", max(away.values(), default=0.0))]
 
 
 def _rollout(config: PPOConfig, load: Load, vocabulary: int) -> float:
@@ -190,81 +242,6 @@ def _cache(model: Skeleton, rows: int, length: int, bfloat16: bool) -> float:
     width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     number = 2 if bfloat16 else model.weights.frozen_bytes
     return memory.kv_cache(model.blocks, heads, width, rows, length, number)
-
-
-Change = tuple[str, Case]
-
-
-def changes(case: Case) -> Iterator[Change]:
-    """What would need less, in words, the cheapest first: smaller microbatches, recomputed activations, fewer rows
-    decoded at once, sharding on the processes that there are, more processes, adapters (which train something else)."""
-    optim = case.config.optim
-    small = optim.microbatch_size
-    while small > 1:
-        small //= 2
-        if _divides(case, small):
-            yield f"optim.microbatch_size={small}", _with(case, "optim", microbatch_size=small)
-    frugal, words = case, ""
-    if not optim.activation_checkpointing:
-        micro = optim.microbatch_size
-        while micro >= 1:
-            if _divides(case, micro):
-                frugal = _with(case, "optim", activation_checkpointing=True, microbatch_size=micro)
-                cut = "" if micro == optim.microbatch_size else f" optim.microbatch_size={micro}"
-                words = f"optim.activation_checkpointing=true{cut}"
-                yield words, frugal
-            micro //= 2
-    if isinstance(case.config, PPOConfig):
-        rows = case.config.sampling.batch_size
-        while rows > 8:
-            rows //= 2
-            frugal = _with(frugal, "sampling", batch_size=rows)
-            yield f"{words} sampling.batch_size={rows}".strip(), frugal
-    yield from _spread(frugal, words)
-
-
-def _spread(case: Case, words: str) -> Iterator[Change]:
-    s = case.sharding
-    most = _most(case)
-    for stage, name in ((1, "zero1"), (2, "zero2"), (3, "zero3")):
-        if s.processes > 1 and s.zero < stage:
-            yield f"--launcher {name} {words}".strip(), replace(case, sharding=replace(s, zero=stage, deepspeed=True))
-    processes = s.processes * 2
-    while processes <= most:
-        wide = Sharding(processes, 3, True)
-        yield f"--launcher zero3 --num-processes {processes} {words}".strip(), replace(case, sharding=wide)
-        processes *= 2
-    if case.gpu and not s.offload_weights:
-        near = replace(s, zero=3, deepspeed=True, offload_optimizer=True, offload_weights=True)
-        yield f"--launcher zero3_offload {words}".strip(), replace(case, sharding=near)
-
-
-def _most(case: Case) -> int:
-    """Processes that can share the batch, at most 64."""
-    if isinstance(case.config, PPOConfig):
-        return min(64, case.config.ppo.rollout_size // case.config.ppo.minibatches)
-    return min(64, int(case.config.optim.batch_size))
-
-
-def _divides(case: Case, micro: int) -> bool:
-    """Whether a microbatch is possible."""
-    if isinstance(case.config, PPOConfig):
-        return True
-    share = case.config.optim.batch_size // case.sharding.processes
-    return bool(share % min(micro, share) == 0)
-
-
-def _with(case: Case, section: str, **values: Any) -> Case:
-    part = getattr(case.config, section).model_copy(update=values)
-    return replace(case, config=case.config.model_copy(update={section: part}))
-
-
-def adapters(config: Any) -> Any | None:
-    """The same configuration with LoRA, if all weights are trained and an adapter is possible."""
-    peft = getattr(config, "peft", None)
-    if peft is None or peft.enabled:
-        return None
-    return config.model_copy(update={"peft": Peft(method="lora")})
 
 
 def device_bytes() -> float | None:

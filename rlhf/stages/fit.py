@@ -14,6 +14,7 @@ from rlhf.runs import stop
 from rlhf.runs.console import Console
 from rlhf.runs.metrics import MetricsWriter
 from rlhf.runs.run_dir import RunDir
+from rlhf.stages.agree import same_checkpoint
 from rlhf.stages.common import processes, say_batch, seal, stop_at
 from rlhf.trainers.hf import Report, arguments, losses_since, silence, tokens_until
 from rlhf.trainers.phases import Program
@@ -47,6 +48,7 @@ def fit(
     accumulation = optim.accumulation(world)
     say_batch(world, optim.batch_size // world // accumulation, accumulation, updates, what, console)
     checkpoint = last_checkpoint(directory, console.note) if resume else None
+    same_checkpoint(checkpoint.path.name if checkpoint else None, directory)
     lines, step = (checkpoint.about["lines"], checkpoint.about["step"]) if checkpoint else (0, 0)
     if checkpoint:
         console.note(f"continuing from {checkpoint.path} (update {step})")
@@ -87,12 +89,17 @@ def fit_lm(
     stage: str, model: Any, tokenizer: Any, renderer: Renderer, directory: RunDir, optim: Optim, seed: int,
     console: Console, *, program: Program, saving: Saving, records: int, evaluate: bool,
     build: Callable[[dict[str, Any], Report], Any], resume: bool, evaluations: int = 5, probed: Probed | None = None,
+    reply_tokens: float | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """`fit` for a language model, to the end of the run. Returns: the summary."""
+    """`fit` for a language model, to the end of the run. Returns: the summary.
+
+    Args:
+        reply_tokens: mean length of what it learns to say, for the hand-over record.
+    """
 
     def save(trainer: Any, folder: Path) -> dict[str, Any]:
         stop_at(model, renderer)
-        save_trained(trainer, folder, stage, renderer, tokenizer)
+        save_trained(trainer, folder, stage, renderer, tokenizer, reply_tokens=reply_tokens)
         return {"records": records}
 
     summary, final = fit(

@@ -6,17 +6,19 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf.config.environment import EXPECTED_PROCESSES, TIMEOUT, timeout_seconds
+from rlhf.config.environment import DEFAULT_TIMEOUT, EXPECTED_PROCESSES, MEETING, TIMEOUT, timeout_seconds
 from rlhf.config.load import read_yaml
 from rlhf.errors import ConfigError, collect
+from rlhf.stages.network import interface_towards
 from rlhf.stages.supervise import Ended, report, supervise
 
 SIDE_BY_SIDE = ("MULTI_GPU", "DEEPSPEED", "FSDP")  # types that start one process each for a number of them
 MACHINES, RANK, ADDRESS, PORT = "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"
+INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,22 @@ class Plan:
     ip: str | None
     port: int | None
 
-    def command(self, arguments: list[str], attempt: int = 0) -> list[str]:
-        """The command; another attempt meets on another port, since the old one may still hold dead addresses."""
+    @property
+    def kind(self) -> str:
+        """accelerate's distributed_type."""
+        return str(self.settings.get("distributed_type", "NO"))
+
+    def command(self, arguments: list[str], attempt: int = 0, seconds: int = DEFAULT_TIMEOUT) -> list[str]:
+        """The command; another attempt meets on another port, since the old one may still hold dead addresses.
+
+        Args:
+            seconds: how long machines wait for each other.
+        """
         port = 0 if self.port is None else self.port + attempt
         several = ["--num_machines", str(self.machines), "--machine_rank", str(self.machine_rank),
-                   "--main_process_ip", str(self.ip)]  # fmt: skip
+                   "--main_process_ip", str(self.ip), "--rdzv_conf", f"timeout={max(seconds, MEETING)}"]  # fmt: skip
+        if self.kind == "DEEPSPEED":
+            several += ["--deepspeed_multinode_launcher", "standard"]  # the others write the environment to a file
         return [
             sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(self.path),
             "--num_processes", str(self.processes), *(several if self.machines > 1 else []),
@@ -125,7 +138,7 @@ def resolve(options: Options, environment: Mapping[str, str] = os.environ) -> Pl
 
 def _impossible(plan: Plan) -> Iterator[ConfigError]:
     """What is wrong with a launch, in words."""
-    kind, processes, machines = str(plan.settings.get("distributed_type", "NO")), plan.processes, plan.machines
+    kind, processes, machines = plan.kind, plan.processes, plan.machines
     if processes < 1 or machines < 1:
         yield ConfigError(
             "expected one process and one machine at least", found=f"{processes} and {machines}",
@@ -157,7 +170,7 @@ def _impossible(plan: Plan) -> Iterator[ConfigError]:
             "data parallel needs two processes", found="1", where="--num-processes",
             do="use --launcher single or cpu for one",
         )  # fmt: skip
-    how = (plan.settings.get("deepspeed_config") or {}).get("deepspeed_multinode_launcher", "none")
+    how = (plan.settings.get("deepspeed_config") or {}).get("deepspeed_multinode_launcher", "standard")
     if kind == "DEEPSPEED" and machines > 1 and how != "standard":
         yield ConfigError(
             "this way to several machines writes the whole environment, tokens included, to .deepspeed_env",
@@ -172,7 +185,7 @@ def check_stage(stage: str, config: Any, plan: Plan) -> None:
     Raises: ConfigError for a batch that the processes cannot share, and for an engine that would not run.
     """
     check_batch(config, plan.processes)
-    if plan.settings.get("distributed_type") == "FSDP":
+    if plan.kind == "FSDP":
         from rlhf.models.launched import check_fsdp
 
         check_fsdp(stage)
@@ -201,17 +214,29 @@ def launch(options: Options, stage: str, arguments: list[str], *, output: str | 
         environment[TIMEOUT] = str(options.timeout)
     seconds = timeout_seconds(environment)
     environment[EXPECTED_PROCESSES] = str(plan.processes)
+    if plan.machines > 1 and INTERFACE not in environment and (found := interface_towards(str(plan.ip))):
+        environment[INTERFACE] = found
     local = plan.processes // plan.machines
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // local)))
+    several = plan.machines > 1
+    if several:  # whatever the environment said: the command is to work wherever it is pasted
+        options = replace(
+            options, processes=plan.processes, machines=plan.machines, machine_rank=plan.machine_rank, ip=plan.ip,
+            port=plan.port,
+        )  # fmt: skip
     resume = "rlhf " + shlex.join([stage, *arguments, *options.flags()])
     ended = Ended(0)
     for attempt in range(options.max_restarts + 1):
-        ended = supervise(plan.command([stage, *arguments], attempt), environment, seconds)
+        command, meeting = plan.command([stage, *arguments], attempt, seconds), max(seconds, MEETING) + MEETING / 2
+        ended = supervise(command, environment, seconds, meeting if several else None)
         if ended.code == 0:
             return 0
         left = options.max_restarts - attempt
         again = left > 0 and ended.may_restart
-        report(ended, Path(output) if output else None, resume, restarts_left=left if again else 0)
+        report(
+            ended, Path(output) if output else None, resume, restarts_left=left if again else 0,
+            meeting=f"{plan.ip}:{plan.port}" if several else "", writes=plan.machine_rank == 0,
+        )  # fmt: skip
         if not again:
             break
     return ended.code

@@ -15,7 +15,7 @@ from rlhf.data.sources import load_records
 from rlhf.errors import ConfigError
 from rlhf.models.adapters import check_same_shape, policy_with_adapter
 from rlhf.models.distributed import make_accelerator, set_batch
-from rlhf.models.heads import SharedValue, rescale_head
+from rlhf.models.heads import AdapterScorer, SharedValue, rescale_head
 from rlhf.models.launched import is_main
 from rlhf.models.load import context_length, disable_dropout, load_causal, resolve
 from rlhf.models.roles import VALUE, new_on, put_on, why_apart
@@ -24,6 +24,7 @@ from rlhf.models.zero import whole
 from rlhf.rollout.rewards import Rewards
 from rlhf.rollout.types import Experience
 from rlhf.runs import stop
+from rlhf.runs.alive import beat
 from rlhf.runs.console import Bar, Console
 from rlhf.runs.metrics import MetricsWriter, cut
 from rlhf.runs.run_dir import RunDir
@@ -31,7 +32,7 @@ from rlhf.stages import rendering
 from rlhf.stages.common import RunResult, begin, check_context, open_tokenizer, seal, start, stop_at
 from rlhf.stages.engines import check_deepspeed
 from rlhf.stages.resume import Keeper
-from rlhf.stages.rewards import build_rewards, reward_deviation, same_tokenizer, to_device
+from rlhf.stages.rewards import build_rewards, check_offload, reward_deviation, same_tokenizer
 from rlhf.stages.tuning import say_phases
 from rlhf.trainers.policy_value import PolicyAndValue
 from rlhf.trainers.ppo import PPOTrainer
@@ -67,10 +68,11 @@ def run(config: PPOConfig, console: Console) -> RunResult:
         with directory.guard():
             if state == "interrupted" and keeper.load(trainer):
                 console.note(f"continuing after step {trainer.step}{_in_hand(trainer)}")
+                beat(trainer.step)
             reporter.open(trainer.step)
             with stop.at_safe_points(config.saving.grace):
                 trainer.train()
-            _save(trainer, directory, renderer, tokenizer)
+            _save(trainer, directory, renderer, tokenizer, reporter.last.get("response_length"))
     reporter.close()
     summary = {"steps": config.ppo.steps, **{k: round(v, 6) for k, v in reporter.last.items() if "time" not in k}}
     directory.note(summary=summary)
@@ -112,6 +114,7 @@ def prepare(config: PPOConfig, console: Console) -> Ready:
     shared = share(config, console)
     policy, reference = _policy(config, len(tokenizer))
     rewards = build_rewards(config, renderer, console, base=policy if shared else None)
+    check_offload(config, sum(not isinstance(model, AdapterScorer) for model in rewards.models()))
     loaded = load_records(
         "prompt", config.data.prompts, seed=config.seed, on_bad_row=config.data.on_bad_row,
         deduplicate=config.data.deduplicate,
@@ -125,16 +128,17 @@ def prepare(config: PPOConfig, console: Console) -> Ready:
     model = PolicyAndValue(policy, _value_model(config, policy, shared, len(tokenizer), renderer, console))
     if config.optim.activation_checkpointing:
         model.recompute_activations()
+    beat()
     # After the models: once an accelerator of ZeRO-3 exists, transformers loads shards of them, which no head fits.
     accelerator = make_accelerator(unused=bool(config.unfreeze.policy or config.unfreeze.value_model))
+    beat()
     set_batch(accelerator, config.optim.microbatch_size, config.optim.max_grad_norm)
     longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
     check_context(longest, context_length(model.policy), "data.max_prompt_tokens + sampling.max_new_tokens")
     say_phases(config, model, console)
     return Ready(
-        tokenizer, renderer, accelerator, model, reference, to_device(rewards, accelerator.device), prompts, records,
-        text, loaded.fingerprint,
-    )  # fmt: skip
+        tokenizer, renderer, accelerator, model, reference, rewards, prompts, records, text, loaded.fingerprint
+    )
 
 
 def share(config: PPOConfig, console: Console) -> bool:
@@ -297,7 +301,9 @@ class _Reporter:
             self.writer.close()
 
 
-def _save(trainer: PPOTrainer, directory: RunDir, renderer: Renderer, tokenizer: Any) -> None:
+def _save(
+    trainer: PPOTrainer, directory: RunDir, renderer: Renderer, tokenizer: Any, reply_tokens: float | None
+) -> None:
     a = trainer.accelerator
     inner = a.unwrap_model(trainer.model)
     stop_at(inner.policy, renderer)
@@ -306,7 +312,7 @@ def _save(trainer: PPOTrainer, directory: RunDir, renderer: Renderer, tokenizer:
         for part, where in ((inner.policy, folder), (inner.value_model, folder.parent / "value_model")):
             save_part(part, where, trainer)
         if is_main():
-            seal(folder, "ppo", renderer, tokenizer)
+            seal(folder, "ppo", renderer, tokenizer, reply_tokens=reply_tokens)
 
 
 def save_part(part: Any, folder: Path, trainer: PPOTrainer) -> None:

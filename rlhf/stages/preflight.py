@@ -18,8 +18,20 @@ from rlhf.models.memory import Sharding, in_words
 from rlhf.runs.console import Console
 from rlhf.stages import common, launch
 from rlhf.stages.audit import Audit, audit
-from rlhf.stages.estimate import Case, Load, adapters, changes, device_bytes, estimate
-from rlhf.stages.skeleton import NO_ADAPTER, Cast, Made, Skeleton, cast_of, foundation, reward_sources, trains
+from rlhf.stages.cheaper import adapters, changes
+from rlhf.stages.estimate import Case, Load, device_bytes, estimate
+from rlhf.stages.rewards import check_offload, same_tokenizer
+from rlhf.stages.skeleton import (
+    NO_ADAPTER,
+    Cast,
+    Made,
+    Skeleton,
+    cast_of,
+    foundation,
+    replies_of,
+    reward_sources,
+    trains,
+)
 
 FAILS, WELL = 1, 0
 
@@ -52,7 +64,8 @@ def preflight(
     Args:
         how: launcher, processes over all machines, machines.
         gpu_memory: of one device, such as 80G.
-        response: mean tokens of PPO's responses, if known; else they count as long as they may be.
+        response: mean tokens of PPO's responses, if known; else what the policy's hand-over record says is shown, and
+            as long as they may be is what must fit.
 
     Raises: ConfigError for a configuration, a launch or an amount of memory that means nothing.
     """
@@ -74,11 +87,12 @@ def preflight(
         checkup = Checkup(console, sharding, limit or device_bytes(), gpu, response, planned, templates)
         console.title(f"{name} ({config.output_dir})")
         try:
-            _stage(checkup, name, config)
+            replies = _stage(checkup, name, config)
         except (DataError, CheckpointError, ShapeError) as error:
             checkup.fails(f"{type(error).__name__}: {error}")
+            replies = None
         problems += checkup.problems
-        _plan(planned, templates, name, config)
+        _plan(planned, templates, name, config, replies)
     console.text("all is well" if not problems else f"{len(problems)} problem{'s' if len(problems) > 1 else ''}")
     return FAILS if problems else WELL
 
@@ -111,16 +125,19 @@ def _sharding(
     return Sharding.of(plan.settings, plan.processes)
 
 
-def _plan(planned: dict[str, Made], templates: dict[str, str | None], name: str, config: Any) -> None:
+def _plan(
+    planned: dict[str, Made], templates: dict[str, str | None], name: str, config: Any, replies: float | None
+) -> None:
     """Remember the model that a stage makes: later stages may start from it."""
     source = getattr(config, "model", None) or getattr(config, "policy", None)
-    made = Made(name, source, getattr(config, "architecture", None), getattr(config, "peft", NO_ADAPTER))
+    made = Made(name, source, getattr(config, "architecture", None), getattr(config, "peft", NO_ADAPTER), replies)
     for path in (config.output_dir.rstrip("/"), f"{config.output_dir.rstrip('/')}/model"):
         planned[path] = made
         templates[path] = getattr(config, "chat_template", None) or templates.get(getattr(source, "path", ""))
 
 
-def _stage(checkup: Checkup, name: str, config: Any) -> None:
+def _stage(checkup: Checkup, name: str, config: Any) -> float | None:
+    """Check one. Returns: mean tokens of what it teaches to say, if it is known."""
     console = checkup.console
     source = config.policy if name == "ppo" else getattr(config, "model", None)
     base = foundation(source, checkup.planned)[0] if source is not None else None
@@ -146,14 +163,14 @@ def _stage(checkup: Checkup, name: str, config: Any) -> None:
     _lengths(config, models)
     load = _load(config, found[0] if found else None)
     _run(config, load, checkup.sharding.processes, console)
-    _memory(checkup, Case(name, config, models, load, checkup.sharding, checkup.gpu, checkup.response), fits)
+    case = Case(name, config, models, load, checkup.sharding, checkup.gpu, checkup.response)
+    _memory(checkup, case, replies_of(config, checkup.planned), fits)
+    return found[0].reply_tokens if found is not None and name == "sft" else None
 
 
 def _pairing(checkup: Checkup, config: PPOConfig, renderer: Any) -> bool:
     """Whether the models of PPO read the same tokens; says so by their hand-over records. Returns: whether the reward
     model, if any, has the policy's tokenizer."""
-    from rlhf.stages.rewards import same_tokenizer
-
     fits = True
     for i, source in enumerate(reward_sources(config)):
         if not Path(source.path).exists() and source.path in checkup.planned:
@@ -182,7 +199,9 @@ def _pairing(checkup: Checkup, config: PPOConfig, renderer: Any) -> bool:
 def _models(checkup: Checkup, name: str, config: Any, fits: bool) -> Skeleton | Cast:
     if not isinstance(config, PPOConfig):
         return trains(name, config, checkup.planned)
-    return cast_of(config, checkup.planned, shared=_shared(config, checkup.planned), fits=fits)
+    found = cast_of(config, checkup.planned, shared=_shared(config, checkup.planned), fits=fits)
+    check_offload(config, 0 if found.shared else len(found.scorers))
+    return found
 
 
 def _shared(config: PPOConfig, planned: Mapping[str, Made]) -> bool:
@@ -263,9 +282,16 @@ def _run(config: Any, load: Load, processes: int, console: Console) -> None:
     )
 
 
-def _memory(checkup: Checkup, case: Case, fits: bool) -> None:
-    """The table of the worst phase, and what would help if it does not fit."""
-    found, limit = estimate(case), checkup.limit
+def _memory(checkup: Checkup, case: Case, replies: int | None, fits: bool) -> None:
+    """The table of the worst phase, and what would help if it does not fit.
+
+    Args:
+        replies: tokens of a response as PPO starts. They are what the table shows, if nobody says better; but responses
+            may grow, so that the longest must fit.
+    """
+    limit, longest = checkup.limit, estimate(case)
+    expected = replies is not None and case.response is None
+    found = estimate(replace(case, response=replies)) if expected else longest
     where = "GPU" if checkup.gpu else "process, above what imports take"
     rows = [
         [part.name, in_words(part.bytes), "host" if part.host and checkup.gpu else ""]
@@ -274,19 +300,28 @@ def _memory(checkup: Checkup, case: Case, fits: bool) -> None:
     rows.append([f"peak (while: {found.largest})", in_words(found.peak), ""])
     if len(found.phases) > 1:
         rows += [[f"  {phase}", in_words(found.needed(phase)), ""] for phase in found.phases]
+    if expected:
+        rows.append(["peak if all responses grow to their limit", in_words(longest.peak), ""])
     s = case.sharding
     spread = f"ZeRO-{s.zero}" if s.deepspeed else "FSDP" if s.zero else "whole models"
     checkup.console.table(
         f"Memory of each {where} ({_some(s.processes)}, {spread}, "
         f"{'bfloat16' if case.bfloat16 else 'float32'} passes)", ["part", "bytes", ""], rows,
     )  # fmt: skip
+    if expected:
+        checkup.console.note(
+            f"responses count as {replies} tokens, the mean of what the policy learnt to say; at most "
+            f"{case.config.sampling.max_new_tokens} (--response-tokens sets another mean)"
+        )
     if limit is None:
         return
-    if found.peak <= limit:
-        checkup.console.text(f"fits: {in_words(found.peak)} of {in_words(limit)}")
+    if longest.peak <= limit:
+        checkup.console.text(f"fits: {in_words(longest.peak)} of {in_words(limit)}")
         return
+    begins = f" (as it begins {in_words(found.peak)})" if expected else ""
     checkup.fails(
-        f"{case.stage} needs {in_words(found.peak)} of {in_words(limit)}: {_way_out(checkup, case, limit, fits)}"
+        f"{case.stage} needs {in_words(longest.peak)} of {in_words(limit)}{begins}: "
+        f"{_way_out(checkup, case, limit, fits)}"
     )
 
 

@@ -10,7 +10,9 @@ from rlhf.models.distributed import any_process
 from rlhf.runs import stop
 from rlhf.runs.checkpoints import newest, refuse_old, writing
 from rlhf.runs.console import Console
+from rlhf.runs.pace import Pace
 from rlhf.runs.run_dir import RunDir
+from rlhf.stages.agree import same_checkpoint
 from rlhf.trainers.ppo import PPOTrainer
 from rlhf.trainers.ppo_state import size_of_state
 
@@ -22,10 +24,12 @@ class Keeper:
 
     def __init__(self, config: PPOConfig, directory: RunDir, console: Console) -> None:
         self.config, self.directory, self.console = config, directory, console
+        # A rollback returns to a checkpoint: which ones there are must not depend on the clock then.
+        self.pace = Pace(0.0 if config.watch.unhealthy == "rollback" else config.saving.share)
 
     def after_step(self, trainer: PPOTrainer) -> None:
-        """Every so many steps."""
-        if trainer.step % self.config.checkpoint_every == 0:
+        """Every so many steps, and in between if it is cheap."""
+        if trainer.step % self.config.checkpoint_every == 0 or any_process(self.pace.due(), trainer.accelerator):
             self.save(trainer)
 
     def pause(self, trainer: PPOTrainer) -> None:
@@ -42,9 +46,10 @@ class Keeper:
 
         Raises: CheckpointError if the disk is full.
         """
-        with self._place(trainer) as folder:
-            trainer.save(folder)
-        trainer.accelerator.wait_for_everyone()
+        with self.pace.saving():
+            with self._place(trainer) as folder:
+                trainer.save(folder)
+            trainer.accelerator.wait_for_everyone()
 
     def _place(self, trainer: PPOTrainer) -> AbstractContextManager[Path | None]:
         if not self.directory.main:
@@ -57,10 +62,11 @@ class Keeper:
     def load(self, trainer: PPOTrainer) -> bool:
         """Continue from the newest whole checkpoint, if there is one. Collective.
 
-        Raises: CheckpointError for one that another version wrote, or of other weights.
+        Raises: CheckpointError for one that another version wrote, of other weights, or that other processes lack.
         """
         refuse_old(self.directory.checkpoints / "ppo.pt")
         found = newest(self.directory.checkpoints, PREFIX, self.console.note)
+        same_checkpoint(found.path.name if found else None, self.directory)
         if found is not None:
             trainer.load(found.path)
         return found is not None

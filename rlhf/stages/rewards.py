@@ -6,12 +6,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from rlhf.config.schema import PPOConfig
 from rlhf.config.sections import ModelSource
 from rlhf.data.render import Renderer, prepare_tokenizer, tokenizer_fingerprint
-from rlhf.errors import CheckpointError
+from rlhf.errors import CheckpointError, ConfigError
 from rlhf.models.adapters import worn_method
 from rlhf.models.heads import score_head
 from rlhf.models.load import load_tokenizer, resolve
@@ -56,14 +54,18 @@ def build_rewards(config: PPOConfig, renderer: Renderer, console: Console, *, ba
     return Rewards(tuple(parts))
 
 
-def to_device(rewards: Rewards, device: torch.device) -> Rewards:
-    """The same with every model on a device, in eval mode."""
-    for _, part in rewards.parts:
-        members = part.members if isinstance(part, EnsembleReward) else (part,)
-        for member in members:
-            if isinstance(member, ModelReward):
-                member.model.to(device).eval()
-    return rewards
+def check_offload(config: PPOConfig, own: int) -> None:
+    """Refuse to offload reward models where all of them lie on the policy's base.
+
+    Args:
+        own: reward models with weights of their own.
+    Raises: ConfigError.
+    """
+    if "reward" in config.offload and not own:
+        raise ConfigError(
+            "there is no reward model to offload", found="roles are shared: they are adapters on the policy's base",
+            where="offload", do="take 'reward' out (an adapter costs little), or set roles=separate",
+        )  # fmt: skip
 
 
 def reward_deviation(config: PPOConfig) -> float:

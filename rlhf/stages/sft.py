@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rlhf.config.schema import SFTConfig
+from rlhf.data.collate import mean_reply
 from rlhf.errors import ConfigError
 from rlhf.models.adapters import add_adapter, continued_config, load_adapter
 from rlhf.models.load import context_length, grow_embeddings, is_adapter, load_causal, resolve
@@ -53,6 +54,7 @@ def run(config: SFTConfig, console: Console) -> RunResult:
         "sft", model, tokenizer, renderer, directory, config.optim, config.seed, console,
         program=program, saving=config.saving, records=len(train_rows), evaluate=bool(valid_rows),
         resume=state == "interrupted", evaluations=config.evaluations, probed=probed,
+        reply_tokens=mean_reply(train_rows),
         build=lambda args, report: build(model, tokenizer, train_rows, valid_rows, args, report, packing=length),
     )  # fmt: skip
     return RunResult(directory.path, summary)

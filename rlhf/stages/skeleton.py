@@ -5,8 +5,10 @@ Nothing is read but configuration files of models, so a 70B model takes as long 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -15,14 +17,16 @@ import torch
 
 from rlhf.config.schema import ClassifyConfig, PPOConfig, PretrainConfig, RewardConfig, SFTConfig
 from rlhf.config.sections import ModelSource, Peft
-from rlhf.config.tuning import NOTHING, Selection
 from rlhf.errors import CheckpointError
 from rlhf.models.adapters import add_adapter, base_source
-from rlhf.models.freezing import layout, select
+from rlhf.models.freezing import Layout, layout
 from rlhf.models.load import disable_dropout, dtype_of, is_adapter, resolve
 from rlhf.models.memory import Weights
+from rlhf.runs import handover
+from rlhf.trainers.phases import Program, Stretch, ppo_program, program
 
 Trains = PretrainConfig | SFTConfig | RewardConfig | ClassifyConfig | PPOConfig
+Plan = Callable[[Layout], Program]  # of the weights that may be trained at all
 NO_ADAPTER = Peft()
 
 
@@ -34,6 +38,19 @@ class Made:
     source: ModelSource | None  # what it starts from; None if it is made from nothing
     architecture: Any  # then its size
     peft: Peft
+    replies: float | None = None  # mean tokens of what it learns to say
+
+
+@dataclass(frozen=True)
+class Active:
+    """What takes gradients in a phase: so many weights, and the blocks that keep activations for them.
+
+    A block that keeps any counts as if all of it were trained.
+    """
+
+    begins: int  # PPO: step
+    weights: int
+    kept: int
 
 
 @dataclass(frozen=True)
@@ -43,9 +60,9 @@ class Skeleton:
     name: str
     build: Callable[[int | None], Any]
     config: Any
-    weights: Weights
+    weights: Weights  # trained = in any phase
     blocks: int
-    kept: int  # blocks that keep activations
+    phases: tuple[Active, ...]
 
     @property
     def vocabulary(self) -> int:
@@ -70,13 +87,14 @@ def foundation(source: ModelSource, planned: Mapping[str, Made]) -> tuple[ModelS
 
 def skeleton(
     name: str, source: ModelSource, planned: Mapping[str, Made], *, scorer: bool = False, peft: Peft = NO_ADAPTER,
-    trained: bool = True, freeze: Selection = NOTHING,
+    trained: bool = True, plan: Plan | None = None,
 ) -> Skeleton:  # fmt: skip
     """A model in one role.
 
     Args:
         scorer: a trunk with one output instead of a language model.
         trained: else it is frozen.
+        plan: what is trained of it, and when; None = everything throughout.
     Raises: CheckpointError, or ConfigError for a selection that matches nothing.
     """
     base, architecture = foundation(source, planned)
@@ -85,18 +103,22 @@ def skeleton(
     dtype = dtype_of(source)
 
     def build(blocks: int | None) -> Any:
-        return _build(config, blocks, scorer, attention, dtype, peft, trained, freeze if blocks is None else NOTHING)
+        return _build(config, blocks, scorer, attention, dtype, peft, trained)
 
     with torch.device("meta"):
         whole = build(None)
-    counts = {True: 0, False: 0}
-    for parameter in whole.parameters():
-        counts[parameter.requires_grad] += parameter.numel()
+    places, numbers = layout(whole), {name: p.numel() for name, p in whole.named_parameters()}
+    free = frozenset(name for name, p in whole.named_parameters() if p.requires_grad)
+    stretches = plan(places.only(free)).stretches if plan is not None else (Stretch(free, 1, 1.0),)
+    blocks, begins, phases = int(config.num_hidden_layers), 0, []
+    for stretch in stretches:
+        phases.append(Active(begins, sum(numbers[n] for n in stretch.names), _kept(places, stretch.names, blocks)))
+        begins += stretch.length
+    ever = sum(numbers[name] for name in frozenset().union(*(stretch.names for stretch in stretches)))
     size = torch.empty((), dtype=dtype).element_size()
     wide = next((p.element_size() for p in whole.parameters() if p.requires_grad), size)
-    blocks = int(config.num_hidden_layers)
-    weights = Weights(counts[True], counts[False], wide, size)
-    return Skeleton(name, build, config, weights, blocks, _kept(whole, blocks))
+    weights = Weights(ever, sum(numbers.values()) - ever, wide, size)
+    return Skeleton(name, build, config, weights, blocks, tuple(phases))
 
 
 def _config(base: ModelSource | None, architecture: Any) -> Any:
@@ -120,9 +142,8 @@ def _config(base: ModelSource | None, architecture: Any) -> Any:
 
 
 def _build(
-    config: Any, blocks: int | None, scorer: bool, attention: str | None, dtype: torch.dtype, peft: Peft, trained: bool,
-    freeze: Selection,
-) -> Any:  # fmt: skip
+    config: Any, blocks: int | None, scorer: bool, attention: str | None, dtype: torch.dtype, peft: Peft, trained: bool
+) -> Any:
     import copy
 
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -142,31 +163,27 @@ def _build(
         model = add_adapter(model, peft, "SEQ_CLS" if scorer else "CAUSAL_LM")
     if not trained:
         model.requires_grad_(False)
-    elif freeze.given:
-        frozen = select(freeze, layout(model), "freeze")
-        for parameter_name, parameter in model.named_parameters():
-            if parameter_name in frozen:
-                parameter.requires_grad_(False)
     return model
 
 
-def _kept(model: Any, blocks: int) -> int:
+def _kept(of: Layout, names: Collection[str], blocks: int) -> int:
     """Blocks from the lowest one with a trained weight upwards; a trained soft prompt or embedding keeps all."""
-    places = layout(model).places
-    depths = [places[name].depth for name, p in model.named_parameters() if p.requires_grad]
-    if not depths:
-        return 0
-    return blocks if min(depths) == 0 else max(0, blocks + 1 - min(depths))
+    lowest = min((of.places[name].depth for name in names), default=blocks + 1)
+    return blocks if lowest == 0 else max(0, blocks + 1 - lowest)
 
 
 def trains(stage: str, config: Any, planned: Mapping[str, Made]) -> Skeleton:
-    """The one model that a stage other than PPO trains. Phases count as if all that they train were trained at once."""
+    """The one model that a stage other than PPO trains."""
     if stage == "pretrain":
-        plan = {config.output_dir: Made("pretrain", None, config.architecture, NO_ADAPTER)}
-        return skeleton("model", ModelSource(path=config.output_dir), {**planned, **plan})
+        made = {config.output_dir: Made("pretrain", None, config.architecture, NO_ADAPTER)}
+        return skeleton("model", ModelSource(path=config.output_dir), {**planned, **made})
+
+    def plan(of: Layout) -> Program:
+        return program(of, config.optim, freeze=config.freeze, unfreeze=config.unfreeze, per_epoch=1, factors={})
+
     return skeleton(
-        "model", config.model, planned, scorer=stage in ("reward", "classify"), peft=config.peft, freeze=config.freeze
-    )
+        "model", config.model, planned, scorer=stage in ("reward", "classify"), peft=config.peft, plan=plan
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -186,7 +203,14 @@ def cast_of(config: PPOConfig, planned: Mapping[str, Made], *, shared: bool, fit
     Args:
         shared: the roles share a base. fits: the reward model reads the policy's tokens.
     """
-    policy = skeleton("policy", config.policy, planned, peft=config.peft, freeze=config.freeze.policy)
+
+    def plan(where: str, of: Layout) -> Program:
+        freeze, unfreeze = getattr(config.freeze, where), getattr(config.unfreeze, where)
+        return ppo_program(
+            of, freeze=freeze, unfreeze=unfreeze, steps=config.ppo.steps, learning_rate=1.0, where=where, factors={}
+        )
+
+    policy = skeleton("policy", config.policy, planned, peft=config.peft, plan=partial(plan, "policy"))
     kind = config.ppo.value_model
     if kind == "auto":
         kind = "reward" if fits and config.reward_model is not None else "policy"
@@ -194,7 +218,7 @@ def cast_of(config: PPOConfig, planned: Mapping[str, Made], *, shared: bool, fit
     value = None
     if kind != "trunk":
         value = skeleton(
-            "value model", start, planned, scorer=True, peft=config.peft, freeze=config.freeze.value_model
+            "value model", start, planned, scorer=True, peft=config.peft, plan=partial(plan, "value_model")
         )  # fmt: skip
     reference = None if config.peft.enabled else skeleton("reference", config.policy, planned, trained=False)
     scorers = tuple(
@@ -213,3 +237,17 @@ def reward_sources(config: PPOConfig) -> list[ModelSource]:
             *([part.classifier] if part.classifier else []),
         ]
     return found
+
+
+def replies_of(config: Any, planned: Mapping[str, Made]) -> int | None:
+    """Mean tokens of what PPO's policy says as it starts: of the demonstrations that it learnt from, or of its last
+    step of PPO."""
+    if not isinstance(config, PPOConfig):
+        return None
+    path = config.policy.path.rstrip("/")
+    if not Path(path).exists() and path in planned:
+        found = planned[path].replies
+    else:
+        record = handover.read(resolve(config.policy))
+        found = record.reply_tokens if record is not None else None
+    return None if found is None else max(math.ceil(found), config.sampling.min_new_tokens)

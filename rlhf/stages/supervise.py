@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,11 @@ from rlhf.runs.stop import STOPPED
 LOOK = 0.1  # seconds
 GRACE = 60.0  # for the others to end by themselves after one has died; less if the timeout is shorter
 INTERRUPTED = 130
+# What gloo, NCCL and the operating system say of a process at the other end that is gone or out of reach.
+LOST = re.compile(
+    "Timed out waiting|timed out connecting|connectFullMesh|Connection (closed|reset|refused)|operation timeout"
+    "|remote process exited|No route to host|Network is unreachable|Broken pipe|pair closure"
+)
 
 
 @dataclass(frozen=True)
@@ -40,19 +46,23 @@ class Ended:
         return self.code not in (0, INTERRUPTED, STOPPED) and not refused
 
 
-def supervise(command: list[str], environment: Mapping[str, str], seconds: float) -> Ended:
+def supervise(
+    command: list[str], environment: Mapping[str, str], seconds: float, meeting: float | None = None
+) -> Ended:
     """Run a job to its end.
 
     Args:
         seconds: how long processes may wait for each other; when one has died, the rest have no longer than this (and
             no longer than a minute) to end by themselves.
+        meeting: how long it may take until a process says that it lives; the launcher's own limit may be doubled by
+            its attempts to reach another machine.
     """
     with tempfile.TemporaryDirectory(prefix="rlhf-") as name, _told() as told:
         folder = Path(name)
         # A group of its own: some launchers die of SIGTERM and leave their processes behind, which must have it too.
         process = subprocess.Popen(command, env={**environment, LAST_WORDS: name}, start_new_session=True)
         first: tuple[Sign, float] | None = None
-        passed = 0
+        passed, begun = 0, time.monotonic()
         while process.poll() is None:
             time.sleep(LOOK)
             for number in told[passed:]:
@@ -61,6 +71,8 @@ def supervise(command: list[str], environment: Mapping[str, str], seconds: float
                     os.killpg(process.pid, number)
             first = first or (None if told else _first_gone(folder))
             if first is not None and time.time() - first[1] > min(GRACE, seconds):
+                _end_all(process, folder)
+            if meeting is not None and time.monotonic() - begun > meeting and not signs(folder):
                 _end_all(process, folder)
         if told:
             _wait_for_group(process.pid)
@@ -146,19 +158,31 @@ def newest_checkpoint(run: Path) -> str | None:
     return str(max(found, key=lambda p: p.stat().st_mtime)) if found else None
 
 
-def report(ended: Ended, run: Path | None, resume: str, *, restarts_left: int) -> None:
-    """One message: who, when, the last good checkpoint, and how it goes on."""
+def report(
+    ended: Ended, run: Path | None, resume: str, *, restarts_left: int, meeting: str = "", writes: bool = True
+) -> None:
+    """One message: who, when, the last good checkpoint, and how it goes on.
+
+    Args:
+        meeting: where several machines meet.
+        writes: whether this machine writes the run directory; the others may have disks of their own.
+    """
     if ended.code in (INTERRUPTED, STOPPED):
         return  # said by whoever was told to end
     who = ended.culprit
     when = time.strftime("%H:%M:%S", time.localtime(ended.at or time.time()))
     if who is None:
         lines = [f"the job ended with exit code {ended.code} at {when}; no process said why"]
+        lines += [f"were all machines started, and do they reach machine 0 at {meeting}?"] if meeting else []
     else:
         how = "died without a word (killed, or out of memory)" if ended.silent else f"{who.what}: {who.words}"
         lines = [f"rank {who.rank} (process {who.pid} on {who.host}) {how}, at {when}, after step {who.step}"]
+        if who.what == "stuck" or LOST.search(who.words):
+            or_link = ", or its machine or the link to it is down" if meeting else ""
+            lines.append(f"it waits for another process in vain: that one hangs or is gone{or_link}")
     checkpoint = newest_checkpoint(run) if run is not None else None
-    lines.append(f"last good checkpoint: {checkpoint or 'none yet; it starts over'}")
+    none = "none yet; it starts over" if writes else "none on this machine's disk; machine 0 writes them"
+    lines.append(f"last good checkpoint: {checkpoint or none}")
     if restarts_left:
         lines.append(f"restarting from there ({restarts_left} restart{'s' if restarts_left > 1 else ''} left)")
     elif who is None or who.what != "refused":

@@ -20,15 +20,16 @@ from torch import Tensor, nn
 from rlhf.config.schema import PPOConfig
 from rlhf.data.records import Prompt
 from rlhf.functional import adaptive_kl
-from rlhf.models.adapters import reference_policy
 from rlhf.models.average import Average
 from rlhf.models.distributed import accumulating, backward, clip_and_step, unsharded, wants_bfloat16
+from rlhf.models.frozen import Frozen
 from rlhf.models.packing import can_pack, microbatches
 from rlhf.rollout.rewards import Rewards
 from rlhf.rollout.sample import sample
-from rlhf.rollout.score import Spread, measure, response_logprobs, shape
+from rlhf.rollout.score import Spread, measure, shape
 from rlhf.rollout.types import Experience, Rollout
 from rlhf.runs.alive import beat
+from rlhf.trainers.asked import asked_reference, asked_rewards, read
 from rlhf.trainers.losses import summed_losses
 from rlhf.trainers.order import passes, shuffled
 from rlhf.trainers.policy_value import PolicyAndValue, gather
@@ -37,7 +38,7 @@ from rlhf.trainers.ppo_state import Work, load_state, save_state
 from rlhf.trainers.ptx import TextMix
 from rlhf.trainers.schedule import rate_factor
 from rlhf.trainers.stats import Stats, describe
-from rlhf.trainers.watch import SETTLING, TOLERANCES, Unhealthy, Watcher, broken_experience, broken_scores, unhealthy
+from rlhf.trainers.watch import SETTLING, TOLERANCES, Unhealthy, Watcher, broken_experience, unhealthy
 
 
 class PPOTrainer:
@@ -81,7 +82,11 @@ class PPOTrainer:
             fused=True,
         )  # fmt: skip
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.reference = reference.to(accelerator.device).eval() if reference is not None else None
+        self.reference = reference
+        self.frozen = Frozen(
+            accelerator.device, config.offload, reference=[] if reference is None else [reference],
+            reward=rewards.models(),
+        )  # fmt: skip
         self.average: Average | None = None
         if config.ppo.ema is not None:
             self.average = Average(model.trained_policy(), config.ppo.ema, main=accelerator.is_main_process)
@@ -160,9 +165,9 @@ class PPOTrainer:
         """This process's share of the step's episodes: slots rank, rank + ranks, ..."""
         a = self.accelerator
         slots = self.slots()[a.process_index :: a.num_processes]
-        with unsharded(self.model, a) as model, self.computing():
+        with unsharded(self.model, a, lambda whole: whole.policy) as policy, self.computing():
             return sample(
-                model.policy, [(slot, self.prompts[i]) for slot, i in slots], self.config.sampling,
+                policy, [(slot, self.prompts[i]) for slot, i in slots], self.config.sampling,
                 seed=self.config.seed, step=self.step, end_id=self.end_id, pad_id=self.pad_id, device=a.device,
                 decode=self.decode,
             )  # fmt: skip
@@ -174,21 +179,13 @@ class PPOTrainer:
 
     def score(self, rollout: Rollout) -> Experience:
         """Measure this process's episodes, gather everybody's, shape rewards and advantages over all, check."""
-        config, prompt_of = self.config, dict(self.slots())
-
-        def records(part: Rollout) -> list[Prompt]:
-            return [self.records[prompt_of[slot]] for slot in part.index.tolist()]
-
-        models = self.rewards.models_only()
+        config = self.config
         with unsharded(self.model, self.accelerator) as module, self.computing():
             trained: Any = module.eval()
-            if models.parts:
-                found = broken_scores(lambda p: models(p, records(p)), rollout, self.pad_id, self.tolerance)
-                self.watcher.broken(found, self.step, rollout)
             measured = measure(
-                rollout, read=lambda part: self.read(trained, part),
-                reference=self.reference_logprobs, rewards=lambda part: self.rewards(part, records(part)),
-                microbatch=config.optim.microbatch_size, packed=can_pack(trained.policy),
+                rollout, read=lambda part: read(self, trained, part), reference=asked_reference(self),
+                rewards=asked_rewards(self, rollout), microbatch=config.optim.microbatch_size,
+                packed=can_pack(trained.policy),
             )  # fmt: skip
         measured = gather(measured, self.accelerator, self.pad_id)
         self.spread = self.spread.seen(measured.raw_scores)
@@ -200,21 +197,6 @@ class PPOTrainer:
         )  # fmt: skip
         self.watcher.broken(problems, self.step, experience)
         return experience
-
-    def read(self, trained: Any, part: Rollout) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Log-probs and values of the policy and the value model as they are before the update."""
-        if self.config.ppo.old_logprobs == "sampled":
-            return part.sampled_logprobs, None, trained.values_only(part)
-        found: tuple[Tensor, Tensor | None, Tensor] = trained.read(part, self.config.sampling.temperature)
-        return found
-
-    def reference_logprobs(self, part: Rollout) -> Tensor:
-        """Log-probs of the response under the model that the policy started from, [B, R] nats."""
-        temperature = self.config.sampling.temperature
-        if self.reference is not None:
-            return response_logprobs(self.reference, part, temperature)[0]
-        with reference_policy(self.accelerator.unwrap_model(self.model).policy) as model:
-            return response_logprobs(model, part, temperature)[0]
 
     def update(self, experience: Experience) -> Stats:
         """Epochs x minibatches optimizer updates; each index is used once per epoch. Ends early beyond target_kl.

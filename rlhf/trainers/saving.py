@@ -17,6 +17,7 @@ from rlhf.models.zero import numel
 from rlhf.runs import stop
 from rlhf.runs.checkpoints import MANIFEST, Checkpoint, forget_after, newest, prune, room, seal, size_of
 from rlhf.runs.metrics import MetricsWriter
+from rlhf.runs.pace import Pace
 from rlhf.runs.run_dir import RunDir
 from rlhf.trainers.phases import Program
 from rlhf.trainers.trained import read_trained, size_of_trained, write_trained
@@ -40,6 +41,7 @@ class Seals(TrainerCallback):
         self.run, self.saving, self.writer = run, saving, writer
         self.trainer: Any = None
         self.ending = False
+        self.pace = Pace(saving.share)
 
     def attach(self, trainer: Any) -> None:
         """Follow a Trainer; what it writes as a checkpoint is watched for a full disk."""
@@ -47,7 +49,7 @@ class Seals(TrainerCallback):
 
         def guarded(*args: Any, **kwargs: Any) -> None:
             folder = self.run.checkpoints / f"{PREFIX}-{trainer.state.global_step}"
-            with room(self.run.checkpoints, self._needed(), PREFIX):
+            with self.pace.saving(), room(self.run.checkpoints, self._needed(), PREFIX):
                 try:
                     if self.run.main:
                         (folder / MANIFEST).unlink(missing_ok=True)
@@ -71,9 +73,11 @@ class Seals(TrainerCallback):
         return saved + size_of_trained({str(i): p for i, p in enumerate(parameters) if p.requires_grad})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """If told to end: save after an update that is logged anyway, so that no number of the run changes; or after
-        any, if there is no time to wait for that."""
+        """Save in between if it is cheap, and if told to end: after an update that is logged anyway, so that no number
+        of the run changes. Or after any, if there is no time to wait for that."""
         logged = state.global_step % args.logging_steps == 0 or control.should_save
+        if logged and any_process(self.pace.due(), self.trainer.accelerator):
+            control.should_save = True
         if any_process(stop.asked() and (logged or stop.urgent()), self.trainer.accelerator):
             self.ending = control.should_save = control.should_log = True
 

@@ -3,8 +3,8 @@
     python -m tests.bench.memory --sft runs/demo/1-sft/model --reward runs/demo/2-reward/model
 
 Each stage runs in a fresh process, on one thread: the peak of the process minus what it held once everything was
-imported. `ppo` is the recipe as it is, whose responses end by themselves; `ppo, full length` lets no response end
-before its limit, which is what the prediction assumes. Linux only.
+imported. `ppo` is the recipe as it is, whose responses end by themselves: the prediction takes their length from the
+policy's hand-over record. `ppo, full length` lets no response end before its limit. Linux only.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ IMPORTS = (
     "rlhf.trainers.reward", "rlhf.trainers.ppo", "rlhf.stages.sft", "rlhf.stages.reward", "rlhf.stages.ppo",
 )  # fmt: skip
 PREDICTED = "Memory of each process"
-MEAN = "14"  # tokens of the demo's responses, where they end by themselves
+LAST = "{last: 2}"
+FROZEN = "{first: 3, parts: [embeddings]}"
 
 
 def status(name: str) -> float:
@@ -75,10 +76,9 @@ def child(arguments: list[str]) -> str:
     return done.stdout
 
 
-def predicted(arguments: list[str], response: str = "") -> float:
-    """The peak that `rlhf check` prints, MiB; `response` is the mean length of responses, if known."""
-    known = ["--response-tokens", response] if response else []
-    said = child([sys.executable, "-m", "rlhf", "check", *arguments, *known, "--json"])
+def predicted(arguments: list[str]) -> float:
+    """The peak that `rlhf check` prints, MiB."""
+    said = child([sys.executable, "-m", "rlhf", "check", *arguments, "--json"])
     tables: list[dict[str, Any]] = [json.loads(line) for line in said.splitlines()]
     rows = next(t["rows"] for t in tables if str(t.get("table", "")).startswith(PREDICTED))
     number, unit = next(row["bytes"] for row in rows if row["part"].startswith("peak")).split()
@@ -90,27 +90,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sft", required=True, help="model of the demo's SFT")
     parser.add_argument("--reward", required=True, help="model of the demo's reward stage")
+    parser.add_argument("--precision", default="bfloat16", help="of all cases but those that say theirs")
     options = parser.parse_args()
     models = [f"policy.path={options.sft}", f"reward_model.path={options.reward}"]
+    full = ["ppo", "configs/demo/ppo.yaml", "ppo.steps=2", "sampling.min_new_tokens=48", *models]
+    head = f"model.path={options.sft}"
     cases = {
-        "sft": ["sft", "configs/demo/sft.yaml", "optim.max_updates=30"],
-        "reward": ["reward", "configs/demo/reward.yaml", "optim.max_updates=30", f"model.path={options.sft}"],
+        "sft": ["sft", "configs/demo/sft.yaml", "optim.max_updates=60"],
+        "reward": ["reward", "configs/demo/reward.yaml", "optim.max_updates=60", head],
         "ppo": ["ppo", "configs/demo/ppo.yaml", "ppo.steps=2", *models],
-        "ppo, full length": ["ppo", "configs/demo/ppo.yaml", "ppo.steps=2", "sampling.min_new_tokens=48", *models],
-        "ppo, float32": ["ppo", "configs/demo/ppo.yaml", "ppo.steps=2", "sampling.min_new_tokens=48",
-                         "optim.precision=float32", *models],
-        "ppo, recomputed": ["ppo", "configs/demo/ppo.yaml", "ppo.steps=2", "sampling.min_new_tokens=48",
-                            "optim.activation_checkpointing=true", *models],
-        "sft, LoRA": ["sft", "configs/demo/sft.yaml", "optim.max_updates=30", "peft.method=lora"],
+        "ppo, full length": full,
+        "ppo, float32": [*full, "optim.precision=float32"],
+        "ppo, recomputed": [*full, "optim.activation_checkpointing=true"],
+        "ppo, frozen": [*full, f"freeze.policy={FROZEN}", f"freeze.value_model={FROZEN}"],
+        "ppo, unfrozen": [*full, f"unfreeze.policy=[{{train: {{last: 1}}, steps: 1}}, {{train: {LAST}}}]",
+                          "unfreeze.value_model=[{train: {parts: [score]}}]"],
+        "sft, frozen": ["sft", "configs/demo/sft.yaml", "optim.max_updates=60", f"freeze={FROZEN}"],
+        "sft, unfrozen": ["sft", "configs/demo/sft.yaml",
+                          f"unfreeze=[{{train: {LAST}, updates: 60}}, {{train: {{last: 1}}, updates: 10}}]"],
+        "reward, unfrozen": ["reward", "configs/demo/reward.yaml", head,
+                             "unfreeze=[{train: {last: 2, parts: [score]}, updates: 60}, "
+                             "{train: {parts: [score]}, updates: 10}]"],
+        "sft, LoRA": ["sft", "configs/demo/sft.yaml", "optim.max_updates=60", "peft.method=lora"],
     }  # fmt: skip
     print(machine(1))
     print(f"{'stage':20s} | measured, MiB | predicted | predicted / measured")
     for name, arguments in cases.items():
         with tempfile.TemporaryDirectory() as where:
-            run = [*arguments, f"output_dir={where}/run"]
+            run = [arguments[0], arguments[1], f"optim.precision={options.precision}", *arguments[2:],
+                   f"output_dir={where}/run"]  # fmt: skip
             said = child([sys.executable, "-m", "tests.bench.memory", "measure", *run])
             found = json.loads(said.splitlines()[-1])["above"]
-            words = predicted(run[1:], MEAN if name == "ppo" else "")
+            words = predicted(run[1:])
         print(f"{name:20s} | {found:13.0f} | {words:9.0f} | {words / found:.2f}", flush=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,3 +150,42 @@ def test_shorter_responses_need_less(place: Path, call_cli: Run) -> None:
         return next(mib for part, mib in needed(out.stdout).items() if part.startswith("peak"))
 
     assert peak("--response-tokens", "1") < peak() == peak("--response-tokens", "99")
+
+
+def test_responses_count_as_the_policys_record_says_and_the_longest_must_fit(place: Path, call_cli: Run) -> None:
+    big = ["check", "ppo.yaml", "ppo.rollout_size=512", "optim.microbatch_size=512", "sampling.max_new_tokens=48"]
+    unknown = needed(call_cli([*big, "--json"], cwd=place).stdout)
+    record = place / "sft" / "handover.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"reply_tokens": 3.2}))
+    known = needed(call_cli([*big, "--json"], cwd=place).stdout)
+    told = needed(call_cli([*big, "--json", "--response-tokens", "4"], cwd=place).stdout)
+    grown = "peak if all responses grow to their limit"
+    assert known["peak (while: update)"] == told["peak (while: update)"] < unknown["peak (while: update)"]
+    assert known[grown] == unknown["peak (while: update)"]
+    assert grown not in told.keys() | unknown.keys()
+    _, out, _ = call_cli([*big, "--gpu-memory", "1M"], cwd=place)
+    assert "responses count as 4 tokens" in out
+    most, first = map(int, re.findall(r"ppo needs (\d+) MiB of 1 MiB \(as it begins (\d+) MiB\)", out)[0])
+    assert first + 2 < most
+    for limit, fits in ((first + 1, False), (most + 1, True)):
+        code, out, _ = call_cli([*big, "--gpu-memory", f"{limit}M"], cwd=place)
+        assert (code == 0, "fits: " in out) == (fits, fits)
+
+
+def test_a_pipeline_knows_what_its_policy_will_have_learnt_to_say(place: Path, call_cli: Run) -> None:
+    (place / "pipeline.yaml").write_text(
+        "output_dir: out\nsft: {config: sft.yaml}\nreward: {config: reward.yaml}\nppo: {config: ppo.yaml}\n"
+    )
+    out = call_cli(["check", "pipeline.yaml"], cwd=place).stdout
+    assert "responses count as" in out
+    assert "the mean of what the policy learnt to say" in out
+
+
+def test_a_reward_model_on_the_shared_base_cannot_be_offloaded(place: Path, call_cli: Run) -> None:
+    (place / "pipeline.yaml").write_text(
+        "output_dir: out\nsft: {config: sft.yaml}\nreward: {config: reward.yaml}\nppo: {config: ppo.yaml}\n"
+    )
+    words = [f"{stage}.peft.method=lora" for stage in ("sft", "reward", "ppo")]
+    code, _, err = call_cli(["check", "pipeline.yaml", *words, "ppo.offload=[reward]"], cwd=place)
+    assert code == 2
+    assert "there is no reward model to offload" in err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from pydantic import ValidationError
 
@@ -47,6 +49,28 @@ def test_ppo_refuses_greedy_rollouts() -> None:
 def test_ppo_samples_at_any_positive_temperature_and_under_any_filter(sampling: dict[str, float]) -> None:
     found = PPOConfig.model_validate(PPO | {"sampling": sampling}).sampling
     assert found.model_dump(include=set(sampling)) == sampling
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"offload": ["reference"], "peft": {"method": "lora"}},
+            "offload: reference: there is none, since peft.method",
+        ),
+        ({"offload": ["reward"], "reward_model": None, "rewards": [{"function": "a:b"}]}, "only functions"),
+        ({"offload": ["policy"]}, "'reference' or 'reward'"),
+    ],
+)
+def test_only_a_frozen_model_that_there_is_can_be_offloaded(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        PPOConfig.model_validate(PPO | changes)
+
+
+def test_any_reward_model_will_do_to_be_offloaded() -> None:
+    other = {"reward_model": None, "rewards": [{"function": "a:b"}, {"model": {"path": "m"}}]}
+    assert PPOConfig.model_validate(PPO | other | {"offload": ["reward"]}).offload == ("reward",)
+    assert PPOConfig.model_validate(PPO | {"offload": ["reward"], "peft": {"method": "lora"}}).offload == ("reward",)
 
 
 def test_the_reference_of_an_evaluation_is_one_of_its_models() -> None:

@@ -12,8 +12,10 @@ from rlhf.data.collate import (
     PairCollator,
     fit,
     fit_pair,
+    mean_reply,
     pad_left,
     pad_right,
+    replies,
 )
 from rlhf.data.render import Rendered
 from rlhf.errors import DataError, ShapeError
@@ -28,6 +30,13 @@ def test_padding_keeps_the_tokens_and_the_mask_counts_them(pad) -> None:  # type
     assert (ids.dtype, mask.dtype) == (torch.int64, torch.bool)
     assert [i[m].tolist() for i, m in zip(ids, mask, strict=True)] == ROWS
     assert ids[~mask].eq(0).all()
+
+
+def test_a_reply_is_a_run_of_tokens_with_loss() -> None:
+    rows = [Rendered([0] * len(mask), [c == "x" for c in mask]) for mask in ("..xxx..x", "xx", "....", ".x")]
+    assert [replies(row) for row in rows] == [2, 1, 0, 1]
+    assert mean_reply(rows) == (3 + 1 + 2 + 1) / 4
+    assert mean_reply(rows[2:3]) is None
 
 
 def test_sides() -> None:

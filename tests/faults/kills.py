@@ -1,6 +1,7 @@
-"""Kill -9, again and again: a tiny pipeline is started, killed at a random moment, started again.
+"""Kill -9, again and again: a pipeline is started, killed at a random moment, started again.
 
-    python -m tests.faults.kills FOLDER --kills 100 --seed 1
+    python -m tests.faults.kills FOLDER --kills 100 --seed 1                                       # a tiny one
+    python -m tests.faults.kills FOLDER --kills 100 --seed 1 --pipeline configs/demo/pipeline.yaml
 
 Every other kill comes after a random time within a stage; the others come at the n-th call that changes the disk (sync,
 rename, removal) of an attempt, where the windows are that time alone would rarely hit. At the end the pipeline runs
@@ -33,6 +34,8 @@ HEAVY = (
     "rlhf.cli", "rlhf.stages.pipeline", "rlhf.stages.sft", "rlhf.stages.reward", "rlhf.stages.ppo", "trl",
     "rlhf.stages.evaluate", "rlhf.trainers.sft", "rlhf.trainers.reward", "datasets", "transformers.models.llama",
 )  # fmt: skip
+LIMIT = 3600.0  # seconds; of an attempt that is not killed by time
+LONGEST = 20.0  # seconds from the start, or from the beginning of a stage, to a kill by time
 CALLS = ((os, "fsync"), (os, "replace"), (os, "mkdir"), (shutil, "rmtree"))
 
 
@@ -46,6 +49,7 @@ def prepare(place: Path) -> Path:
     files = setup.write_data(place / "data")
     made = setup.configs(place / "unused", str(save_tiny_model(place / "tiny")), files)
     made["ppo"] |= {"checkpoint_every": 1, "sample_every": 1}
+    made["sft"] |= {"saving": {"share": 0.9}}
     for stage in STAGES:
         setup.write(place, stage, made[stage])
     links = {stage: {"config": f"{stage}.yaml"} for stage in STAGES}
@@ -54,10 +58,7 @@ def prepare(place: Path) -> Path:
 
 def command(pipeline: Path, top: Path) -> list[str]:
     """The pipeline with another output folder."""
-    text = pipeline.read_text(encoding="utf-8").replace("output_dir: unused", f"output_dir: {top}")
-    path = pipeline.with_name(f"pipeline-{top.name}.yaml")
-    path.write_text(text, encoding="utf-8")
-    return ["run", str(path), "--quiet"]
+    return ["run", str(pipeline), f"output_dir={top}", "--quiet"]
 
 
 def fork(argv: list[str], log: Path, before: Callable[[], None] = lambda: None) -> int:
@@ -121,14 +122,14 @@ def attempt(argv: list[str], top: Path, log: Path, rng: random.Random, target: s
     """
     if rng.random() < 0.5:
         pid = fork(argv, log, lambda: die_at_call(rng.randint(1, 60)))
-        code = wait(pid, time.monotonic() + 120)
+        code = wait(pid, time.monotonic() + LIMIT)
     else:
         pid = fork(argv, log)
-        code, deadline = None, time.monotonic() + 120
+        code, deadline = None, time.monotonic() + LIMIT
         while code is None and not _begun(top, target) and time.monotonic() < deadline:
             code = wait(pid, time.monotonic() + 0.005)
         if code is None:
-            code = wait(pid, time.monotonic() + rng.uniform(0.0, spans[target]))
+            code = wait(pid, time.monotonic() + rng.uniform(0.0, min(spans[target], LONGEST)))
         if code is None:
             os.kill(pid, signal.SIGKILL)
             code = wait(pid, time.monotonic() + 60)
@@ -143,27 +144,28 @@ def _begun(top: Path, stage: str) -> bool:
     return (folder_of(top, stage) / "run.json").is_file()
 
 
-def campaign(place: Path, kills: int, seed: int) -> dict[str, Any]:
-    """All of it. Returns: what happened."""
+def campaign(place: Path, kills: int, seed: int, pipeline: Path | None = None) -> dict[str, Any]:
+    """All of it: of a tiny pipeline, in rounds of a dozen kills, or of a given one, in one. Returns: what happened."""
     for name in HEAVY:
         importlib.import_module(name)
-    pipeline, log = prepare(place), place / "log.txt"
+    a_round = 12 if pipeline is None else kills
+    pipeline, log = pipeline or prepare(place), place / "log.txt"
     plain = place / "plain"
-    assert wait(fork(command(pipeline, plain), log), time.monotonic() + 300) == 0, log.read_text(encoding="utf-8")
+    assert wait(fork(command(pipeline, plain), log), time.monotonic() + LIMIT) == 0, log.read_text(encoding="utf-8")
     spans = {stage: float(info(folder_of(plain, stage))["timings_s"]["total"]) for stage in STAGES}
     rng, where, wrong, rounds = random.Random(seed), {}, [], 0
     done, begun = 0, time.monotonic()
     while done < kills:
         rounds += 1
         top = place / f"killed-{rounds}"
-        argv, left = command(pipeline, top), min(kills - done, 12)
+        argv, left = command(pipeline, top), min(kills - done, a_round)
         for number in range(left):
             target = STAGES[min(number * len(STAGES) // left, len(STAGES) - 1)]
             if (place_of := attempt(argv, top, log, rng, target, spans)) == "ended":
                 break
             done += 1
             where[place_of] = where.get(place_of, 0) + 1
-        if (code := wait(fork(argv, log), time.monotonic() + 300)) != 0:
+        if (code := wait(fork(argv, log), time.monotonic() + LIMIT)) != 0:
             wrong.append(f"round {rounds}: exit code {code}: {log.read_text(encoding='utf-8')[-2000:]}")
         else:
             wrong += [
@@ -182,11 +184,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=8)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--pipeline", type=Path)
     chosen = parser.parse_args()
     import torch
 
     torch.set_num_threads(1)
-    result = campaign(chosen.folder, chosen.kills, chosen.seed)
+    result = campaign(chosen.folder, chosen.kills, chosen.seed, chosen.pipeline)
     print(json.dumps(result))
     sys.exit(1 if result["wrong"] else 0)
 

@@ -180,3 +180,14 @@ def test_every_group_of_processes_gets_the_timeout(monkeypatch: pytest.MonkeyPat
     assert distributed.trainer_arguments("float32")["ddp_timeout"] == 20
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert "ddp_timeout" not in distributed.trainer_arguments("float32")
+
+
+@pytest.mark.parametrize(("has", "native"), [({"avx2": True}, False), ({"avx512_bf16": True}, True), ({}, False)])
+def test_native_is_bfloat16_where_the_processor_has_it(
+    has: dict[str, bool], native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it has not, bfloat16 is emulated at a fraction of the speed."""
+    monkeypatch.setattr(distributed, "use_cpu", lambda: True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    chosen = {name: distributed.wants_bfloat16(name) for name in ("auto", "native", "float32", "bfloat16")}
+    assert chosen == {"auto": False, "native": native, "float32": False, "bfloat16": True}

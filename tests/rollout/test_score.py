@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -42,8 +43,8 @@ def experience(rollout: Rollout, models: dict[str, Any], **changes: Any) -> Expe
     shaping = {"deviation": changes.pop("deviation", 1.0), "settings": changes.pop("settings", SETTINGS)}
     options: dict[str, Any] = {
         "read": lambda part: PolicyAndValue(models["policy"], models["value"]).read(part, TEMPERATURE),
-        "reference": lambda part: response_logprobs(reference, part, TEMPERATURE)[0],
-        "rewards": lambda part: sequence_scores(models["reward"], part.ids, part.mask),
+        "reference": nullcontext(lambda part: response_logprobs(reference, part, TEMPERATURE)[0]),
+        "rewards": nullcontext(lambda part: sequence_scores(models["reward"], part.ids, part.mask)),
         "microbatch": 2, "packed": True,
     }  # fmt: skip
     return shape(measure(rollout, **options | changes), kl_coef=COEF, **shaping)

@@ -73,7 +73,8 @@ def optim(**changes: Any) -> dict[str, Any]:
 def configs(top: Path, model: str, files: Files, *, adapters: bool = False) -> dict[str, dict[str, Any]]:
     """Stage -> configuration, each fed with what the one before made."""
     data = {"max_length": 96, "validation_fraction": 0.25}
-    return {
+    regular = {"saving": {"share": 0.0}}
+    found = {
         "sft": {
             "output_dir": str(top / "sft"), "model": {"path": model}, "peft": adapter(adapters), "optim": optim(),
             "data": {"train": [{"path": files["sft"]}], **data},
@@ -103,6 +104,7 @@ def configs(top: Path, model: str, files: Files, *, adapters: bool = False) -> d
             "text": [{"path": files["text"]}],
         },
     }  # fmt: skip
+    return {name: regular | config if name != "evaluate" else config for name, config in found.items()}
 
 
 def write(folder: Path, name: str, config: dict[str, Any]) -> str:

@@ -71,6 +71,10 @@ def test_every_model_carries_its_hand_over(trained: Any) -> None:
         assert all(record[name] == records[0][name] for name in shared)
     assert records[1]["head_dtype"] == "float32"
     assert records[1]["score_std"] > 0
+    said = {stage: record["reply_tokens"] for stage, record in zip(TRAINING, records, strict=True)}
+    last = json.loads((trained.run("ppo") / "metrics.jsonl").read_text().splitlines()[-1])
+    assert said == {"sft": said["sft"], "reward": None, "classify": None, "ppo": pytest.approx(last["response_length"])}
+    assert 5 < said["sft"] < 40  # "a cat is an animal, thank you" and the end token
 
 
 # Plain libraries

@@ -55,6 +55,18 @@ def test_a_function_alone_is_reward_enough(full: Any, run_stage: Any, tmp_path: 
     assert lines[1]["kl"] == lines[0]["kl"] == 0.0  # the policy waited
 
 
+def test_frozen_models_that_rest_change_no_number(full: Any, run_stage: Any, tmp_path: Path) -> None:
+    run_stage("ppo", config(full, tmp_path / "run", offload=["reference", "reward"]))
+    assert metrics(tmp_path / "run") == metrics(full.run("ppo"))
+
+
+def test_a_reward_model_on_the_shared_base_cannot_rest(adapted: Any, tmp_path: Path) -> None:
+    found = PPOConfig.model_validate(config(adapted, tmp_path / "run", offload=["reward"]))
+    with pytest.raises(ConfigError, match=r"offload: there is no reward model to offload .* set roles=separate"):
+        prepare(found, Console(quiet=True))
+    prepare(found.model_copy(update={"roles": "separate"}), Console(quiet=True))
+
+
 def test_text_average_filters_and_an_early_stop_go_through_the_stage(
     full: Any, files: setup.Files, run_stage: Any, tmp_path: Path
 ) -> None:

@@ -1,0 +1,86 @@
+"""What is whole while PPO samples under ZeRO-3; prints it as JSON, a line of each process.
+
+accelerate launch --config_file configs/accelerate/zero3.yaml -m tests.distributed.gathered REWARD_MODEL
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch.distributed
+
+from rlhf.models.distributed import make_accelerator, quiet_libraries, set_batch
+from rlhf.models.launched import rank
+from rlhf.models.scorers import load_scorer
+from rlhf.trainers import ppo
+from tests.models import tiny
+from tests.trainers.setup import make, sometimes_ending
+
+COLLECTIVES = ("all_gather_into_tensor", "all_gather", "_all_gather_base", "all_gather_coalesced")
+
+
+def counted() -> list[str]:
+    """Every gathering over processes from now on; DeepSpeed keeps what it finds when it starts."""
+    calls: list[str] = []
+    for name in COLLECTIVES:
+        if hasattr(torch.distributed, name):
+            original = getattr(torch.distributed, name)
+
+            def noted(*arguments: Any, original: Any = original, name: str = name, **words: Any) -> Any:
+                calls.append(name)
+                return original(*arguments, **words)
+
+            setattr(torch.distributed, name, noted)
+    return calls
+
+
+def status(model: Any) -> list[str]:
+    """Of its weights: AVAILABLE (whole) or NOT_AVAILABLE (a share)."""
+    return sorted({p.ds_status.name for p in model.parameters()})
+
+
+def main(folder: str) -> None:
+    """Two steps of PPO, watched."""
+    quiet_libraries(telemetry=False)
+    calls = counted()
+    # Before there is an accelerator: transformers would load shards afterwards.
+    policy, reference = sometimes_ending(tiny.new(1)), tiny.new(2).requires_grad_(False)
+    value, reward = (load_scorer(tiny.source(folder)) for _ in range(2))
+    accelerator = make_accelerator()
+    set_batch(accelerator, 3, 1.0)
+    zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    zero["stage3_param_persistence_threshold"] = 0  # else weights as small as these are never shared out
+    found: list[dict[str, Any]] = []
+    lines: list[dict[str, float]] = []
+    trainer = make(
+        folder, policy=policy, reference=reference, value_model=value, reward_model=reward.requires_grad_(False),
+        report=lambda _, __, stats: lines.append(stats),
+    )  # fmt: skip
+    module = trainer.accelerator.unwrap_model(trainer.model)
+    before = {"policy": status(module.policy), "value": status(module.value_model)}
+    draw, sample = ppo.sample, trainer.sample
+
+    def drawn(model: Any, *arguments: Any, **words: Any) -> Any:
+        seen = {"policy": status(module.policy), "value": status(module.value_model)}
+        begun = len(calls)
+        rollout = draw(model, *arguments, **words)
+        found.append(seen | {"inside": len(calls) - begun, "tokens": int(rollout.response_ids.shape[1])})
+        return rollout
+
+    def sampled() -> Any:
+        begun = len(calls)
+        rollout = sample()
+        found[-1] |= {"all": len(calls) - begun, "after": status(module.policy)}
+        return rollout
+
+    ppo.sample, trainer.sample = drawn, sampled  # type: ignore[method-assign]
+    trainer.train()
+    weights = len(list(module.policy.parameters()))
+    print(json.dumps({"rank": rank(), "before": before, "steps": found, "weights": weights,
+                      "losses": [line["policy_loss"] for line in lines]}), flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
