@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rlhf.config.environment import timeout_seconds
 from rlhf.errors import TrainingError
 from rlhf.models.launched import check_world, under_deepspeed, use_cpu
+from rlhf.models.zero import sharded
 
 # Minor releases that tests/models/test_distributed.py has seen. Outside it, TRL may have moved what we rely on.
 TESTED = {"trl": ("1.16", "1.17"), "accelerate": ("1.14", "2.0"), "transformers": ("5.20", "6.0")}
@@ -210,10 +211,12 @@ def engine_loads_with(load: Callable[[str], None]) -> Iterator[None]:
 
 def save_model(model: Any, folder: str, *, accelerator: Any) -> None:
     """Write full (gathered) weights or the adapter with plain `save_pretrained`; collective, rank 0 writes."""
-    state = accelerator.get_state_dict(model)
     inner = accelerator.unwrap_model(model)
+    # Gathered only where that is needed: the copies that it makes of tied weights would be written twice.
+    parted = any(sharded(p) for p in inner.parameters()) or accelerator.distributed_type.value == "FSDP"
+    state = accelerator.get_state_dict(model) if parted else None
     if accelerator.is_main_process:
-        inner.save_pretrained(folder, state_dict=state, safe_serialization=True)
+        inner.save_pretrained(folder, state_dict=state)
     accelerator.wait_for_everyone()
 
 
