@@ -36,7 +36,8 @@ def check(path: Path) -> None:
 
 
 def check_accelerate(path: Path) -> None:
-    """Raises: ValueError on a key that accelerate, or its section for an engine, does not know."""
+    """Raises: ValueError on a key that accelerate, or its section for an engine, does not know, and on numbers that are
+    the stage's to say: transformers stops at those that differ from its own."""
     load_config_from_file(str(path))
     known = set(vars(launch_command_parser().parse_args(["script"])))
     values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -44,6 +45,9 @@ def check_accelerate(path: Path) -> None:
         for key in values.get(section, {}):
             if key not in known and prefix + key not in known:
                 raise ValueError(f"{path}: {section} has an unknown key '{key}'")
+    for key in ("gradient_accumulation_steps", "gradient_clipping"):
+        if values.get("deepspeed_config", {}).get(key, "auto") != "auto":
+            raise ValueError(f"{path}: {key} is not auto")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}/{p.name}")
@@ -65,6 +69,7 @@ def test_it_begins_with_what_it_is_for(path: Path) -> None:
         ("demo/pipeline.yaml", "output_dir: x\nsft: {config: nothing.yaml}\n"),
         ("accelerate/ddp.yaml", "distributed_type: MULTI_GPU\nnum_proceses: 2\n"),
         ("accelerate/zero.yaml", "distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stag: 3}\n"),
+        ("accelerate/zero.yaml", "distributed_type: DEEPSPEED\ndeepspeed_config: {gradient_clipping: 1.0}\n"),
         ("accelerate/fsdp.yaml", "distributed_type: FSDP\nfsdp_config: {fsdp_versio: 2}\n"),
     ],
 )
