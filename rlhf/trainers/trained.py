@@ -5,6 +5,7 @@ What two processes under ZeRO-3 have written, one process without DeepSpeed read
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -74,10 +75,7 @@ def _check(folder: Path, where: Mapping[str, Any], named: Mapping[str, nn.Parame
     wrong = sorted(saved ^ named.keys())
     for name in sorted(saved & named.keys()):
         shape = where[f"{name}:{WEIGHT}"].get_slice(f"{name}:{WEIGHT}").get_shape()
-        size = 1
-        for length in shape:
-            size *= length
-        wrong += [name] if size != numel(named[name]) else []
+        wrong += [name] if math.prod(shape) != numel(named[name]) else []
     if wrong:
         raise CheckpointError(
             "the checkpoint is of other weights", found=", ".join(wrong[:3]), where=str(folder),

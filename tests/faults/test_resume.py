@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from rlhf.config.schema import PPOConfig
 from rlhf.runs.stop import STOPPED
 from rlhf.stages.resume import Keeper
 from rlhf.trainers.ppo import PPOTrainer
@@ -156,3 +157,22 @@ def test_a_pause_without_a_request_does_nothing(full: Any, run_stage: Any, monke
         monkeypatch.setattr(Keeper, name, lambda *a, n=name, o=original: calls.append(n) or o(*a))
     run_stage("ppo", moved(full.configs["ppo"], tmp_path / "run"))
     assert (calls.count("pause"), calls.count("save")) == (18, 1)
+
+
+@pytest.mark.parametrize("share", [0.9, 0.0])
+@pytest.mark.parametrize(("stage", "first"), [("ppo", "step-000001"), ("sft", "checkpoint-1")])
+def test_cheap_checkpoints_come_between_the_regular_ones_and_change_no_number(
+    stage: str, first: str, share: float, full: Any, run_stage: Any, tmp_path: Path
+) -> None:
+    every = {"checkpoint_every": 100} if stage == "ppo" else {}
+    run_stage(stage, moved(full.configs[stage], tmp_path / "run", saving={"share": share, "keep": 99}, **every))
+    assert (tmp_path / "run" / "checkpoints" / first).is_dir() is (share > 0)
+    assert differences(tmp_path / "run", full.run(stage)) == []
+
+
+@pytest.mark.parametrize(("unhealthy", "share"), [("continue", 0.5), ("rollback", 0.0)])
+def test_a_rollback_returns_to_regular_checkpoints_only(unhealthy: str, share: float, full: Any) -> None:
+    """Which others there are depends on the clock."""
+    settings = full.configs["ppo"] | {"saving": {"share": 0.5}, "watch": {"unhealthy": unhealthy}}
+    keeper = Keeper(PPOConfig.model_validate(settings), None, None)  # type: ignore[arg-type]
+    assert keeper.pace.share == share
