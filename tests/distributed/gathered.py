@@ -1,12 +1,13 @@
-"""What is whole while PPO samples under ZeRO-3; prints it as JSON, a line of each process.
+"""What is whole while PPO samples under ZeRO-3; each process writes it to a file of its own, FOLDER/RANK.json.
 
-accelerate launch --config_file configs/accelerate/zero3.yaml -m tests.distributed.gathered REWARD_MODEL
+accelerate launch --config_file configs/accelerate/zero3.yaml -m tests.distributed.gathered REWARD_MODEL FOLDER
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch.distributed
@@ -41,7 +42,7 @@ def status(model: Any) -> list[str]:
     return sorted({p.ds_status.name for p in model.parameters()})
 
 
-def main(folder: str) -> None:
+def main(folder: str, out: str) -> None:
     """Two steps of PPO, watched."""
     quiet_libraries(telemetry=False)
     calls = counted()
@@ -78,9 +79,10 @@ def main(folder: str) -> None:
     ppo.sample, trainer.sample = drawn, sampled  # type: ignore[method-assign]
     trainer.train()
     weights = len(list(module.policy.parameters()))
-    print(json.dumps({"rank": rank(), "before": before, "steps": found, "weights": weights,
-                      "losses": [line["policy_loss"] for line in lines]}), flush=True)  # fmt: skip
+    losses = [line["policy_loss"] for line in lines]
+    told = {"before": before, "steps": found, "weights": weights, "losses": losses}
+    Path(out, f"{rank()}.json").write_text(json.dumps(told), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

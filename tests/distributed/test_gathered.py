@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -12,13 +13,16 @@ from tests.project.code import ROOT
 pytestmark = pytest.mark.slow
 
 
-def test_only_the_policy_is_whole_while_it_samples_and_is_gathered_once(reward_folder: str) -> None:
-    job = launched(
-        "zero3", [reward_folder], module="tests.distributed.gathered", PYTHONPATH=str(ROOT), RLHF_TIMEOUT="120"
-    )
-    out = finished(job)
-    told = [json.loads(line) for line in out.splitlines() if line.startswith('{"rank"')]
-    assert sorted(one["rank"] for one in told) == [0, 1]
+def test_only_the_policy_is_whole_while_it_samples_and_is_gathered_once(reward_folder: str, tmp_path: Path) -> None:
+    finished(
+        launched(
+            "zero3", [reward_folder, str(tmp_path)],
+            module="tests.distributed.gathered", PYTHONPATH=str(ROOT), RLHF_TIMEOUT="120",
+        )
+    )  # fmt: skip
+    files = sorted(tmp_path.iterdir())
+    assert [path.name for path in files] == ["0.json", "1.json"]
+    told = [json.loads(path.read_text(encoding="utf-8")) for path in files]
     for one in told:
         assert one["before"] == {"policy": ["NOT_AVAILABLE"], "value": ["NOT_AVAILABLE"]}
         assert len(one["steps"]) == 2
