@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -253,6 +254,8 @@ def main() -> None:
         say("interrupted")
         sys.exit(stop.say_end("interrupted", INTERRUPTED))
     except SystemExit as end:
+        if not end.code or isinstance(end, stop.Stopped):
+            _leave_together()
         if isinstance(end, stop.Stopped):
             say("interrupted")
             stop.say_end("stopped by SIGTERM" + (f", saved {end.saved}" if end.saved else ""), stop.STOPPED)
@@ -273,6 +276,13 @@ def main() -> None:
     except BaseException as error:
         say("failed", words=f"{type(error).__name__}: {error}")
         raise
+
+
+def _leave_together() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from rlhf.models.launched import leave_at_exit
+
+        leave_at_exit()
 
 
 __all__ = ["__version__", "app", "main"]

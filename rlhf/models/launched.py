@@ -3,6 +3,7 @@ something else than was asked for, with exit code 0."""
 
 from __future__ import annotations
 
+import atexit
 import os
 from pathlib import Path
 
@@ -99,3 +100,19 @@ def rank() -> int:
 def is_main() -> bool:
     """Whether this process writes files and prints."""
     return rank() == 0
+
+
+def leave_at_exit() -> None:
+    """Have this process leave its groups of processes before the interpreter is taken down.
+
+    For one that ends well, together with the others. gloo's threads may still hold tensors of the last message; freeing
+    those after Python has gone aborts the process (pytorch/pytorch#190489), and a run that had finished would count as
+    failed. One that fails does not wait for messages that may never come.
+    """
+    atexit.register(leave)
+
+
+def leave() -> None:
+    """Leave every group of processes, if there is one."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed
 
 from rlhf.models.distributed import make_accelerator, quiet_libraries, set_batch
-from rlhf.models.launched import rank
+from rlhf.models.launched import leave_at_exit, rank
 from rlhf.models.scorers import load_scorer
 from rlhf.trainers import ppo
 from tests.models import tiny
@@ -82,6 +82,7 @@ def main(folder: str, out: str) -> None:
     losses = [line["policy_loss"] for line in lines]
     told = {"before": before, "steps": found, "weights": weights, "losses": losses}
     Path(out, f"{rank()}.json").write_text(json.dumps(told), encoding="utf-8")
+    leave_at_exit()
 
 
 if __name__ == "__main__":

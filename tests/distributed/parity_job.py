@@ -1,13 +1,15 @@
 """Several stages one after the other in the processes that a launcher started: start-up costs more than they do.
 
 `-m tests.distributed.parity_job LIST`, a JSON file of [stage, configuration file] pairs. Each runs as the command line
-runs it.
+runs it. A process that is about to end and has not left its group fails: now and then it would be aborted.
 """
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 
 RESPONSES = "responses.jsonl"
+NOT_LEFT = 9  # exit code
 
 
 def keep_responses() -> None:
@@ -34,11 +37,18 @@ def keep_responses() -> None:
     PPOTrainer.describe = describe  # type: ignore[method-assign]
 
 
+def has_left() -> None:
+    """End with another exit code if a group of processes is still there."""
+    if torch.distributed.is_initialized():
+        os._exit(NOT_LEFT)
+
+
 def main() -> None:
     """Run the stages of the list."""
     from rlhf.cli import main as command_line
 
     torch.set_num_threads(1)
+    atexit.register(has_left)  # the first to be registered is the last to be called
     keep_responses()
     for stage, path in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         sys.argv[1:] = [stage, path, "--quiet"]

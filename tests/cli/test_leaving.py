@@ -1,0 +1,57 @@
+"""Processes of a job that ends well leave their group while Python is whole; one that fails waits for nobody."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf import cli
+from rlhf.errors import TrainingError
+from rlhf.models import launched
+from rlhf.runs.stop import STOPPED, Stopped
+
+GROUP = """
+import atexit, sys
+import torch.distributed as dist
+from rlhf.models.launched import leave, leave_at_exit
+leave()  # there is nothing to leave
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
+atexit.register(lambda: print("left" if not dist.is_initialized() else "there"))
+if sys.argv[2] == "well":
+    leave_at_exit()
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "leaves"),
+    [
+        (SystemExit(0), 0, True), (SystemExit(None), None, True), (Stopped(), STOPPED, True), (SystemExit(2), 2, False),
+        (TrainingError("diverged"), 2, False), (KeyboardInterrupt(), cli.INTERRUPTED, False),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_only_an_end_that_all_processes_share_is_waited_for(
+    end: BaseException, code: int | None, leaves: bool, processes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ends(**_: object) -> None:
+        raise end
+
+    found: list[bool] = []
+    monkeypatch.setattr(cli, "app", ends)
+    monkeypatch.setattr(cli.stop, "listen", lambda: None)
+    monkeypatch.setattr(launched, "leave_at_exit", lambda: found.append(True))
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == code
+    assert bool(found) is (leaves and processes == "2")
+
+
+@pytest.mark.parametrize(("how", "says"), [("well", "left"), ("badly", "there")])
+def test_the_group_is_left_before_the_interpreter_is_taken_down(how: str, says: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", GROUP, str(tmp_path / "meeting"), how]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [says]
