@@ -94,6 +94,17 @@ def make_accelerator(*, unused: bool = False) -> Any:
     return accelerator
 
 
+def real_rows(accelerator: Any, rows: int) -> int:
+    """How many of this process's `rows` in the held-out batch at hand are records.
+
+    The others, at its end, are repetitions: accelerate fills up the last batch so that all processes have as much.
+    """
+    state = accelerator.gradient_state
+    if not state.end_of_dataloader or state.remainder <= 0:
+        return rows
+    return min(max(state.remainder - accelerator.process_index * rows, 0), rows)
+
+
 def bound_waiting() -> None:
     """Give every group of processes our timeout, those that DeepSpeed makes by itself too (torch's default: half an
     hour). Call it before the first group is made."""

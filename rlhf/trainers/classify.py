@@ -12,6 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 from rlhf.data.collate import pad_right
 from rlhf.functional import classification_loss
+from rlhf.models.distributed import real_rows
 from rlhf.trainers.hf import Report, StopOnBadLoss, order_rows
 
 Row = dict[str, Any]  # input_ids, and target: for each label the probability that it holds
@@ -105,11 +106,13 @@ class LabelTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean loss of a batch."""
+        """Mean loss of a batch. Held-out records count once."""
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-        logits, target = outputs.logits.float(), inputs["target"]
+        rows = len(inputs["target"])
+        real = rows if model.training else real_rows(self.accelerator, rows)
+        logits, target = outputs.logits[:real].float(), inputs["target"][:real]
         weight = None if self.weight is None else self.weight.to(logits.device)
-        loss = classification_loss(logits, target, several=self.several, weight=weight).mean()
+        loss = classification_loss(logits, target, several=self.several, weight=weight).sum() / max(real, 1)
         mode = "train" if model.training else "eval"
         sums = count(logits.detach(), target, several=self.several)
         self._sums[mode] = self._sums.get(mode, torch.zeros_like(sums)) + sums

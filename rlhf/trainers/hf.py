@@ -26,7 +26,9 @@ class LikeLengths(Sampler[int]):
     """Shuffled rows, but an update's batch holds rows of like length: less padding.
 
     The order follows from seed and epoch alone: it is the same for any number of processes and after a resume, which
-    the library's own grouping is not.
+    the library's own grouping is not. The last batch of an epoch is filled up with other rows of that epoch, drawn at
+    random: an update of one or two rows would count as much as any other, and a part of a batch could not be shared
+    out among processes.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, *, pool: int = 50) -> None:
@@ -39,16 +41,19 @@ class LikeLengths(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return -(-len(self.lengths) // self.batch_size) * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         batches: list[torch.Tensor] = []
-        for pool in torch.randperm(len(self.lengths), generator=generator).split(self.pool * self.batch_size):
+        order = torch.randperm(len(self.lengths), generator=generator)
+        for pool in order.split(self.pool * self.batch_size):
             batches += pool[self.lengths[pool].argsort(descending=True, stable=True)].split(self.batch_size)
         whole = len(self.lengths) // self.batch_size
         for i in [*torch.randperm(whole, generator=generator).tolist(), *range(whole, len(batches))]:
             yield from batches[i].tolist()
+        missing = len(self) - len(order)
+        yield from order.repeat(1 + missing // len(order))[:missing].tolist()
 
 
 class Epochs(TrainerCallback):

@@ -11,6 +11,7 @@ from trl import RewardTrainer
 from rlhf.data.collate import PairCollator
 from rlhf.errors import TrainingError
 from rlhf.functional import bradley_terry_loss
+from rlhf.models.distributed import real_rows
 from rlhf.trainers.hf import Report, StopOnBadLoss, order_rows
 
 Pair = dict[str, Any]  # chosen_ids, rejected_ids, preference, and margin if the data has one
@@ -31,14 +32,18 @@ class PairTrainer(RewardTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean Bradley-Terry loss of a batch; the chosen rows come first."""
+        """Mean Bradley-Terry loss of a batch; the chosen rows come first. Held-out pairs count once."""
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         scores = outputs.logits.squeeze(-1).float()
-        chosen, rejected = scores.chunk(2)
-        preference = inputs["preference"]
-        loss = bradley_terry_loss(chosen, rejected, preference=preference, margin=inputs.get("margin")).mean()
+        pairs = len(scores) // 2
+        real = pairs if model.training else real_rows(self.accelerator, pairs)
+        chosen, rejected = (side[:real] for side in scores.chunk(2))
+        preference, margin = inputs["preference"][:real], inputs.get("margin")
+        margin = None if margin is None else margin[:real]
+        loss = bradley_terry_loss(chosen, rejected, preference=preference, margin=margin)
         if self.center:
-            loss = loss + self.center * (chosen + rejected).square().mean()
+            loss = loss + self.center * (chosen + rejected).square()
+        loss = loss.sum() / max(real, 1)
         self._count("train" if model.training else "eval", chosen.detach(), rejected.detach(), preference)
         return (loss, outputs) if return_outputs else loss
 

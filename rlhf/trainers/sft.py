@@ -5,9 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from transformers import Trainer
+from trl import SFTTrainer
+
 from rlhf.data.collate import DemonstrationCollator
 from rlhf.data.render import Rendered
+from rlhf.trainers.heldout import TokenMean
 from rlhf.trainers.hf import Report, StopOnBadLoss, order_rows
+
+
+class DocumentTrainer(TokenMean, Trainer):
+    """A plain transformers.Trainer: every token counts, so TRL has nothing to add."""
+
+
+class DemonstrationTrainer(TokenMean, SFTTrainer):
+    """trl.SFTTrainer, but for the held-out loss."""
 
 
 def to_dataset(rows: Sequence[Rendered]) -> Any:
@@ -33,11 +45,11 @@ def build_lm(
     model: Any, tokenizer: Any, train: Sequence[Rendered], validation: Sequence[Rendered], arguments: dict[str, Any],
     report: Report,
 ) -> Any:  # fmt: skip
-    """A plain transformers.Trainer for next-token training: every token counts, so TRL has nothing to add."""
-    from transformers import Trainer, TrainingArguments
+    """A trainer on every token of documents."""
+    from transformers import TrainingArguments
 
     args = TrainingArguments(**arguments)
-    trainer = Trainer(
+    trainer = DocumentTrainer(
         model=model, args=args, processing_class=tokenizer, train_dataset=to_dataset(train),
         eval_dataset=_by_length(validation), callbacks=[report, StopOnBadLoss()],
         data_collator=DemonstrationCollator(tokenizer.pad_token_id),
@@ -55,13 +67,14 @@ def build(
     Args:
         packing: fill sequences of this many tokens with several rows (attention stays within a row); None = off.
     """
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig
 
     args = SFTConfig(**arguments, packing=packing is not None, max_length=packing, eval_packing=False)
-    trainer = SFTTrainer(
+    trainer = DemonstrationTrainer(
         model=model, args=args, processing_class=tokenizer, train_dataset=to_dataset(train),
         eval_dataset=_by_length(validation), callbacks=[report, StopOnBadLoss()],
     )  # fmt: skip
-    if packing is None:
-        order_rows(trainer, [len(row.ids) for row in train])
+    # Packed sequences are as long as each other: any order will do, as long as it is ours.
+    lengths = [len(row.ids) for row in train] if packing is None else [packing] * len(trainer.train_dataset)
+    order_rows(trainer, lengths, pool=50 if packing is None else 1)
     return trainer

@@ -91,7 +91,9 @@ def runs(tiny_model_dir: Path, files: Any, run_stage: Any, tmp_path_factory: Any
     }
     for made in configs.values():
         for stage in ("sft", "reward"):
-            made[stage]["data"] = made[stage]["data"] | {"validation_fraction": 1 / 3}  # no batch is incomplete
+            made[stage]["data"] = made[stage]["data"] | {
+                "validation_fraction": 0.2
+            }  # 19 and 5 records: incomplete batches
         made["ppo"] |= {"checkpoint_every": 1, "sample_every": 1, "ppo": made["ppo"]["ppo"] | {"ema": 0.5}}
         for stage in STAGES:
             made[stage] |= {"saving": {"share": 0.0, "keep": 9}}

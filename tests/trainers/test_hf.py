@@ -147,8 +147,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(logs: dict[str, float]) -> None:
 def drawn(lengths: list[int], batch: int, *, seed: int = 1, epoch: int = 0) -> list[int]:
     sampler = LikeLengths(lengths, batch, seed)
     sampler.set_epoch(epoch)
-    assert len(sampler) == len(lengths)
-    return list(sampler)
+    order = list(sampler)
+    assert len(sampler) == len(order) == -(-len(lengths) // batch) * batch
+    return order
 
 
 LENGTHS = [(i * 37) % 101 + 1 for i in range(1003)]
@@ -156,7 +157,7 @@ LENGTHS = [(i * 37) % 101 + 1 for i in range(1003)]
 
 def test_every_row_is_drawn_once_an_epoch_in_an_order_of_its_own() -> None:
     orders = [drawn(LENGTHS, 8, seed=s, epoch=e) for s, e in ((1, 0), (1, 1), (2, 0))]
-    assert all(sorted(order) == list(range(1003)) for order in orders)
+    assert all(sorted(order[:1003]) == list(range(1003)) for order in orders)
     assert len({tuple(order) for order in orders}) == 3
     assert drawn(LENGTHS, 8, epoch=1) == orders[1]
 
@@ -170,5 +171,15 @@ def test_a_batch_holds_rows_of_like_length_and_batches_come_in_any_order() -> No
     assert longest != sorted(longest, reverse=True)
 
 
-def test_few_rows_make_one_short_batch() -> None:
-    assert drawn([5, 9, 7], 8) == [1, 2, 0]
+def test_the_last_batch_of_an_epoch_is_filled_up_with_other_rows_of_it() -> None:
+    ends = [drawn(LENGTHS, 8, epoch=e)[1000:] for e in range(5)]
+    assert all(len(end) == len(set(end)) == 8 for end in ends)
+    assert len({tuple(sorted(end[3:])) for end in ends}) == 5  # in each epoch others
+    assert drawn(LENGTHS[:1000], 8)[-8:] != drawn(LENGTHS[:1000], 8)[:8]
+    assert sorted(drawn(LENGTHS[:1000], 8)) == list(range(1000))  # nothing to fill up
+
+
+def test_few_rows_are_repeated_evenly() -> None:
+    order = drawn([5, 9, 7], 8)
+    assert order[:3] == [1, 2, 0]
+    assert sorted(order.count(row) for row in range(3)) == [2, 3, 3]

@@ -50,7 +50,7 @@ def test_exactly_the_assistants_tokens_and_their_end_are_learnt(pad_is_end: bool
     if pad_is_end:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(END)
     model = tiny.new()
-    args, report, _ = prepared(tmp_path, model, 3, False)
+    args, report, _ = prepared(tmp_path, model, 3, False, batch_size=3, microbatch_size=3)
     batch = batch_of(sft.build(model, tokenizer, rendered(), [], args, report))
     said = ["".join(c + "<|end|>" for r, c in chat if r == "assistant") for chat in CHATS]
     learnt = [tokenizer.decode(row[row != -100].tolist()) for row in batch["labels"]]
@@ -65,7 +65,7 @@ def test_exactly_the_assistants_tokens_and_their_end_are_learnt(pad_is_end: bool
 def test_the_logged_loss_is_the_mean_over_learnt_tokens(tmp_path: Path) -> None:
     model = tiny.new(3)
     wanted = mean_loss(model, rendered())
-    trainer = sft_trainer(tmp_path, model, rendered(), max_updates=1)
+    trainer = sft_trainer(tmp_path, model, rendered(), batch_size=3, microbatch_size=3, max_updates=1)
     trainer.train()
     assert_close(torch.tensor(written(tmp_path)[0]["loss"]), wanted)
 
