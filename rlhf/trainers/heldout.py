@@ -10,6 +10,19 @@ from torch import Tensor
 from rlhf.models.distributed import real_rows
 
 
+def _blank(inputs: dict[str, Any], accelerator: Any) -> Tensor:
+    """The labels, without those of repetitions."""
+    labels: Tensor = inputs["labels"]
+    positions = inputs.get("position_ids")
+    if positions is None:
+        labels[real_rows(accelerator, len(labels)) :] = -100
+        return labels
+    starts = (positions[0] == 0).nonzero().flatten()  # the records stand one after the other in a single row
+    for start in starts[real_rows(accelerator, len(starts)) :][:1]:
+        labels[:, start:] = -100
+    return labels
+
+
 class TokenMean:
     """Makes a Trainer's held-out loss the mean over all held-out tokens that carry loss, nats.
 
@@ -25,8 +38,7 @@ class TokenMean:
     ) -> tuple[Tensor, None, None]:
         """The loss of a batch; what it is made of is added up."""
         inputs = self._prepare_inputs(inputs)
-        labels = inputs["labels"]
-        labels[real_rows(self.accelerator, len(labels)) :] = -100
+        labels = _blank(inputs, self.accelerator)
         count = (labels[:, 1:] != -100).sum()
         with torch.no_grad(), self.compute_loss_context_manager():
             mean = self.compute_loss(model, inputs).detach()

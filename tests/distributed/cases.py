@@ -81,7 +81,8 @@ def cases(top: Path, model: str, files: setup.Files) -> list[Case]:
     }  # fmt: skip
     return [
         *full, *lora, Case("lora/ppo-shared", "ppo", shared),
-        Case("full/sft-phases", "sft", sft | SFT_PHASES), Case("full/ppo-phases", "ppo", ppo | longer | PPO_PHASES),
+        Case("full/sft-phases", "sft", sft | SFT_PHASES), Case("full/sft-packed", "sft", sft | {"packing": True}),
+        Case("full/ppo-phases", "ppo", ppo | longer | PPO_PHASES),
         Case("full/ppo-text", "ppo", text, ENGINES[1:]),
         Case("full/ppo-text-balanced", "ppo", text | {"ptx": text["ptx"] | {"balance": 0.5}}, ("ddp",)),
     ]  # fmt: skip

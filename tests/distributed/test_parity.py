@@ -20,7 +20,7 @@ from tests.tolerances import PROCESSES, PROCESSES_PPO, distance
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # a busy machine
 BY_BATCH = ("token_accuracy", "entropy")
 """TRL averages them over microbatches, whatever the number of tokens in each: they depend on who has which rows."""
-EXTRAS = ("full/sft-phases", "full/ppo-phases", "full/ppo-text", "full/ppo-text-balanced")
+EXTRAS = ("full/sft-phases", "full/sft-packed", "full/ppo-phases", "full/ppo-text", "full/ppo-text-balanced")
 
 
 @pytest.fixture(scope="module")

@@ -32,12 +32,16 @@ def token_mean(model: Any, rows: list[Rendered]) -> float:
     return sum(found) / len(found)
 
 
+def packed_trainer(folder: Path, model: Any, rows: list[Rendered], held: list[Rendered], **optim: Any) -> Any:
+    return sft_trainer(folder, model, rows, held, packing=16, **optim)
+
+
 def document_trainer(folder: Path, model: Any, rows: list[Rendered], held: list[Rendered], **optim: Any) -> Any:
     args, report, made = prepared(folder, model, len(rows), True, **optim)
     return ready(sft.build_lm(model, tiny.tokenizer(), rows, held, args, report), made)
 
 
-@pytest.mark.parametrize("build", [sft_trainer, document_trainer])
+@pytest.mark.parametrize("build", [sft_trainer, packed_trainer, document_trainer])
 @pytest.mark.parametrize("microbatch", [1, 2, 3, 5])
 def test_a_language_models_held_out_loss_is_the_mean_over_tokens(build: Any, microbatch: int, tmp_path: Path) -> None:
     model = tiny.new(3)
@@ -87,12 +91,12 @@ def test_accelerate_still_says_what_the_last_batch_holds(records: int) -> None:
     ]
 
 
-def test_blank_labels_are_only_those_of_repetitions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a process of which one row of the last two is a repetition, and on one that has repetitions alone."""
+@pytest.mark.parametrize("build", [sft_trainer, packed_trainer, document_trainer])
+@pytest.mark.parametrize("real", [0, 2, 5])
+def test_repetitions_are_not_counted(build: Any, real: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five rows, of which the first are records."""
     model = tiny.new(3)
-    for real in (1, 0):
-        trainer = sft_trainer(tmp_path / str(real), model, ROWS, ROWS, batch_size=5, microbatch_size=5)
-        monkeypatch.setattr("rlhf.trainers.heldout.real_rows", lambda _, rows, real=real: real)
-        shortest = sorted(ROWS, key=lambda row: len(row.ids))[:1]
-        wanted = token_mean(model, shortest) if real else 0.0
-        assert_close(torch.tensor(trainer.evaluate()["eval_loss"]), wanted)
+    trainer = build(tmp_path, model, ROWS, ROWS, batch_size=5, microbatch_size=5)
+    monkeypatch.setattr("rlhf.trainers.heldout.real_rows", lambda _, rows: {5: real}[rows])
+    records = sorted(ROWS, key=lambda row: len(row.ids))[:real]
+    assert_close(torch.tensor(trainer.evaluate()["eval_loss"]), token_mean(model, records) if real else 0.0)
