@@ -30,14 +30,14 @@ class Metric:
 
 METRICS: dict[str, Metric] = {
     "loss": Metric("nats", "mean loss of the update", 0.0),
-    "eval_loss": Metric("nats", "mean loss on the validation records", 0.0),
+    "eval_loss": Metric("nats", "mean loss on the validation records; of a language model over all their tokens", 0.0),
     "gap": Metric(
         "nats", "held-out loss minus the mean training loss since the evaluation before; grows by over-fitting"
     ),
     "text_loss": Metric("nats", "mean loss per token of the probe's text, read by the source's output layer", 0.0),
     "forgetting": Metric("nats", "text_loss above that before training: what fine-tuning costs on the source domain"),
     "drift": Metric("1", "mean change |h - h0| / |h0| of the last hidden state at the end of the probe's texts", 0.0),
-    "ood_loss": Metric("nats", "mean loss on the probe's records of another distribution", 0.0),
+    "ood_loss": Metric("nats", "the same on the probe's records of another distribution", 0.0),
     "ood_accuracy": Metric("share", "pairs of them whose chosen response scores higher", 0.5, 1.0),
     "ood_margin": Metric("score", "mean score of chosen minus rejected of them", 0.0),
     "ood_label_accuracy": Metric("share", "decisions on them that are right", 0.0, 1.0),

@@ -275,10 +275,11 @@ def _run(config: Any, load: Load, processes: int, console: Console) -> None:
     lengths = [phase.updates or max(1, round(per_epoch * (phase.epochs or 0))) for phase in phases]
     updates = sum(lengths) if phases else max(1, round(per_epoch * optim.epochs))
     updates = min(updates, optim.max_updates) if optim.max_updates else updates
-    tokens = load.tokens * updates / per_epoch
+    tokens, short = load.tokens * updates / per_epoch, per_epoch * optim.batch_size - load.records
+    filled = f", the last batch filled up with {short:,} of them" if short else ""
     console.text(
-        f"run: {updates:,} updates ({updates / per_epoch:.2g} epochs of {load.records:,} records), about {tokens:,.0f} "
-        "tokens"
+        f"run: {updates:,} updates ({updates / per_epoch:.2g} epochs of {load.records:,} records{filled}), about "
+        f"{tokens:,.0f} tokens"
     )
 
 

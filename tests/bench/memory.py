@@ -1,10 +1,11 @@
 """What `rlhf check` predicts beside what the demo's stages take.
 
-    python -m tests.bench.memory --sft runs/demo/1-sft/model --reward runs/demo/2-reward/model
+    python -m tests.bench.memory --sft runs/demo/1-sft/model --reward runs/demo/2-reward/model [--only NAME ...]
 
-Each stage runs in a fresh process, on one thread: the peak of the process minus what it held once everything was
-imported. `ppo` is the recipe as it is, whose responses end by themselves: the prediction takes their length from the
-policy's hand-over record. `ppo, full length` lets no response end before its limit. Linux only.
+SFT and the reward model run to their end, so that they meet their longest records; PPO makes two steps. Each stage runs
+in a fresh process, on one thread: the peak of the process minus what it held once everything was imported. `ppo` is the
+recipe as it is, whose responses end by themselves: the prediction takes their length from the policy's hand-over
+record. `ppo, full length` lets no response end before its limit. Linux only.
 """
 
 from __future__ import annotations
@@ -91,13 +92,14 @@ def main() -> None:
     parser.add_argument("--sft", required=True, help="model of the demo's SFT")
     parser.add_argument("--reward", required=True, help="model of the demo's reward stage")
     parser.add_argument("--precision", default="bfloat16", help="of all cases but those that say theirs")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these stages alone, as the table calls them")
     options = parser.parse_args()
     models = [f"policy.path={options.sft}", f"reward_model.path={options.reward}"]
     full = ["ppo", "configs/demo/ppo.yaml", "ppo.steps=2", "sampling.min_new_tokens=48", *models]
     head = f"model.path={options.sft}"
     cases = {
-        "sft": ["sft", "configs/demo/sft.yaml", "optim.max_updates=60"],
-        "reward": ["reward", "configs/demo/reward.yaml", "optim.max_updates=60", head],
+        "sft": ["sft", "configs/demo/sft.yaml"],
+        "reward": ["reward", "configs/demo/reward.yaml", head],
         "ppo": ["ppo", "configs/demo/ppo.yaml", "ppo.steps=2", *models],
         "ppo, full length": full,
         "ppo, float32": [*full, "optim.precision=float32"],
@@ -105,17 +107,19 @@ def main() -> None:
         "ppo, frozen": [*full, f"freeze.policy={FROZEN}", f"freeze.value_model={FROZEN}"],
         "ppo, unfrozen": [*full, f"unfreeze.policy=[{{train: {{last: 1}}, steps: 1}}, {{train: {LAST}}}]",
                           "unfreeze.value_model=[{train: {parts: [score]}}]"],
-        "sft, frozen": ["sft", "configs/demo/sft.yaml", "optim.max_updates=60", f"freeze={FROZEN}"],
+        "sft, frozen": ["sft", "configs/demo/sft.yaml", f"freeze={FROZEN}"],
         "sft, unfrozen": ["sft", "configs/demo/sft.yaml",
-                          f"unfreeze=[{{train: {LAST}, updates: 60}}, {{train: {{last: 1}}, updates: 10}}]"],
+                          f"unfreeze=[{{train: {LAST}, epochs: 1}}, {{train: {{last: 1}}, epochs: 1}}]"],
         "reward, unfrozen": ["reward", "configs/demo/reward.yaml", head,
-                             "unfreeze=[{train: {last: 2, parts: [score]}, updates: 60}, "
+                             "unfreeze=[{train: {last: 2, parts: [score]}, epochs: 1}, "
                              "{train: {parts: [score]}, updates: 10}]"],
-        "sft, LoRA": ["sft", "configs/demo/sft.yaml", "optim.max_updates=60", "peft.method=lora"],
+        "sft, LoRA": ["sft", "configs/demo/sft.yaml", "peft.method=lora"],
     }  # fmt: skip
     print(machine(1))
     print(f"{'stage':20s} | measured, MiB | predicted | predicted / measured")
     for name, arguments in cases.items():
+        if options.only and name not in options.only:
+            continue
         with tempfile.TemporaryDirectory() as where:
             run = [arguments[0], arguments[1], f"optim.precision={options.precision}", *arguments[2:],
                    f"output_dir={where}/run"]  # fmt: skip

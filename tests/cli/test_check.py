@@ -40,6 +40,9 @@ def test_numbers_that_can_be_counted(place: Path, call_cli: Run) -> None:
     assert "8 used of 8" in out  # 10 records, 2 of them held out
     assert "batch: 1 process x 4 rows x 1 accumulation = 4 per update" in out
     assert "run: 6 updates (3 epochs of 8 records)" in out
+    incomplete = ["optim.epochs=1", "optim.batch_size=3", "optim.microbatch_size=3"]
+    out = call_cli(["check", "sft.yaml", "optim.max_updates=null", *incomplete], cwd=place).stdout
+    assert "run: 3 updates (1 epochs of 8 records, the last batch filled up with 1 of them)" in out
     out = call_cli(["check", "ppo.yaml", "--num-processes", "2"], cwd=place).stdout
     assert "batch: 4 episodes a step = 2 processes x 2" in out
 
