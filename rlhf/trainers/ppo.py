@@ -118,6 +118,7 @@ class PPOTrainer:
 
     def one_step(self) -> None:
         """One rollout and its updates, or what is left of them."""
+        self.phases.select(self.step)
         if self.work is None:
             begun = time.monotonic()
             rollout = self.sample()
@@ -208,7 +209,8 @@ class PPOTrainer:
             self.work = Work(experience)
         work, sums = self.work, self.work.sums
         self.model.train()
-        self.phases.enter(self.step, self.optimizer, again=work.done > 0)
+        if not work.done:
+            self.phases.enter(self.step, self.optimizer)
         for number, minibatch in self.minibatches(len(experience))[work.done :]:
             total = experience.response_mask[minibatch].sum()
             per_step = settings.epochs * settings.minibatches

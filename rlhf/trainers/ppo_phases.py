@@ -74,18 +74,23 @@ class PairPhases:
             for i, group in self.groups
         ]
 
-    def enter(self, step: int, optimizer: Any, *, again: bool = False) -> None:
+    def select(self, step: int) -> None:
         """Let the weights that are trained in a step take gradients, and no others.
 
-        Args:
-            again: some of the step's updates have been made already.
+        Before the step samples: torch multiplies by a weight that takes gradients in another way, also where none are
+        asked for, so that a step which is done again would draw from probabilities that differ in the last digit.
         """
+        for i, plan in enumerate(self.programs):
+            trained = plan.stretches[plan.now(step).phase].names
+            for name in plan.names:
+                self.parameters[i][name].requires_grad_(name in trained)
+
+    def enter(self, step: int, optimizer: Any) -> None:
+        """Before the first update of a step: weights that learn from now on begin without a history."""
         fresh: list[int] = []
         for i, plan in enumerate(self.programs):
             now = plan.now(step)
-            for name in plan.names:
-                self.parameters[i][name].requires_grad_(name in plan.stretches[now.phase].names)
-            if step == now.begun and not again:
+            if step == now.begun:
                 own = [number for number, (owner, _) in enumerate(self.groups) if owner == i]
                 fresh += [own[k] for k in begins([self.groups[number][1] for number in own], now.phase)]
         forget_steps(optimizer, fresh)

@@ -39,6 +39,21 @@ def test_a_value_head_warms_up_on_a_frozen_trunk(reward_folder: str) -> None:
     assert tiny.moved(trainer.model, before) == set(before)
 
 
+def test_a_step_samples_in_the_phase_that_it_trains_in(reward_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed step has no step before it; what takes gradients changes the last digit of a product."""
+    trainer = make(reward_folder, unfreeze=LAST_FIRST, ppo={"steps": 2})
+    real, seen = trainer.sample, []
+
+    def sample() -> Any:
+        seen.append({n.split(".layers.")[-1][0] for n, p in trainer.model.policy.named_parameters() if p.requires_grad})
+        return real()
+
+    monkeypatch.setattr(trainer, "sample", sample)
+    trainer.train()
+    assert seen[0] == {"1"}
+    assert {"0", "1"} < seen[1]
+
+
 def test_each_phase_of_each_model_has_its_rate(reward_folder: str) -> None:
     trainer = make(
         reward_folder, unfreeze=LAST_FIRST | HEAD_FIRST, ppo={"steps": 2},
