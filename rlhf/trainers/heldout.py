@@ -36,7 +36,7 @@ class TokenMean:
     def prediction_step(
         self: Any, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
-        """The loss of a batch; what it is made of is added up."""
+        """The loss of a batch, 0-d, nats a token; what it is made of is added up."""
         inputs = self._prepare_inputs(inputs)
         labels = _blank(inputs, self.accelerator)
         count = (labels[:, 1:] != -100).sum()

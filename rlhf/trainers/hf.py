@@ -49,11 +49,12 @@ class LikeLengths(Sampler[int]):
         order = torch.randperm(len(self.lengths), generator=generator)
         for pool in order.split(self.pool * self.batch_size):
             batches += pool[self.lengths[pool].argsort(descending=True, stable=True)].split(self.batch_size)
-        whole = len(self.lengths) // self.batch_size
-        for i in [*torch.randperm(whole, generator=generator).tolist(), *range(whole, len(batches))]:
+        whole = len(order) // self.batch_size
+        for i in torch.randperm(whole, generator=generator).tolist():
             yield from batches[i].tolist()
-        missing = len(self) - len(order)
-        yield from order.repeat(1 + missing // len(order))[:missing].tolist()
+        for last in batches[whole:]:
+            filled = torch.cat([last, order[~torch.isin(order, last)]])
+            yield from filled.repeat(-(-self.batch_size // len(order)))[: self.batch_size].tolist()
 
 
 class Epochs(TrainerCallback):

@@ -91,9 +91,8 @@ def runs(tiny_model_dir: Path, files: Any, run_stage: Any, tmp_path_factory: Any
     }
     for made in configs.values():
         for stage in ("sft", "reward"):
-            made[stage]["data"] = made[stage]["data"] | {
-                "validation_fraction": 0.2
-            }  # 19 and 5 records: incomplete batches
+            # 19 and 5 records: incomplete batches.
+            made[stage]["data"] = made[stage]["data"] | {"validation_fraction": 0.2}
         made["ppo"] |= {"checkpoint_every": 1, "sample_every": 1, "ppo": made["ppo"]["ppo"] | {"ema": 0.5}}
         for stage in STAGES:
             made[stage] |= {"saving": {"share": 0.0, "keep": 9}}

@@ -179,6 +179,13 @@ def test_the_last_batch_of_an_epoch_is_filled_up_with_other_rows_of_it() -> None
     assert sorted(drawn(LENGTHS[:1000], 8)) == list(range(1000))  # nothing to fill up
 
 
+@pytest.mark.parametrize("rows", [9, 11, 15])
+def test_no_row_stands_twice_in_a_batch_that_others_can_fill(rows: int) -> None:
+    """Also where all batches are sorted together."""
+    for epoch in range(20):
+        assert len(set(drawn(LENGTHS[:rows], 8, epoch=epoch)[8:])) == 8
+
+
 def test_few_rows_are_repeated_evenly() -> None:
     order = drawn([5, 9, 7], 8)
     assert order[:3] == [1, 2, 0]

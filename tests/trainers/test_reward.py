@@ -159,16 +159,8 @@ def test_the_best_held_out_model_is_kept(peft: Any, rate: float, reward_folder: 
     model = load_scorer(tiny.source(reward_folder), trainable=True, peft=peft)
     validation = [as_it_prefers(model, pair) for pair in pairs() if pair["preference"] == 1.0]
     turned = [pair | {"preference": 0.0} for pair in validation]
-    trainer = reward_trainer(
-        tmp_path,
-        model,
-        turned,
-        validation,
-        epochs=8,
-        learning_rate=rate,
-        batch_size=len(turned),
-        microbatch_size=len(turned),
-    )
+    whole = {"batch_size": len(turned), "microbatch_size": len(turned)}
+    trainer = reward_trainer(tmp_path, model, turned, validation, epochs=8, learning_rate=rate, **whole)
     trainer.train()
     seen = [line["eval_accuracy"] for line in written(tmp_path) if "eval_accuracy" in line]
     assert seen[-1] < max(seen)
