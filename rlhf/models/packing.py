@@ -12,7 +12,7 @@ from __future__ import annotations
 import bisect
 import heapq
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -83,6 +83,15 @@ def microbatches(lengths: Tensor, size: int, *, packed: bool) -> list[Tensor]:
 
 
 Layout = tuple[list[tuple[int, int]], int, int]  # (row, offset) of every sequence, rows, their length
+
+
+def packed_rows(lengths: Sequence[int], capacity: int) -> int:
+    """Rows of `capacity` tokens that sequences of some lengths are packed into, as `trl.pack_dataset` packs them.
+
+    Args:
+        lengths: tokens of each, at most `capacity`.
+    """
+    return _fitted(list(lengths), capacity)[1]
 
 
 def _fitted(lengths: list[int], capacity: int) -> Layout:

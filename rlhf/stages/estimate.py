@@ -11,7 +11,7 @@ from rlhf.config.schema import PPOConfig, PretrainConfig, SFTConfig
 from rlhf.models import memory
 from rlhf.models.distributed import cpu_has_bfloat16
 from rlhf.models.memory import Estimate, Part, Runtime, Sharding, Traced, Weights
-from rlhf.models.packing import pack
+from rlhf.models.packing import pack, packed_rows
 from rlhf.models.trace import trace
 from rlhf.rollout.score import CHUNK
 from rlhf.stages.skeleton import Active, Cast, Skeleton
@@ -32,6 +32,12 @@ class Load:
         if not self.lengths:
             return [self.longest] * rows
         return [self.lengths[(2 * i + 1) * len(self.lengths) // (2 * rows)] for i in range(rows)]
+
+    def rows(self, config: Any) -> int:
+        """Rows of an epoch: the records, or the sequences that packing makes of them."""
+        if isinstance(config, SFTConfig) and config.packing:
+            return packed_rows(self.lengths, config.data.max_length)
+        return self.records
 
 
 @dataclass(frozen=True)

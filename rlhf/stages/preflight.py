@@ -265,7 +265,8 @@ def _run(config: Any, load: Load, processes: int, console: Console) -> None:
     )
     if not load.records:
         return
-    per_epoch = math.ceil(load.records / optim.batch_size)
+    rows = load.rows(config)
+    per_epoch = math.ceil(rows / optim.batch_size)
     phases = config.unfreeze if isinstance(config, Tuned) else ()
     if any(phase.train == "top-down" for phase in phases):
         console.text(
@@ -275,11 +276,12 @@ def _run(config: Any, load: Load, processes: int, console: Console) -> None:
     lengths = [phase.updates or max(1, round(per_epoch * (phase.epochs or 0))) for phase in phases]
     updates = sum(lengths) if phases else max(1, round(per_epoch * optim.epochs))
     updates = min(updates, optim.max_updates) if optim.max_updates else updates
-    tokens, short = load.tokens * updates / per_epoch, per_epoch * optim.batch_size - load.records
+    tokens, short = load.tokens * updates / per_epoch, per_epoch * optim.batch_size - rows
+    packed = f" packed into {rows:,} sequences" if rows < load.records else ""
     filled = f", the last batch filled up with {short:,} of them" if short else ""
     console.text(
-        f"run: {updates:,} updates ({updates / per_epoch:.2g} epochs of {load.records:,} records{filled}), about "
-        f"{tokens:,.0f} tokens"
+        f"run: {updates:,} updates ({updates / per_epoch:.2g} epochs of {load.records:,} records{packed}{filled}), "
+        f"about {tokens:,.0f} tokens"
     )
 
 

@@ -9,6 +9,7 @@ from rlhf.data.collate import mean_reply
 from rlhf.errors import ConfigError
 from rlhf.models.adapters import add_adapter, continued_config, load_adapter
 from rlhf.models.load import context_length, grow_embeddings, is_adapter, load_causal, resolve
+from rlhf.models.packing import packed_rows
 from rlhf.runs.console import Console
 from rlhf.stages import rendering
 from rlhf.stages.common import (
@@ -37,10 +38,10 @@ def run(config: SFTConfig, console: Console) -> RunResult:
     model = _model(config, len(tokenizer), console)
     before = config.peft.prompt_tokens if config.peft.method == "prompt" else 0
     check_context(config.data.max_length + before, context_length(model), "data.max_length")
-    from rlhf.trainers.sft import build, packed_rows, to_dataset
+    from rlhf.trainers.sft import build, to_dataset
 
     length = config.data.max_length if config.packing else None
-    rows = len(train_rows) if length is None else packed_rows(train_rows, length)
+    rows = len(train_rows) if length is None else packed_rows([len(row.ids) for row in train_rows], length)
     program = plan(model, config, rows=rows, evaluate=bool(valid_rows), console=console)
     probed = probe(
         config, config.data, config.model, renderer, console, kind="demonstration", evaluate=bool(valid_rows),

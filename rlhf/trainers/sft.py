@@ -34,13 +34,6 @@ def _by_length(rows: Sequence[Rendered]) -> Any:
     return to_dataset(sorted(rows, key=lambda row: len(row.ids))) if rows else None
 
 
-def packed_rows(rows: Sequence[Rendered], length: int) -> int:
-    """How many sequences packing makes of some rows."""
-    from trl import pack_dataset
-
-    return len(pack_dataset(to_dataset(rows), seq_length=length, strategy="bfd"))
-
-
 def build_lm(
     model: Any, tokenizer: Any, train: Sequence[Rendered], validation: Sequence[Rendered], arguments: dict[str, Any],
     report: Report,

@@ -43,6 +43,10 @@ def test_numbers_that_can_be_counted(place: Path, call_cli: Run) -> None:
     incomplete = ["optim.epochs=1", "optim.batch_size=3", "optim.microbatch_size=3"]
     out = call_cli(["check", "sft.yaml", "optim.max_updates=null", *incomplete], cwd=place).stdout
     assert "run: 3 updates (1 epochs of 8 records, the last batch filled up with 1 of them)" in out
+    said = call_cli(["check", "sft.yaml", "optim.max_updates=null", "optim.epochs=1", "packing=true"], cwd=place).stdout
+    sequences = int(said.split("8 records packed into ")[1].split()[0])
+    assert 1 <= sequences < 8
+    assert f"run: {-(-sequences // 4)} updates" in said
     out = call_cli(["check", "ppo.yaml", "--num-processes", "2"], cwd=place).stdout
     assert "batch: 4 episodes a step = 2 processes x 2" in out
 

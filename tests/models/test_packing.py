@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf.models.heads import sequence_scores, token_scores
-from rlhf.models.packing import can_pack, microbatches, pack, padded, plain_head
+from rlhf.models.packing import can_pack, microbatches, pack, packed_rows, padded, plain_head
 from rlhf.rollout import score
 from rlhf.rollout.score import read_policy
 from rlhf.rollout.types import Rollout, pack_bits
@@ -231,3 +231,15 @@ def test_inside_padded_nothing_is_packed() -> None:
     read_policy(policy, rollout, 1.0)
     assert seen[0] == (3, 16)
     assert seen[1][0] < 3
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_demonstrations_are_counted_as_trl_packs_them(seed: int) -> None:
+    from datasets import Dataset
+    from trl import pack_dataset
+
+    torch.manual_seed(seed)
+    lengths = torch.randint(1, 65, (50 * seed + 1,)).tolist()
+    rows = pack_dataset(Dataset.from_dict({"input_ids": [[1] * n for n in lengths]}), seq_length=64, strategy="bfd")
+    assert packed_rows(lengths, 64) == len(rows)
+    assert packed_rows(sorted(lengths), 64) == len(rows)
