@@ -29,6 +29,7 @@ app = typer.Typer(
 )  # fmt: skip
 
 INTERRUPTED = 130  # exit code after Ctrl-C, which typer uses too
+UNFORESEEN = 70  # exit code after an error that no check foresaw (sysexits.h: an internal software error)
 
 
 def _stage(
@@ -270,12 +271,40 @@ def main() -> None:
     except OSError as error:
         say("failed", words=f"{type(error).__name__}: {error}")
         if error.errno not in stop.DISK:
-            raise
+            typer.echo(explain_unforeseen(error), err=True)
+            sys.exit(UNFORESEEN)
         typer.echo(f"CheckpointError: {error.filename or 'output_dir'}: the disk does not take more: {error}", err=True)
         sys.exit(2)
-    except BaseException as error:
+    except Exception as error:
         say("failed", words=f"{type(error).__name__}: {error}")
-        raise
+        typer.echo(explain_unforeseen(error), err=True)
+        sys.exit(UNFORESEEN)
+
+
+def explain_unforeseen(error: Exception) -> str:
+    """Write the traceback of an error that no check foresaw to a file; returns one line that says where it is.
+
+    The file lies in the run directory if a run has begun, else in the folder for temporary files.
+    """
+    import tempfile
+    import traceback
+
+    from rlhf.runs.run_dir import RunDir
+
+    run, rank = RunDir.unfinished(), os.environ.get("RANK", "0")
+    folder = run.path if run is not None and run.path.is_dir() else None
+    trace = "".join(traceback.format_exception(error))
+    try:
+        path = (folder or Path(tempfile.gettempdir())) / f"error-rank{rank}-pid{os.getpid()}.txt"
+        path.write_text(trace, encoding="utf-8")
+    except OSError as full:
+        path = Path(f"nowhere ({full})")
+    what = str(error).strip().split("\n")[0][:300] or "no message"
+    where = f" in run {folder}" if folder is not None else ""
+    return (
+        f"InternalError{where}: {type(error).__name__}: {what}; this is a defect of rlhf or of a library, please "
+        f"report it with the full trace, which is in {path}"
+    )
 
 
 def _leave_together() -> None:

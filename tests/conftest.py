@@ -144,11 +144,11 @@ def run_cli() -> Callable[..., Result]:
 
 @pytest.fixture(scope="session")
 def call_cli() -> Callable[..., Result]:
-    """call_cli(args, cwd=) -> (code, stdout, stderr) of rlhf.cli.main in this process: fast; anything but an error that
-    the command line turns into a message comes out as a failure of the test."""
+    """call_cli(args, cwd=) -> (code, stdout, stderr) of rlhf.cli.main in this process: fast; an error that no check
+    foresaw comes out as a failure of the test."""
 
     def call(args: Sequence[str], cwd: Path | None = None) -> Result:
-        from rlhf.cli import main
+        from rlhf.cli import UNFORESEEN, main
 
         out, err = io.StringIO(), io.StringIO()
         code: Any = 0
@@ -160,6 +160,7 @@ def call_cli() -> Callable[..., Result]:
                 main()
             except SystemExit as end:
                 code = end.code or 0
+        assert code != UNFORESEEN, err.getvalue()
         return Result(int(code), out.getvalue(), err.getvalue())
 
     return call

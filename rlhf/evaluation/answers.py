@@ -31,16 +31,20 @@ class Answer:
 @torch.no_grad()
 def answer(
     model: Any, prompts: Sequence[list[int]], renderer: Renderer, settings: Sampling, *, seed: int, draw: int = 0,
-    reference: Any = None, reward_model: Any = None,
+    reference: Any = None, reward_model: Any = None, numbers: Sequence[int] | None = None,
 ) -> list[Answer]:  # fmt: skip
     """Draw one response for each prompt and measure it.
 
     Args:
         draw: another number gives another independent response.
         reference: model that KL is measured against (k1 estimate on these samples), or None.
+        numbers: of the prompts in their data (default: 0, 1, ...). A response depends on its prompt's number, not on
+            the other prompts of a call.
     """
+    if not prompts:
+        return []
     device = next(model.parameters()).device
-    numbered = list(enumerate(prompts))
+    numbered = list(zip(range(len(prompts)) if numbers is None else numbers, prompts, strict=True))
     rollout = sample(
         model, numbered, settings, seed=seed, step=draw, end_id=renderer.end_id, pad_id=renderer.pad_id, device=device,
         decode=renderer.tokenizer.decode,

@@ -72,9 +72,9 @@ def microbatches(lengths: Tensor, size: int, *, packed: bool) -> list[Tensor]:
 
     Args:
         lengths: [B] int64, tokens of every row.
-    Returns: int64 row indices; every row is in exactly one part.
+    Returns: int64 row indices on the CPU, like all row numbers; every row is in exactly one part.
     """
-    order = lengths.argsort(descending=True, stable=True)
+    order = lengths.cpu().argsort(descending=True, stable=True)
     if not packed:
         return list(order.split(size))
     parts = -(-len(order) // size)

@@ -83,11 +83,18 @@ def peak_memory_gib() -> float:
 class RunDir:
     """One stage's output folder. Only the main process writes; `start` runs before anything expensive."""
 
+    _unfinished: RunDir | None = None
+
     def __init__(self, path: str | Path, *, main: bool = True) -> None:
         self.path = Path(path)
         self.main = main
         self.info: dict[str, Any] = {}
         self.lock = Lock(self.path)
+
+    @classmethod
+    def unfinished(cls) -> RunDir | None:
+        """The run that this process has started last, if it has not finished."""
+        return cls._unfinished
 
     @property
     def model(self) -> Path:
@@ -165,6 +172,7 @@ class RunDir:
         Raises: ConfigError if another process writes into the folder, or has done so since it was checked.
         """
         if not self.main:
+            RunDir._unfinished = self
             return
         self.path.mkdir(parents=True, exist_ok=True)
         locked = self.lock.take()
@@ -187,6 +195,7 @@ class RunDir:
         self.save()
         if new.is_file():
             os.replace(new, self.path / CONFIG_FILE)
+        RunDir._unfinished = self
 
     def note(self, **values: Any) -> None:
         """Add facts to run.json."""
@@ -206,6 +215,7 @@ class RunDir:
         """Mark the run finished, and give the folder back."""
         self.note(status="finished", ended=_now(), peak_memory_gib=round(peak_memory_gib(), 2))
         self.lock.release()
+        RunDir._unfinished = None
 
     @contextmanager
     def guard(self) -> Iterator[None]:

@@ -21,14 +21,15 @@ from rlhf.evaluation.answers import Answer, answer, perplexity, score_rows
 from rlhf.evaluation.baselines import longer_wins, tfidf_accuracy
 from rlhf.evaluation.judge import Judge, load_judge
 from rlhf.evaluation.stats import best_of_n_kl, bootstrap, wins
-from rlhf.models.launched import use_cpu
+from rlhf.models.distributed import everybody, make_accelerator
+from rlhf.models.launched import is_main, rank, use_cpu
 from rlhf.models.prompt import load_speaker
 from rlhf.models.scorers import load_scorer
 from rlhf.runs.console import Console
 from rlhf.runs.report import write_report
 from rlhf.runs.run_dir import write_json
 from rlhf.stages import rendering
-from rlhf.stages.common import RunResult, begin, open_tokenizer, start
+from rlhf.stages.common import RunResult, begin, open_tokenizer, processes, start
 
 Row = dict[str, Any]
 
@@ -61,9 +62,10 @@ def run(config: EvaluateConfig, console: Console) -> RunResult:
         if config.preferences and bench.reward_model is not None:
             results["reward_model"] = _reward_table(config, bench)
         results["side_by_side"] = _side_by_side(config, bench, answers)
-        write_json(directory.path / "results.json", results)
-        _write_answers(directory.path / "answers.jsonl", bench, answers)
-        write_report(directory.path / "report.html", results, _run_folders(config))
+        if is_main():
+            write_json(directory.path / "results.json", results)
+            _write_answers(directory.path / "answers.jsonl", bench, answers)
+            write_report(directory.path / "report.html", results, _run_folders(config))
     show(results, console)
     console.note(f"report: {directory.path / 'report.html'}")
     directory.note(summary={"models": results["models"], "reward_model": results.get("reward_model")})
@@ -72,7 +74,10 @@ def run(config: EvaluateConfig, console: Console) -> RunResult:
 
 
 def _prepare(config: EvaluateConfig, console: Console) -> Bench:
-    device = torch.device("cpu" if use_cpu() else "cuda")
+    if processes() > 1:
+        device = make_accelerator().device  # of several GPUs, this process's own; starts the process group
+    else:
+        device = torch.device("cpu" if use_cpu() else "cuda")
     _, renderer = open_tokenizer(config.models[config.reference], console)
     records: dict[str, Sequence[Prompt]] = {}
     ids = {}
@@ -94,6 +99,22 @@ def _load(source: ModelSource, bench: Bench) -> Any:
     return load_speaker(source).to(bench.device).eval()
 
 
+def _answer_all(
+    model: Any, ids: Sequence[list[int]], config: EvaluateConfig, bench: Bench, *, draw: int = 0, reference: Any = None
+) -> list[Answer]:
+    """A response to every prompt, on every process: each process generates its share of them."""
+    world = processes()
+    mine = range(rank(), len(ids), world)
+    answers = answer(
+        model, [ids[i] for i in mine], bench.renderer, config.sampling, seed=config.seed, draw=draw,
+        reference=reference, reward_model=bench.reward_model, numbers=mine,
+    )  # fmt: skip
+    if world == 1:
+        return answers
+    shares = everybody(answers, world)
+    return [shares[i % world][i // world] for i in range(len(ids))]
+
+
 def _answers(config: EvaluateConfig, bench: Bench, console: Console) -> dict[str, dict[str, Any]]:
     """name -> {split: [Answer], 'perplexity': float}; best-of-n of the reference is one more name."""
     reference = _load(config.models[config.reference], bench)
@@ -103,12 +124,8 @@ def _answers(config: EvaluateConfig, bench: Bench, console: Console) -> dict[str
         for done, (name, source) in enumerate(config.models.items()):
             model = reference if name == config.reference else _load(source, bench)
             out[name] = {
-                split: answer(
-                    model, ids, bench.renderer, config.sampling, seed=config.seed, reference=reference,
-                    reward_model=bench.reward_model,
-                )
-                for split, ids in bench.ids.items()
-            }  # fmt: skip
+                split: _answer_all(model, ids, config, bench, reference=reference) for split, ids in bench.ids.items()
+            }
             if bench.text:
                 out[name]["perplexity"] = perplexity(model, bench.text, bench.renderer.pad_id)
             bar.update(done + 1, {})
@@ -116,13 +133,7 @@ def _answers(config: EvaluateConfig, bench: Bench, console: Console) -> dict[str
             name = f"{config.reference} best-of-{config.best_of}"
             out[name] = {split: [] for split in bench.ids}
             for split, ids in bench.ids.items():
-                pool = [
-                    answer(
-                        reference, ids, bench.renderer, config.sampling, seed=config.seed, draw=1 + draw,
-                        reward_model=bench.reward_model,
-                    )
-                    for draw in range(config.best_of)
-                ]  # fmt: skip
+                pool = [_answer_all(reference, ids, config, bench, draw=1 + draw) for draw in range(config.best_of)]
                 out[name][split] = [max(drawn, key=lambda a: a.score) for drawn in zip(*pool, strict=True)]
         bar.update(rounds, {})
     return out

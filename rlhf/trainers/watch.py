@@ -65,8 +65,9 @@ def broken_experience(e: Experience, *, kl_coef: float, whitened: bool, fresh: b
             "temperature, a sampling filter, dropout, or a cache that changes the numbers"
         )
     kl = (e.old_logprobs - e.ref_logprobs) * mask
-    if fresh and not float(kl.abs().max()) <= tolerance.ratio:
-        found.append(f"the KL of a fresh policy is not 0: log-probs differ from the reference by {kl.abs().max():.3g}")
+    largest = float(kl.abs().max())
+    if fresh and not largest <= tolerance.ratio:
+        found.append(f"the KL of a fresh policy is not 0: log-probs differ from the reference by {largest:.3g}")
     if not bool((kl_estimate(e.old_logprobs, e.ref_logprobs, "k3")[mask] >= 0).all()):
         found.append("the k3 estimate of a KL is negative or not a number")
     found += _score_place(e, kl * kl_coef)

@@ -30,6 +30,7 @@ if sys.argv[2] == "well":
     [
         (SystemExit(0), 0, True), (SystemExit(None), None, True), (Stopped(), STOPPED, True), (SystemExit(2), 2, False),
         (TrainingError("diverged"), 2, False), (KeyboardInterrupt(), cli.INTERRUPTED, False),
+        (RuntimeError("unforeseen"), cli.UNFORESEEN, False), (OSError(5, "unforeseen"), cli.UNFORESEEN, False),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("processes", ["1", "2"])
