@@ -17,7 +17,11 @@ from rlhf.errors import ConfigError, RLHFError
 from rlhf.runs import stop
 
 app = typer.Typer(
-    name="rlhf", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    name="rlhf",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="From a pretrained language model and human preferences to an aligned chat model.\n\n"
     "The stages in order: pretrain (optional), sft, reward, ppo, evaluate; 'run' chains them, 'classify' stands "
@@ -26,7 +30,7 @@ app = typer.Typer(
     "  rlhf run configs/demo/pipeline.yaml\n\n"
     "  rlhf ppo configs/demo/ppo.yaml kl.target=2.5 seed=2\n\n"
     "\b\n  accelerate launch --config_file configs/accelerate/ddp.yaml -m rlhf sft configs/demo/sft.yaml",
-)  # fmt: skip
+)
 
 INTERRUPTED = 130  # exit code after Ctrl-C, which typer uses too
 UNFORESEEN = 70  # exit code after an error that no check foresaw (sysexits.h: an internal software error)
@@ -50,21 +54,30 @@ def _stage(
         raise stop.Stopped if code == stop.STOPPED else typer.Exit(code)
     if options.given:
         raise ConfigError(
-            "processes are started by a launcher", found=" ".join(options.flags()), where="command line",
+            "processes are started by a launcher",
+            found=" ".join(options.flags()),
+            where="command line",
             do="add --launcher, e.g. --launcher ddp",
-        )  # fmt: skip
+        )
     import_module(f"rlhf.stages.{name}").run(loaded.config, console(quiet, as_json))
 
 
 def _add_stage(name: str) -> None:
     @app.command(name, help=opt.STAGE_HELP[name])
     def command(
-        config: opt.ConfigArg, overrides: opt.OverridesArg = None, launcher: opt.LauncherOpt = None,
-        num_processes: opt.ProcessesOpt = None, num_machines: opt.MachinesOpt = None,
-        machine_rank: opt.RankOpt = None, main_process_ip: opt.IpOpt = None, main_process_port: opt.PortOpt = None,
-        max_restarts: opt.RestartsOpt = 0, timeout: opt.TimeoutOpt = None, quiet: opt.QuietOpt = False,
+        config: opt.ConfigArg,
+        overrides: opt.OverridesArg = None,
+        launcher: opt.LauncherOpt = None,
+        num_processes: opt.ProcessesOpt = None,
+        num_machines: opt.MachinesOpt = None,
+        machine_rank: opt.RankOpt = None,
+        main_process_ip: opt.IpOpt = None,
+        main_process_port: opt.PortOpt = None,
+        max_restarts: opt.RestartsOpt = 0,
+        timeout: opt.TimeoutOpt = None,
+        quiet: opt.QuietOpt = False,
         as_json: opt.JsonOpt = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         how = (launcher, num_processes, num_machines, machine_rank, main_process_ip, main_process_port)
         _stage(name, config, overrides, (*how, max_restarts, timeout), quiet, as_json)
 
@@ -76,7 +89,7 @@ for _name in opt.STAGE_HELP:
 @app.command()
 def run(
     config: opt.ConfigArg, overrides: opt.OverridesArg = None, quiet: opt.QuietOpt = False, as_json: opt.JsonOpt = False
-) -> None:  # fmt: skip
+) -> None:
     """All stages in order. Finished stages are skipped, an interrupted one continues.
 
     Overrides start with the stage: ppo.kl.target=2.5, pretrain.enabled=true, sft.launcher=ddp, seed=2.
@@ -91,9 +104,10 @@ def run(
 
 @app.command()
 def show(
-    config: opt.ConfigArg, overrides: opt.OverridesArg = None,
+    config: opt.ConfigArg,
+    overrides: opt.OverridesArg = None,
     stage: Annotated[str | None, typer.Option(help="which stage's file it is; default: the file's name")] = None,
-) -> None:  # fmt: skip
+) -> None:
     """Print every value of a configuration with its origin (default, file:line, command line) and meaning."""
     from rlhf.config.load import load
     from rlhf.config.schema import RECIPES
@@ -108,15 +122,19 @@ def show(
 
 @app.command()
 def check(
-    config: opt.ConfigArg, overrides: opt.OverridesArg = None,
+    config: opt.ConfigArg,
+    overrides: opt.OverridesArg = None,
     stage: Annotated[str | None, typer.Option(help="a stage, or pipeline; default: by the file's name")] = None,
-    launcher: opt.LauncherOpt = None, num_processes: opt.ProcessesOpt = None, num_machines: opt.MachinesOpt = None,
+    launcher: opt.LauncherOpt = None,
+    num_processes: opt.ProcessesOpt = None,
+    num_machines: opt.MachinesOpt = None,
     gpu_memory: Annotated[str | None, typer.Option(help="of one GPU, e.g. 80G; default: this machine's")] = None,
     response_tokens: Annotated[
         int | None, typer.Option(min=1, help="ppo: mean length of responses; default: of what the policy learnt to say")
     ] = None,
-    quiet: opt.QuietOpt = False, as_json: opt.JsonOpt = False,
-) -> None:  # fmt: skip
+    quiet: opt.QuietOpt = False,
+    as_json: opt.JsonOpt = False,
+) -> None:
     """Before a long run: batch, data, template, models that belong together, tokens, and memory of each process.
 
     Takes a stage's file or a pipeline's. Trains and writes nothing. Exit code 1 if something fails or does not fit.
@@ -130,10 +148,12 @@ def check(
 
 @app.command()
 def bench(
-    config: opt.ConfigArg, overrides: opt.OverridesArg = None,
+    config: opt.ConfigArg,
+    overrides: opt.OverridesArg = None,
     steps: Annotated[int, typer.Option(min=1, help="steps that are measured, after one to warm up")] = 3,
-    quiet: opt.QuietOpt = False, as_json: opt.JsonOpt = False,
-) -> None:  # fmt: skip
+    quiet: opt.QuietOpt = False,
+    as_json: opt.JsonOpt = False,
+) -> None:
     """Measure PPO on this machine, phase by phase, beside what the machine could do. Takes a ppo file."""
     from rlhf.config.load import load
     from rlhf.config.schema import PPOConfig
@@ -197,9 +217,14 @@ def generate(
     from rlhf.stages.generate import generate as run_generate
 
     run_generate(
-        model, prompts, output, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed,
+        model,
+        prompts,
+        output,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
         console=console(quiet, False),
-    )  # fmt: skip
+    )
 
 
 @app.command()

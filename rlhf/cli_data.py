@@ -12,11 +12,12 @@ from rlhf.cli_console import console
 from rlhf.config.arguments import ConfigArg, JsonOpt, OverridesArg, QuietOpt
 
 data = typer.Typer(
-    name="data", no_args_is_help=True,
+    name="data",
+    no_args_is_help=True,
     help="Make data: the embedded world's, and labels out of the votes of rules, functions and annotators.\n\n"
     "  rlhf data annotators\n\n"
     "  rlhf data weak configs/demo/experiments/weak.yaml output=labelled.jsonl",
-)  # fmt: skip
+)
 FolderOpt = Annotated[
     Path | None, typer.Option(help="folder to write, data/NAME by default; files of the same names are replaced")
 ]

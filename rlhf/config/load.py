@@ -115,10 +115,12 @@ def wiring(stage: str, pipeline: PipelineConfig) -> dict[str, Any]:
         "reward": {"model.path": "sft"},
         "ppo": {"policy.path": "sft", "reward_model.path": "reward"},
         "evaluate": {
-            "models.base.path": "pretrain", "models.sft.path": "sft", "models.ppo.path": "ppo",
+            "models.base.path": "pretrain",
+            "models.sft.path": "sft",
+            "models.ppo.path": "ppo",
             "reward_model.path": "reward",
         },
-    }  # fmt: skip
+    }
     for key, source in links.get(stage, {}).items():
         path = made(source)
         if path is not None:
@@ -282,9 +284,11 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:
         if isinstance(current, list):
             if not part.isdigit() or int(part) >= len(current):
                 raise ConfigError(
-                    f"'{key}': '{'.'.join(parts[:i])}' is a list of {len(current)}", found=part, where=COMMAND_LINE,
+                    f"'{key}': '{'.'.join(parts[:i])}' is a list of {len(current)}",
+                    found=part,
+                    where=COMMAND_LINE,
                     do="use an index",
-                )  # fmt: skip
+                )
             current = current[int(part)]
         else:
             if not isinstance(current.get(part), dict | list):

@@ -117,8 +117,10 @@ class PPO(Section):
         if self.rollout_size % parts:
             raise ConfigError(
                 f"a rollout of {self.rollout_size} is not {self.minibatches} minibatches x {processes} processes x a "
-                "whole number", where="ppo.rollout_size", do=f"choose a multiple of {parts}",
-            )  # fmt: skip
+                "whole number",
+                where="ppo.rollout_size",
+                do=f"choose a multiple of {parts}",
+            )
 
 
 class KL(Section):

@@ -134,9 +134,17 @@ class Source(Section):
     name: str | None = Field(None, description="subset of a hub id")
     revision: str | None = Field(None, description="commit of a hub id; required, so that runs can be repeated")
     format: Literal[
-        "auto", "text", "messages", "prompt-completion", "preference", "implicit-preference", "prompt", "alpaca",
-        "sharegpt", "transcript",
-    ] = Field("auto", description="record format; auto recognises it from the columns and says so")  # fmt: skip
+        "auto",
+        "text",
+        "messages",
+        "prompt-completion",
+        "preference",
+        "implicit-preference",
+        "prompt",
+        "alpaca",
+        "sharegpt",
+        "transcript",
+    ] = Field("auto", description="record format; auto recognises it from the columns and says so")
     columns: dict[str, str] = Field(default_factory=dict, description="our column name -> the file's column name")
     weight: Positive = Field(1.0, description="share of this source in the mixture, relative to the others")
     limit: Count | None = Field(None, description="use only the first N records after shuffling")
@@ -202,17 +210,19 @@ def split_batch(batch: int, microbatch: int, processes: int, where: str) -> int:
     if batch % processes:
         near = sorted({max(1, batch // processes) * processes, (batch // processes + 1) * processes})
         raise ConfigError(
-            f"batch_size {batch} cannot be shared equally by {processes} processes", where=f"{where}.batch_size",
+            f"batch_size {batch} cannot be shared equally by {processes} processes",
+            where=f"{where}.batch_size",
             do=f"nearest: {', '.join(map(str, near))}",
-        )  # fmt: skip
+        )
     share = batch // processes
     size = min(microbatch, share)
     if share % size:
         divisors = [d for d in range(1, share + 1) if share % d == 0]
         raise ConfigError(
             f"{share} sequences per process and update are not whole microbatches of {size}",
-            where=f"{where}.microbatch_size", do=f"choose one of {', '.join(map(str, divisors))}",
-        )  # fmt: skip
+            where=f"{where}.microbatch_size",
+            do=f"choose one of {', '.join(map(str, divisors))}",
+        )
     return share // size
 
 

@@ -61,9 +61,14 @@ def fit(
 
 
 def fit_pair(
-    chosen: Rendered, rejected: Rendered, max_length: int, too_long: TooLong, report: LengthReport | None = None,
-    *, where: str = "",
-) -> tuple[Rendered, Rendered] | None:  # fmt: skip
+    chosen: Rendered,
+    rejected: Rendered,
+    max_length: int,
+    too_long: TooLong,
+    report: LengthReport | None = None,
+    *,
+    where: str = "",
+) -> tuple[Rendered, Rendered] | None:
     """As `fit` for the two sides of a comparison: both or neither; a pair that truncation makes equal is dropped."""
     fitted = _fit((chosen, rejected), max_length, too_long, report or LengthReport(), where)
     return (fitted[0], fitted[1]) if fitted else None
@@ -80,9 +85,11 @@ def _fit(
     report.too_long += 1
     if too_long == "error":
         raise DataError(
-            f"longer than max_length {max_length}", found=f"{longest} tokens", where=where,
+            f"longer than max_length {max_length}",
+            found=f"{longest} tokens",
+            where=where,
             do="raise data.max_length, or set data.too_long=drop or truncate",
-        )  # fmt: skip
+        )
     cut = tuple(Rendered(side.ids[:max_length], side.mask[:max_length]) for side in sides)
     alike = len(cut) > 1 and cut[0].ids == cut[1].ids
     if too_long == "drop" or alike or not all(any(side.mask) for side in cut):

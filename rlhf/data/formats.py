@@ -82,9 +82,11 @@ def recognise(columns: Iterable[str], kind: str, where: str = "") -> str:
         return best[0]
     if best:
         raise DataError(
-            f"several formats fit: {', '.join(best)}", found=f"columns {_listed(names)}", where=where,
+            f"several formats fit: {', '.join(best)}",
+            found=f"columns {_listed(names)}",
+            where=where,
             do=f"set format: to one of them (kind: {kind})",
-        )  # fmt: skip
+        )
     raise _no_fit(names, kind, where)
 
 
@@ -99,9 +101,11 @@ def check_format(name: str, columns: Iterable[str], kind: str, where: str = "") 
     missing = [column for column in known[name] if column not in names]
     if missing:
         raise DataError(
-            f"format '{name}' needs the column(s) {', '.join(missing)}", found=f"columns {_listed(names)}", where=where,
+            f"format '{name}' needs the column(s) {', '.join(missing)}",
+            found=f"columns {_listed(names)}",
+            where=where,
             do=f"name the file's columns, e.g. columns: {{{missing[0]}: THEIR_NAME}}",
-        )  # fmt: skip
+        )
     return name
 
 
@@ -122,9 +126,11 @@ def _no_fit(names: set[str], kind: str, where: str) -> DataError:
     known = "; ".join(f"{name} ({', '.join(need)})" for name, need in FORMATS[kind].items())
     ours = next(iter(FORMATS[kind].values()))[0]
     return DataError(
-        f"no format of the kind '{kind}' fits", found=f"columns {_listed(names)}", where=where,
+        f"no format of the kind '{kind}' fits",
+        found=f"columns {_listed(names)}",
+        where=where,
         do=f"known: {known}. Name the file's columns, e.g. columns: {{{ours}: THEIR_NAME}}",
-    )  # fmt: skip
+    )
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -176,11 +182,15 @@ def _comparison(row: Row, format: str, where: str) -> Comparison:
     preference = _number(row.get("preference"))
     return check_comparison(
         Comparison(
-            prompt, chosen, rejected, where,
-            preference=1.0 if preference is None else preference, margin=_number(row.get("margin")),
+            prompt,
+            chosen,
+            rejected,
+            where,
+            preference=1.0 if preference is None else preference,
+            margin=_number(row.get("margin")),
             extra={name: value for name, value in row.items() if name not in _NOT_EXTRA},
         )
-    )  # fmt: skip
+    )
 
 
 def _shared_prompt(row: Row, format: str, where: str) -> tuple[Messages, str, str]:
@@ -192,9 +202,11 @@ def _shared_prompt(row: Row, format: str, where: str) -> tuple[Messages, str, st
             raise BadRow(f"empty {name}", f"{name} is empty", where=where)
         if isinstance(value, str) and not is_transcript(value):
             raise BadRow(
-                "no prompt", f"'{name}' is plain text and there is no prompt", where=where,
+                "no prompt",
+                f"'{name}' is plain text and there is no prompt",
+                where=where,
                 do=f"name the prompt column, e.g. columns: {{prompt: THEIR_NAME}}; otherwise {DROP}",
-            )  # fmt: skip
+            )
         turns = read_transcript(value, where) if isinstance(value, str) else read_turns(value, name, where)
         if len(turns) < 2 or turns[-1]["role"] != "assistant":
             raise BadRow("role order", f"'{name}' must be a prompt and then an assistant turn", where=where)
@@ -229,9 +241,10 @@ _TALKERS: dict[str, Callable[[Row, str], Messages]] = {
     "transcript": lambda row, where: read_transcript(_get(row, "transcript", where), where),
     "prompt-completion": _prompt_completion,
     "alpaca": lambda row, where: [
-        *_instruction(row, where), {"role": "assistant", "content": _get(row, "output", where)}
+        *_instruction(row, where),
+        {"role": "assistant", "content": _get(row, "output", where)},
     ],
-}  # fmt: skip
+}
 
 
 def _prompt(row: Row, where: str, *, transcript: bool = False) -> Messages:
@@ -245,9 +258,11 @@ def _prompt(row: Row, where: str, *, transcript: bool = False) -> Messages:
         return messages[:-1] if open_turn else messages
     if is_transcript(text):
         raise BadRow(
-            "transcript in prompt", "the prompt is a Human/Assistant transcript", where=where,
+            "transcript in prompt",
+            "the prompt is a Human/Assistant transcript",
+            where=where,
             do=f"set format: transcript (or map it: columns: {{transcript: prompt}}); otherwise {DROP}",
-        )  # fmt: skip
+        )
     return [{"role": "user", "content": text}]
 
 

@@ -125,9 +125,11 @@ def check_string(value: Any, name: str, where: str, *, empty: str) -> str:
         value.encode("utf-8")
     except UnicodeEncodeError as exc:
         raise BadRow(
-            "broken unicode", f"{name} holds half of a surrogate pair at character {exc.start}",
-            found=ascii(value[max(0, exc.start - 10) : exc.end + 10]), where=where,
-        ) from None  # fmt: skip
+            "broken unicode",
+            f"{name} holds half of a surrogate pair at character {exc.start}",
+            found=ascii(value[max(0, exc.start - 10) : exc.end + 10]),
+            where=where,
+        ) from None
     return value
 
 
@@ -150,9 +152,11 @@ def check_turns(messages: Messages, where: str, *, last: str) -> None:
     expected = ["user", "assistant"] * len(spoken)
     if not spoken or spoken != expected[: len(spoken)] or spoken[-1] != last:
         raise BadRow(
-            "role order", f"turns must be [system,] user, assistant, user, ... and end with {last}",
-            found=" ".join(roles[:8]) + (" ..." if len(roles) > 8 else ""), where=where,
-        )  # fmt: skip
+            "role order",
+            f"turns must be [system,] user, assistant, user, ... and end with {last}",
+            found=" ".join(roles[:8]) + (" ..." if len(roles) > 8 else ""),
+            where=where,
+        )
 
 
 def check_text(record: Text) -> Text:
@@ -187,9 +191,11 @@ def check_comparison(record: Comparison) -> Comparison:
         raise BadRow("margin is not a number", "margin must be a finite number", found=_short(margin), where=where)
     if record.chosen.strip() == record.rejected.strip() and p != 0.5:
         raise BadRow(
-            "identical responses", "'chosen' and 'rejected' are identical", where=where,
+            "identical responses",
+            "'chosen' and 'rejected' are identical",
+            where=where,
             do=f"a tie is written as preference 0.5; otherwise {DROP}",
-        )  # fmt: skip
+        )
     return record
 
 

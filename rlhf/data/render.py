@@ -152,31 +152,41 @@ def probe(tokenizer: Any) -> Layout:
             tokenizer, [turns[0], turns[1] | {"content": f" {said[1]} "}], prompt=False
         )
     except Exception as exc:  # Jinja's own errors, and whatever a template raises
-        raise ConfigError("the chat template fails on user/assistant turns", found=str(exc), where="chat template",
-                          do=_FIX_TEMPLATE) from None  # fmt: skip
+        raise ConfigError(
+            "the chat template fails on user/assistant turns", found=str(exc), where="chat template", do=_FIX_TEMPLATE
+        ) from None
     _refuse_clock(tokenizer, turns)
     opening, found, tail = full[0][len(prompts[0]) :].partition(said[1])
     if not full[0].startswith(prompts[0]) or not found or opening.strip():
         raise ConfigError(
             "the chat template renders a finished assistant turn otherwise than generation prompt + response",
-            found=repr(full[0][-80:]), where="chat template", do=_FIX_TEMPLATE,
-        )  # fmt: skip
+            found=repr(full[0][-80:]),
+            where="chat template",
+            do=_FIX_TEMPLATE,
+        )
     closing, end_id, notes = _closing(tokenizer, tail)
     for before, k, after in ((prompts[0], 1, prompts[1]), (prompts[1], 3, full[1]), (prompts[1], 3, prompts[2])):
         if not after.startswith(before + opening + said[k] + closing):
             raise ConfigError(
                 "the chat template is not prefix-stable: a later turn changes how an earlier one is rendered",
-                found=repr(after[:120]), where="chat template", do=_FIX_TEMPLATE,
-            )  # fmt: skip
+                found=repr(after[:120]),
+                where="chat template",
+                do=_FIX_TEMPLATE,
+            )
     written = bool(prompts[0]) and _encode(tokenizer, prompts[0])[:1] == [tokenizer.bos_token_id]
     supplied = _supplies_bos(tokenizer)
     if supplied and not written:
         notes.append(f"the chat template writes no {tokenizer.bos_token}; it is put first, as the tokenizer does")
     return Layout(
-        opening, closing, tail[len(closing) :], trims, end_id,
+        opening,
+        closing,
+        tail[len(closing) :],
+        trims,
+        end_id,
         bos_id=tokenizer.bos_token_id if written or supplied else None,
-        prepend_bos=supplied and not written, notes=tuple(notes),
-    )  # fmt: skip
+        prepend_bos=supplied and not written,
+        notes=tuple(notes),
+    )
 
 
 def _refuse_clock(tokenizer: Any, turns: Messages) -> None:
@@ -188,8 +198,9 @@ def _refuse_clock(tokenizer: Any, turns: Messages) -> None:
         if "\x02clock\x03" in text:
             raise ConfigError(
                 "the chat template inserts today's date, so the same record gives other tokens tomorrow",
-                where="chat template", do="write a fixed date in place of strftime_now(...) in tokenizer.chat_template",
-            )  # fmt: skip
+                where="chat template",
+                do="write a fixed date in place of strftime_now(...) in tokenizer.chat_template",
+            )
 
 
 def _closing(tokenizer: Any, tail: str) -> tuple[str, int, list[str]]:
@@ -206,14 +217,17 @@ def _closing(tokenizer: Any, tail: str) -> tuple[str, int, list[str]]:
         return tail[: end.end()], end_id, notes
     if tail.strip():
         raise ConfigError(
-            "the chat template closes an assistant turn with text that is no special token", found=repr(tail[:40]),
-            where="chat template", do=f"tokenizer.add_tokens([...], special_tokens=True) it, or {_FIX_TEMPLATE}",
-        )  # fmt: skip
+            "the chat template closes an assistant turn with text that is no special token",
+            found=repr(tail[:40]),
+            where="chat template",
+            do=f"tokenizer.add_tokens([...], special_tokens=True) it, or {_FIX_TEMPLATE}",
+        )
     if eos is None:
         raise ConfigError(
             "nothing ends a response: the chat template writes no end token and the tokenizer has no eos token",
-            where="tokenizer", do="set tokenizer.eos_token",
-        )  # fmt: skip
+            where="tokenizer",
+            do="set tokenizer.eos_token",
+        )
     return "", eos, [f"the chat template closes no turn: {tokenizer.eos_token} (id {eos}) is put after every response"]
 
 
@@ -308,9 +322,12 @@ class Renderer:
             text = self._prompt_text(turns[:k], where)
             if not text.startswith(done):
                 raise BadRow(
-                    "template changes earlier turns", "the chat template renders earlier turns otherwise than before",
-                    found=repr(text[:80]), where=where, do=f"remove the row, or {_FIX_TEMPLATE}",
-                )  # fmt: skip
+                    "template changes earlier turns",
+                    "the chat template renders earlier turns otherwise than before",
+                    found=repr(text[:80]),
+                    where=where,
+                    do=f"remove the row, or {_FIX_TEMPLATE}",
+                )
             before = _encode(self.tokenizer, text[len(done) :])
             said = turns[k]["content"] if k < len(turns) else None
             after = [] if said is None else [*_encode(self.tokenizer, said), self.end_id]

@@ -112,9 +112,10 @@ def split(records: Sequence[Record], fraction: float, seed: int) -> tuple[tuple[
     groups = _groups(records)
     if len(groups) < 2:
         raise DataError(
-            f"{len(records)} records form {len(groups)} group(s) of one prompt and cannot be split", where="split",
+            f"{len(records)} records form {len(groups)} group(s) of one prompt and cannot be split",
+            where="split",
             do="name a file under data.validation, or set data.validation_fraction=0",
-        )  # fmt: skip
+        )
     ordered = sorted(groups, key=lambda key: hashlib.sha256(f"{seed}\0{key}".encode()).digest())
     target, taken = max(1, round(fraction * len(records))), set[int]()
     for key in ordered:

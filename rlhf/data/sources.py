@@ -133,9 +133,11 @@ def read_rows(source: Source) -> tuple[list[tuple[int, Any]], set[str], str]:
     for ours, theirs in source.columns.items():
         if theirs not in raw:
             raise DataError(
-                f"columns: {ours}: {theirs} names a column that is not there", where=source.path,
-                found=f"columns {', '.join(sorted(raw))}", do=_near(theirs, raw) or "use one of these",
-            )  # fmt: skip
+                f"columns: {ours}: {theirs} names a column that is not there",
+                where=source.path,
+                found=f"columns {', '.join(sorted(raw))}",
+                do=_near(theirs, raw) or "use one of these",
+            )
     columns = {name for _, row in rows if isinstance(row, Mapping) for name, value in row.items() if value is not None}
     return rows, columns, table.said
 
@@ -223,9 +225,11 @@ def _decode(raw: bytes, where: str) -> str:
     except UnicodeDecodeError as exc:
         row = raw.count(b"\n", 0, exc.start) + 1
         raise DataError(
-            f"invalid UTF-8 at byte {exc.start}", found=f"0x{raw[exc.start]:02x}", where=f"{where} row {row}",
+            f"invalid UTF-8 at byte {exc.start}",
+            found=f"0x{raw[exc.start]:02x}",
+            where=f"{where} row {row}",
             do="save the file as UTF-8, e.g. iconv -f latin1 -t utf-8",
-        ) from None  # fmt: skip
+        ) from None
 
 
 def _json_lines(text: str, where: str) -> list[tuple[int, Any]]:
@@ -325,16 +329,18 @@ def _read_hub(source: Source) -> _Table:
     if source.revision is None:
         raise DataError(
             "not a file or folder here, and a hub data set needs a revision, so that the run can be repeated",
-            where=source.path, do="set revision: to a commit of the data set, or correct the path",
-        )  # fmt: skip
+            where=source.path,
+            do="set revision: to a commit of the data set, or correct the path",
+        )
     import datasets
 
     try:
         data = datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
     except Exception as exc:
         raise DataError(
-            "the hub data set cannot be loaded", found=f"{type(exc).__name__}: {str(exc)[:300]}",
+            "the hub data set cannot be loaded",
+            found=f"{type(exc).__name__}: {str(exc)[:300]}",
             where=f"{source.path} (split {source.split}, name {source.name}, revision {source.revision})",
             do="check id, split, name, revision and network, or save it with datasets.save_to_disk and name the folder",
-        ) from None  # fmt: skip
+        ) from None
     return _Table(list(enumerate(map(dict, data), 1)))

@@ -25,9 +25,15 @@ Function = Callable[[Row], Any]
 SIDES = ("chosen", "rejected")
 _MIRROR = {"chosen": "rejected", "rejected": "chosen", None: None}
 _PAIR_VOTES: dict[Any, str | None] = {
-    "chosen": "chosen", "1": "chosen", "1.0": "chosen", "rejected": "rejected", "0": "rejected", "0.0": "rejected",
-    "tie": None, "0.5": None,
-}  # fmt: skip
+    "chosen": "chosen",
+    "1": "chosen",
+    "1.0": "chosen",
+    "rejected": "rejected",
+    "0": "rejected",
+    "0.0": "rejected",
+    "tie": None,
+    "0.5": None,
+}
 _LABEL = {"comparison": "preference", "labelled": "label"}
 
 
@@ -112,10 +118,16 @@ def _format(config: WeakConfig, columns: set[str]) -> tuple[str, str]:
     data, auto, label = config.data, config.data.format == "auto", _LABEL[config.kind]
     named = {name for source in config.sources for name in (source.votes, source.column, config.gold) if name}
     missing = [
-        str(DataError(f"there is no column '{name}'", found=f"columns {', '.join(sorted(columns))}", where=data.path,
-                      do="name one that is there"))
+        str(
+            DataError(
+                f"there is no column '{name}'",
+                found=f"columns {', '.join(sorted(columns))}",
+                where=data.path,
+                do="name one that is there",
+            )
+        )
         for name in sorted(named - columns)
-    ]  # fmt: skip
+    ]
     problem = collect(DataError, missing)
     if problem:
         raise problem
@@ -211,9 +223,11 @@ class _Reader:
             value = self.functions[function](dict(shown))
         except Exception as error:
             raise DataError(
-                f"the labelling function '{name}' failed", found=f"{type(error).__name__}: {error}", where=where,
+                f"the labelling function '{name}' failed",
+                found=f"{type(error).__name__}: {error}",
+                where=where,
                 do="return a vote, or None to abstain, for every record",
-            ) from error  # fmt: skip
+            ) from error
         return self.read(value, name, where)
 
     def notes(self) -> list[str]:
@@ -260,9 +274,11 @@ def _table(config: WeakConfig, items: Sequence[Item], reader: _Reader, notes: li
         labels = tuple(sorted(cast | {source.vote for source in config.sources if source.vote}))
     if len(labels) < 2:
         raise ConfigError(
-            "two classes are needed at least", found=", ".join(labels) or "no vote", where="labels",
+            "two classes are needed at least",
+            found=", ".join(labels) or "no vote",
+            where="labels",
             do="check the votes, or name the classes in labels",
-        )  # fmt: skip
+        )
     index: dict[str | None, int] = {None: -1} | {label: i for i, label in enumerate(labels)}
     votes = [[index[item.votes.get(name)] for name in names] for item in items]
     gold = [index.get(item.gold, -1) for item in items]

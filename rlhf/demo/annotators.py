@@ -23,8 +23,10 @@ def generate_annotators(out_dir: Path, seed: int = 0, scale: float = 1.0) -> dic
         name_ = f"annotators:{name}"
         # Of equal replies neither is better; a few more are drawn for those.
         maker.sizes[name_] = max(20, round(1.5 * size * scale))
-        drawn = [(prompt, a, b, maker.judge(a, ask.task) - maker.judge(b, ask.task))
-                 for prompt, ask, a, b in maker._pairs(name_, seen)]  # fmt: skip
+        drawn = [
+            (prompt, a, b, maker.judge(a, ask.task) - maker.judge(b, ask.task))
+            for prompt, ask, a, b in maker._pairs(name_, seen)
+        ]
         decided = [pair for pair in drawn if pair[3]][: max(10, round(size * scale))]
         files[name] = [
             {"prompt": prompt, "chosen": a, "rejected": b, "preference": float(gap > 0)}

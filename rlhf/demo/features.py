@@ -28,12 +28,24 @@ REPLIES = {"traits": 6000, "traits_valid": 300}
 DRAWS = 5  # training sets of the task
 TASK = {f"train_{n}": 96 for n in range(1, DRAWS + 1)} | {"valid": 300, "test": 500, "ood": 500}
 STYLE = Style(
-    right=0.62, wrong=0.20, evasive=0.12, polite=(0.30, 0.12, 0.05), rude=0.30, ramble=(0.22, 0.10, 0.05),
-    repeat=0.20, cut=0.15, bare=0.10,
-)  # fmt: skip
+    right=0.62,
+    wrong=0.20,
+    evasive=0.12,
+    polite=(0.30, 0.12, 0.05),
+    rude=0.30,
+    ramble=(0.22, 0.10, 0.05),
+    repeat=0.20,
+    cut=0.15,
+    bare=0.10,
+)
 STOCK = (
-    *phrases.OPENINGS, *phrases.CLOSINGS, *phrases.RUDE_FRONT, *phrases.RUDE_BACK, *phrases.EVASIVE, *phrases.FILLER
-)  # fmt: skip
+    *phrases.OPENINGS,
+    *phrases.CLOSINGS,
+    *phrases.RUDE_FRONT,
+    *phrases.RUDE_BACK,
+    *phrases.EVASIVE,
+    *phrases.FILLER,
+)
 
 
 def traits(reply: str, task: Task) -> list[str]:

@@ -30,9 +30,17 @@ class Answer:
 
 @torch.no_grad()
 def answer(
-    model: Any, prompts: Sequence[list[int]], renderer: Renderer, settings: Sampling, *, seed: int, draw: int = 0,
-    reference: Any = None, reward_model: Any = None, numbers: Sequence[int] | None = None,
-) -> list[Answer]:  # fmt: skip
+    model: Any,
+    prompts: Sequence[list[int]],
+    renderer: Renderer,
+    settings: Sampling,
+    *,
+    seed: int,
+    draw: int = 0,
+    reference: Any = None,
+    reward_model: Any = None,
+    numbers: Sequence[int] | None = None,
+) -> list[Answer]:
     """Draw one response for each prompt and measure it.
 
     Args:
@@ -46,9 +54,16 @@ def answer(
     device = next(model.parameters()).device
     numbered = list(zip(range(len(prompts)) if numbers is None else numbers, prompts, strict=True))
     rollout = sample(
-        model, numbered, settings, seed=seed, step=draw, end_id=renderer.end_id, pad_id=renderer.pad_id, device=device,
+        model,
+        numbered,
+        settings,
+        seed=seed,
+        step=draw,
+        end_id=renderer.end_id,
+        pad_id=renderer.pad_id,
+        device=device,
         decode=renderer.tokenizer.decode,
-    )  # fmt: skip
+    )
     kl = None
     if reference is not None:
         kl = torch.zeros(len(rollout)) if reference is model else _log_ratio(reference, rollout, settings)

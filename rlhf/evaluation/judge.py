@@ -44,7 +44,9 @@ def demo_rule_broken(prompt: Messages, response: str, record: Mapping[str, Any],
 def _task(record: Mapping[str, Any]) -> Any:
     if "task" not in record:
         raise DataError(
-            "the demo's judge needs the column 'task'", found=f"columns {', '.join(record)}", where="judge",
+            "the demo's judge needs the column 'task'",
+            found=f"columns {', '.join(record)}",
+            where="judge",
             do="judge prompts of data/demo/eval with it, and others with a function of your own",
-        )  # fmt: skip
+        )
     return record["task"]

@@ -56,9 +56,14 @@ def majority_vote(votes: Tensor, *, classes: int) -> Tensor:
 
 
 def dawid_skene(
-    votes: Tensor, *, classes: int, symmetric: bool = False, smoothing: float = 1.0, tolerance: float = 1e-9,
+    votes: Tensor,
+    *,
+    classes: int,
+    symmetric: bool = False,
+    smoothing: float = 1.0,
+    tolerance: float = 1e-9,
     max_iterations: int = 1000,
-) -> LabelModel:  # fmt: skip
+) -> LabelModel:
     """Classes and the confusion matrix of every source, together, by expectation-maximisation.
 
         E   q_rn      ~ pi_n prod_{s votes on r} theta_s[n, v_rs]

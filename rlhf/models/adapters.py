@@ -17,8 +17,12 @@ REFERENCE = "reference"
 Task = Literal["CAUSAL_LM", "SEQ_CLS"]
 METHODS = {"LORA": "lora", "IA3": "ia3", "PROMPT_TUNING": "prompt"}  # PEFT's names and ours
 SAVED_AS = {
-    "r": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora", "prompt_tokens": "num_virtual_tokens",
-}  # fmt: skip
+    "r": "r",
+    "alpha": "lora_alpha",
+    "rslora": "use_rslora",
+    "dora": "use_dora",
+    "prompt_tokens": "num_virtual_tokens",
+}
 """What PEFT calls the settings that give an adapter its shape, in adapter_config.json."""
 
 
@@ -80,13 +84,17 @@ def adapter_config(model: Any, peft: Peft, task: Task) -> Any:
         )
     if peft.method == "ia3":
         layers, feedforward = ia3_targets(model, peft)
-        return IA3Config(
-            task_type=task, target_modules=layers, feedforward_modules=feedforward, modules_to_save=head
-        )  # fmt: skip
+        return IA3Config(task_type=task, target_modules=layers, feedforward_modules=feedforward, modules_to_save=head)
     return LoraConfig(
-        r=peft.r, lora_alpha=peft.alpha, lora_dropout=peft.dropout, target_modules=lora_targets(model, peft),
-        use_rslora=peft.rslora, use_dora=peft.dora, task_type=task, modules_to_save=head,
-    )  # fmt: skip
+        r=peft.r,
+        lora_alpha=peft.alpha,
+        lora_dropout=peft.dropout,
+        target_modules=lora_targets(model, peft),
+        use_rslora=peft.rslora,
+        use_dora=peft.dora,
+        task_type=task,
+        modules_to_save=head,
+    )
 
 
 def continued_config(peft: Peft, folder: str, task: Task) -> Any:
@@ -161,7 +169,7 @@ def check_same_shape(peft: Peft, folder: str) -> None:
             found=", ".join(f"peft.{name}={value}" for name, (value, _) in wrong.items()),
             where=", ".join(f"peft.{name}" for name in wrong),
             do=f"{fit}peft.method=none to fold it into its base and train all weights",
-        )  # fmt: skip
+        )
 
 
 def _saved(folder: str) -> dict[str, Any]:
@@ -226,6 +234,7 @@ def worn(model: Any) -> str | None:
 def adapter_parameters(model: Any, adapter: str) -> dict[str, Any]:
     """Named parameters of one adapter of a PeftModel."""
     return {
-        name: p for name, p in model.named_parameters()
+        name: p
+        for name, p in model.named_parameters()
         if f".{adapter}." in f"{name}." and (is_adapter_weight(name) or "modules_to_save" in name)
-    }  # fmt: skip
+    }

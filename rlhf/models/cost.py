@@ -50,9 +50,13 @@ class Shape:
         embedded = {id(p) for p in trunk.get_input_embeddings().parameters()} | foreign
         first = next(trunk.parameters())
         return cls(
-            sum(p.numel() for p in trunk.parameters() if id(p) not in embedded), config.num_hidden_layers,
-            config.hidden_size, config.vocab_size, sum(p.numel() for p in own if p.requires_grad), first.element_size(),
-        )  # fmt: skip
+            sum(p.numel() for p in trunk.parameters() if id(p) not in embedded),
+            config.num_hidden_layers,
+            config.hidden_size,
+            config.vocab_size,
+            sum(p.numel() for p in own if p.requires_grad),
+            first.element_size(),
+        )
 
     def forward(self, tokens: float, context: float, logits: float = 0.0) -> float:
         """Operations of a forward pass.

@@ -87,9 +87,11 @@ def make_accelerator(*, unused: bool = False) -> Any:
         backend = {"backend": "gloo"} if use_cpu() else {}
         handlers.append(InitProcessGroupKwargs(**backend, timeout=timedelta(seconds=timeout_seconds())))
     accelerator = Accelerator(
-        cpu=use_cpu() and not under_deepspeed(), kwargs_handlers=handlers, step_scheduler_with_optimizer=False,
+        cpu=use_cpu() and not under_deepspeed(),
+        kwargs_handlers=handlers,
+        step_scheduler_with_optimizer=False,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # ours; the files of configs/ say 'auto'
-    )  # fmt: skip
+    )
     check_accelerator(accelerator)
     return accelerator
 
@@ -121,9 +123,11 @@ def check_accelerator(accelerator: Any) -> None:
     check_world(accelerator.num_processes)
     if under_deepspeed() and accelerator.distributed_type.value != "DEEPSPEED":
         raise TrainingError(
-            "DeepSpeed was asked for, and something else would run", found=str(accelerator.distributed_type.value),
-            where="ACCELERATE_USE_DEEPSPEED", do="unset ACCELERATE_USE_CPU: it turns DeepSpeed off",
-        )  # fmt: skip
+            "DeepSpeed was asked for, and something else would run",
+            found=str(accelerator.distributed_type.value),
+            where="ACCELERATE_USE_DEEPSPEED",
+            do="unset ACCELERATE_USE_CPU: it turns DeepSpeed off",
+        )
 
 
 def set_batch(accelerator: Any, microbatch_size: int, max_grad_norm: float) -> None:
@@ -131,9 +135,10 @@ def set_batch(accelerator: Any, microbatch_size: int, max_grad_norm: float) -> N
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     if plugin is not None:
         plugin.deepspeed_config |= {
-            "train_micro_batch_size_per_gpu": microbatch_size, "gradient_accumulation_steps": 1,
+            "train_micro_batch_size_per_gpu": microbatch_size,
+            "gradient_accumulation_steps": 1,
             "gradient_clipping": max_grad_norm,
-        }  # fmt: skip
+        }
 
 
 def trainer_arguments(precision: str) -> dict[str, Any]:

@@ -116,9 +116,11 @@ def _matching(pattern: str, of: Layout, where: str) -> set[str]:
     if not matching:
         near = difflib.get_close_matches(pattern.removeprefix("re:").strip("*"), of.places, n=3, cutoff=0.0)
         raise ConfigError(
-            "no weight has a name like this", found=pattern, where=f"{where}.names",
+            "no weight has a name like this",
+            found=pattern,
+            where=f"{where}.names",
             do=f"nearest: {', '.join(near)}",
-        )  # fmt: skip
+        )
     return matching
 
 
@@ -126,9 +128,11 @@ def need_blocks(of: Layout, where: str) -> None:
     """Raises: ConfigError for a model whose blocks are not to be found."""
     if not of.blocks:
         raise ConfigError(
-            "the model's blocks are not to be found", found="no list of as many modules as it has layers", where=where,
+            "the model's blocks are not to be found",
+            found="no list of as many modules as it has layers",
+            where=where,
             do="select by parts or names",
-        )  # fmt: skip
+        )
 
 
 def _numbered(selection: Selection, of: Layout, where: str) -> set[int]:
@@ -164,9 +168,11 @@ def _range(item: str, count: int, where: str) -> set[int]:
         ends = [int(match[1]), int(match[2] if match[2] is not None else match[1])]
         if not all(-count <= end < count for end in ends):
             raise ConfigError(
-                f"the model has blocks 0 to {count - 1}", found=item, where=where,
+                f"the model has blocks 0 to {count - 1}",
+                found=item,
+                where=where,
                 do=f"give numbers from 0 to {count - 1}, or -{count} to -1 from the end",
-            )  # fmt: skip
+            )
         low, high = (end % count for end in ends)
         found = set(range(low, high + 1))
     if not found:

@@ -35,9 +35,10 @@ def check_launch(stage: str) -> None:
     launched, meeting = "ACCELERATE_MIXED_PRECISION" in os.environ, "MASTER_ADDR" in os.environ
     if launched and meeting and "WORLD_SIZE" not in os.environ:
         raise TrainingError(
-            "accelerate was asked for several processes and started one", where="accelerate launch",
+            "accelerate was asked for several processes and started one",
+            where="accelerate launch",
             do="use configs/accelerate/ddp.yaml (for a CPU too); for one process, unset MASTER_ADDR",
-        )  # fmt: skip
+        )
     if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
         check_fsdp(stage)
     if under_deepspeed():
@@ -52,8 +53,9 @@ def check_fsdp(stage: str) -> None:
     if use_cpu():
         raise ConfigError(
             "FSDP on a CPU would silently become plain data parallel, or train each process apart",
-            where="--launcher fsdp2", do="use --launcher zero3 (which shards on a CPU too), or a machine with GPUs",
-        )  # fmt: skip
+            where="--launcher fsdp2",
+            do="use --launcher zero3 (which shards on a CPU too), or a machine with GPUs",
+        )
     if stage == "ppo":
         raise ConfigError(
             "PPO does not sample from weights that FSDP has sharded",
@@ -73,9 +75,11 @@ def check_no_secrets(*folders: Path) -> None:
             found = secrets(line.partition("=")[0].strip() for line in lines)
             if found:
                 raise ConfigError(
-                    "a file of DeepSpeed holds what looks like credentials", found=", ".join(found), where=str(path),
+                    "a file of DeepSpeed holds what looks like credentials",
+                    found=", ".join(found),
+                    where=str(path),
                     do="delete it: the launchers here do not need it",
-                )  # fmt: skip
+                )
 
 
 def check_world(processes: int) -> None:
@@ -87,9 +91,11 @@ def check_world(processes: int) -> None:
         wanted = os.environ.get(variable)
         if wanted is not None and int(wanted) != processes:
             raise TrainingError(
-                "the launcher did not start the processes it was asked for", found=f"{processes} instead of {wanted}",
-                where=variable, do="use a file of configs/accelerate with 'accelerate launch --config_file'",
-            )  # fmt: skip
+                "the launcher did not start the processes it was asked for",
+                found=f"{processes} instead of {wanted}",
+                where=variable,
+                do="use a file of configs/accelerate with 'accelerate launch --config_file'",
+            )
 
 
 def rank() -> int:

@@ -95,9 +95,13 @@ def load_pretrained(auto_class: Any, source: ModelSource, folder: str, **options
         options["attn_implementation"] = source.attention
     try:
         return auto_class.from_pretrained(
-            folder, revision=source.revision, trust_remote_code=source.trust_remote_code, dtype=dtype_of(source),
-            use_safetensors=True, **options,
-        )  # fmt: skip
+            folder,
+            revision=source.revision,
+            trust_remote_code=source.trust_remote_code,
+            dtype=dtype_of(source),
+            use_safetensors=True,
+            **options,
+        )
     except Exception as error:
         kind = type(error).__name__
         if isinstance(error, OSError | ValueError | RuntimeError | KeyError | ImportError) or kind == "SafetensorError":
@@ -122,10 +126,12 @@ def load_causal(source: ModelSource, *, vocab_size: int | None = None) -> Any:
 
         if method_of(folder) == "prompt":
             raise CheckpointError(
-                "a soft prompt has no weights to fold into the model", found="peft.method=prompt", where=folder,
+                "a soft prompt has no weights to fold into the model",
+                found="peft.method=prompt",
+                where=folder,
                 do="'rlhf generate', 'rlhf chat' and 'rlhf evaluate' read it as it is; train with peft.method=lora or "
                 "ia3 for a model that other stages start from",
-            )  # fmt: skip
+            )
         model = load_adapter(source, folder, AutoModelForCausalLM, trainable=False).merge_and_unload()
     else:
         model = load_pretrained(AutoModelForCausalLM, source, folder)

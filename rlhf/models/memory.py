@@ -60,9 +60,12 @@ class Sharding:
         if kind != "DEEPSPEED":
             return cls(processes)
         return cls(
-            processes, int(deep.get("zero_stage", 2)), True, deep.get("offload_optimizer_device", "none") != "none",
+            processes,
+            int(deep.get("zero_stage", 2)),
+            True,
+            deep.get("offload_optimizer_device", "none") != "none",
             deep.get("offload_param_device", "none") != "none",
-        )  # fmt: skip
+        )
 
     def share(self, bytes: float, stage: int) -> float:
         """Of something that is spread from a ZeRO stage on: what one process holds."""
@@ -86,9 +89,11 @@ class Weights:
     def __add__(self, other: Weights) -> Weights:
         """Both together; the wider numbers count for both, so that nothing is counted too small."""
         return Weights(
-            self.trained + other.trained, self.frozen + other.frozen, max(self.trained_bytes, other.trained_bytes),
+            self.trained + other.trained,
+            self.frozen + other.frozen,
+            max(self.trained_bytes, other.trained_bytes),
             max(self.frozen_bytes if self.frozen else 0, other.frozen_bytes if other.frozen else 0) or 4,
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True)

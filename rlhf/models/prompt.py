@@ -42,9 +42,14 @@ class SoftPrompt(nn.Module):
         self.context = None if whole is None else whole - prompt.shape[1]
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past_key_values: Any = None,
-        logits_to_keep: int = 0, **options: Any,
-    ) -> Any:  # fmt: skip
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        past_key_values: Any = None,
+        logits_to_keep: int = 0,
+        **options: Any,
+    ) -> Any:
         size, number = len(input_ids), self.prompt.shape[1]
         embeddings = self.base.get_input_embeddings()(input_ids)
         positions = position_ids + number
@@ -56,8 +61,11 @@ class SoftPrompt(nn.Module):
         output = self.base(
             inputs_embeds=embeddings,
             attention_mask=torch.cat([attention_mask.new_ones(size, number), attention_mask], dim=1),
-            position_ids=positions, past_key_values=past_key_values, logits_to_keep=logits_to_keep, **options,
-        )  # fmt: skip
+            position_ids=positions,
+            past_key_values=past_key_values,
+            logits_to_keep=logits_to_keep,
+            **options,
+        )
         if first and not logits_to_keep:
             output.logits = output.logits[:, number:]
         return output

@@ -98,9 +98,11 @@ def put_on(policy: Any, source: ModelSource, name: str, *, trainable: bool = Fal
         tensor, ours = weights.pop(key), own.get(key)
         if ours is None or ours.shape != tensor.shape or not torch.equal(ours.cpu().to(tensor.dtype), tensor):
             raise CheckpointError(
-                "the adapter brings weights that differ from the policy's base", found=key, where=folder,
+                "the adapter brings weights that differ from the policy's base",
+                found=key,
+                where=folder,
                 do="set roles=separate",
-            )  # fmt: skip
+            )
     policy.add_adapter(name, config)
     set_peft_model_state_dict(policy, weights, adapter_name=name)
     return _scorer(policy, name, head, trainable)

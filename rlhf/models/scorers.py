@@ -162,9 +162,11 @@ def adapted_classifier(source: ModelSource, folder: str, role: str, do: str, *, 
     weights = [tensor for name, tensor in saved_head(folder) if name.endswith("score.weight")]
     if not weights:
         raise CheckpointError(
-            f"not a {role}: the adapter has no score head", found="an adapter without 'score.weight'", where=folder,
+            f"not a {role}: the adapter has no score head",
+            found="an adapter without 'score.weight'",
+            where=folder,
             do=do,
-        )  # fmt: skip
+        )
     base = base_source(source, folder)
     model = load_pretrained(
         AutoModelForSequenceClassification, base, resolve(base), num_labels=int(weights[0].shape[0])
@@ -209,9 +211,11 @@ def _continue_adapter(model: Any, config: Any, folder: str) -> Any:
     result = set_peft_model_state_dict(wrapped, weights)
     if result.unexpected_keys:
         raise CheckpointError(
-            "the adapter has weights that a scorer has no place for", found=result.unexpected_keys[0],
-            where=folder, do="train the adapter on the trunk only (peft.target_modules)",
-        )  # fmt: skip
+            "the adapter has weights that a scorer has no place for",
+            found=result.unexpected_keys[0],
+            where=folder,
+            do="train the adapter on the trunk only (peft.target_modules)",
+        )
     return wrapped
 
 

@@ -103,6 +103,8 @@ def _ending(layers: Iterable[str], ends: Iterable[str]) -> list[str]:
 def _nothing(model: Any, layers: dict[str, tuple[int, int]], wanted: str) -> ConfigError:
     names = sorted({_end(name) for name in layers})
     return ConfigError(
-        f"{type(model).__name__} has no linear layer that is {wanted!r}", found=", ".join(names) or "no linear layer",
-        where="peft.target_modules", do="name some of those that were found, as peft.target_modules=[…]",
-    )  # fmt: skip
+        f"{type(model).__name__} has no linear layer that is {wanted!r}",
+        found=", ".join(names) or "no linear layer",
+        where="peft.target_modules",
+        do="name some of those that were found, as peft.target_modules=[…]",
+    )

@@ -148,8 +148,9 @@ def set_adam_state(
     fused = any(group.get("fused") for group in adam.param_groups)
     place = parameter.device if fused else torch.device("cpu")
     adam.state[parameter] = {
-        "step": values["step"].to(place, torch.float32), **{k: values[k].to(parameter) for k in MOMENTS}
-    }  # fmt: skip
+        "step": values["step"].to(place, torch.float32),
+        **{k: values[k].to(parameter) for k in MOMENTS},
+    }
 
 
 def _set_flat(parameter: nn.Parameter, values: Mapping[str, Tensor], optimizer: Any, flat: Tensor) -> None:

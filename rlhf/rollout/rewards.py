@@ -86,14 +86,18 @@ class FunctionReward:
                 value = float(self.function(prompt.messages, text, prompt.record))
             except Exception as error:  # whatever the user's code raises
                 raise TrainingError(
-                    "the reward function failed", found=f"{type(error).__name__}: {error}", where=self.name,
+                    "the reward function failed",
+                    found=f"{type(error).__name__}: {error}",
+                    where=self.name,
                     do=f"it got the prompt of {prompt.where} and the response {text[:80]!r}",
-                ) from error  # fmt: skip
+                ) from error
             if not math.isfinite(value):
                 raise TrainingError(
-                    "the reward function returned no finite number", found=str(value), where=self.name,
+                    "the reward function returned no finite number",
+                    found=str(value),
+                    where=self.name,
                     do=f"it got the prompt of {prompt.where} and the response {text[:80]!r}",
-                )  # fmt: skip
+                )
             found.append(value)
         return torch.tensor(found, dtype=torch.float32, device=part.response_ids.device)
 

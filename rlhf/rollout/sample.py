@@ -20,9 +20,17 @@ KEPT = 0.75  # share of the rows below which finished ones are dropped, and of t
 
 @torch.no_grad()
 def sample(
-    model: Any, prompts: Sequence[tuple[int, list[int]]], settings: Sampling, *, seed: int, step: int, end_id: int,
-    pad_id: int, device: torch.device, decode: Decode | None = None,
-) -> Rollout:  # fmt: skip
+    model: Any,
+    prompts: Sequence[tuple[int, list[int]]],
+    settings: Sampling,
+    *,
+    seed: int,
+    step: int,
+    end_id: int,
+    pad_id: int,
+    device: torch.device,
+    decode: Decode | None = None,
+) -> Rollout:
     """Draw one response for each prompt.
 
     Randomness belongs to (seed, step, prompt index), so a response does not depend on its batch neighbours or on the
@@ -67,9 +75,16 @@ class _Drawn:
     """The responses so far, [B, R], and how each row goes on."""
 
     def __init__(
-        self, prompts: Sequence[tuple[int, list[int]]], settings: Sampling, seed: int, step: int, end_id: int,
-        pad_id: int, device: torch.device, decode: Decode | None,
-    ) -> None:  # fmt: skip
+        self,
+        prompts: Sequence[tuple[int, list[int]]],
+        settings: Sampling,
+        seed: int,
+        step: int,
+        end_id: int,
+        pad_id: int,
+        device: torch.device,
+        decode: Decode | None,
+    ) -> None:
         self.settings, self.end_id, self.decode = settings, end_id, decode
         size, longest = len(prompts), settings.max_new_tokens
         self.index = torch.tensor([index for index, _ in prompts], dtype=torch.long, device=device)
@@ -122,9 +137,15 @@ class _Drawn:
             self.support if self.support is not None else self.ids.new_zeros(*self.ids.shape, 0, dtype=torch.uint8)
         )
         return Rollout(
-            prompt_ids, prompt_mask, self.ids[:, :used], mask, self.finished, self.index, self.logprobs[:, :used],
+            prompt_ids,
+            prompt_mask,
+            self.ids[:, :used],
+            mask,
+            self.finished,
+            self.index,
+            self.logprobs[:, :used],
             support[:, :used],
-        )  # fmt: skip
+        )
 
 
 def pick(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -57,9 +57,13 @@ def read_policy(
     real, width = rollout.response_mask, rollout.response_ids.shape[1]
     if not can_pack(policy):
         output = policy(
-            input_ids=rollout.ids, attention_mask=rollout.mask.long(), position_ids=position_ids(rollout.mask),
-            use_cache=False, logits_to_keep=width + 1, output_hidden_states=states,
-        )  # fmt: skip
+            input_ids=rollout.ids,
+            attention_mask=rollout.mask.long(),
+            position_ids=position_ids(rollout.mask),
+            use_cache=False,
+            logits_to_keep=width + 1,
+            output_hidden_states=states,
+        )
         hidden = output.hidden_states[-1][:, -width - 1 : -1] if states else None
         return _finish(rollout, *_numbers(output.logits[:, :-1][real], rollout, temperature, entropy), hidden)
     packing = pack(rollout.ids, rollout.mask)
@@ -79,9 +83,7 @@ def read_policy(
 Numbers = tuple[Tensor, Tensor | None]  # log-probs and entropies of the real response tokens, [n] nats
 
 
-def _numbers(
-    logits: Tensor, rollout: Rollout, temperature: float, entropy: bool, part: slice = slice(None)
-) -> Numbers:  # fmt: skip
+def _numbers(logits: Tensor, rollout: Rollout, temperature: float, entropy: bool, part: slice = slice(None)) -> Numbers:
     """Of logits [n, V] that predict the real response tokens, or a part of them."""
     real = rollout.response_mask
     if rollout.support.shape[-1]:
@@ -94,9 +96,7 @@ def _numbers(
         return logprobs, token_entropy(logits.detach() / temperature)
 
 
-def _in_chunks(
-    head: Any, states: Tensor, rollout: Rollout, temperature: float, entropy: bool, size: int
-) -> Numbers:  # fmt: skip
+def _in_chunks(head: Any, states: Tensor, rollout: Rollout, temperature: float, entropy: bool, size: int) -> Numbers:
     """`_numbers` from the states [n, H] before the output layer: logits of no more than `size` tokens exist at once.
 
     The backward pass computes them a second time (2 H V more operations a token).
@@ -152,9 +152,14 @@ class Spread(NamedTuple):
 
 @torch.no_grad()
 def measure(
-    rollout: Rollout, *, read: Callable[[Rollout], tuple[Tensor, Any, Tensor]], reference: Asked, rewards: Asked,
-    microbatch: int, packed: bool,
-) -> Measured:  # fmt: skip
+    rollout: Rollout,
+    *,
+    read: Callable[[Rollout], tuple[Tensor, Any, Tensor]],
+    reference: Asked,
+    rewards: Asked,
+    microbatch: int,
+    packed: bool,
+) -> Measured:
     """What policy, reference, value model and rewards say about a rollout; rows do not depend on each other.
 
     They are asked one after the other, each about all rows, so that no two of the frozen ones need be there at a time.

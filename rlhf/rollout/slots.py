@@ -147,9 +147,13 @@ class Slots:
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         output = self.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True,
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
             logits_to_keep=1,
-        )  # fmt: skip
+        )
         logits: Tensor = output.logits[:, -1]
         return logits
 
@@ -181,9 +185,13 @@ class Batches:
 
     def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         output = self.model(
-            input_ids=ids, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache,
-            use_cache=True, logits_to_keep=1,
-        )  # fmt: skip
+            input_ids=ids,
+            attention_mask=self.mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         self.cache = output.past_key_values
         logits: Tensor = output.logits[:, -1]
         return logits

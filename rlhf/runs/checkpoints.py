@@ -95,9 +95,11 @@ def _wrong(path: Path, facts: dict[str, Any]) -> str:
 
 def _other_schema(folder: Path, schema: Any) -> CheckpointError:
     return CheckpointError(
-        "the checkpoint has another layout than this version reads", found=f"schema {schema}, not {SCHEMA}",
-        where=str(folder), do="go on with the version of rlhf that wrote it, or delete the checkpoints to start over",
-    )  # fmt: skip
+        "the checkpoint has another layout than this version reads",
+        found=f"schema {schema}, not {SCHEMA}",
+        where=str(folder),
+        do="go on with the version of rlhf that wrote it, or delete the checkpoints to start over",
+    )
 
 
 def refuse_old(path: Path) -> None:
@@ -229,8 +231,9 @@ def _full(folder: Path, needed: int, prefix: str) -> CheckpointError:
     return CheckpointError(
         "no room for a checkpoint",
         found=f"{free_bytes(folder) / 2**20:.1f} MiB free, {needed / 2**20:.1f} MiB needed; {before}",
-        where=str(folder), do=f"free {needed / 2**20:.1f} MiB and start the same command again: it continues",
-    )  # fmt: skip
+        where=str(folder),
+        do=f"free {needed / 2**20:.1f} MiB and start the same command again: it continues",
+    )
 
 
 def size_of(folder: Path) -> int:

@@ -36,9 +36,11 @@ def compare(folders: Sequence[Path], console: Console, *, output: Path | None) -
     references = sorted({evaluation.reference for evaluation in found})
     if len(references) > 1:
         raise ConfigError(
-            "win rates against different models cannot be compared", found=f"references {', '.join(references)}",
-            where="command line", do="give evaluations with one reference",
-        )  # fmt: skip
+            "win rates against different models cannot be compared",
+            found=f"references {', '.join(references)}",
+            where="command line",
+            do="give evaluations with one reference",
+        )
     tables = summaries(found)
     for (split, model), (header, rows) in tables.items():
         console.table(f"{split}: {model} against {references[0]}", header, rows)
@@ -53,9 +55,10 @@ def _read(folder: Path) -> Evaluation:
     path = folder / "results.json" if (folder / "results.json").is_file() or not inside else inside[-1]
     if not path.is_file():
         raise ConfigError(
-            "no finished evaluation here", where=str(folder), do="give the run directory of an evaluate stage, or of a "
-            "pipeline that has one",
-        )  # fmt: skip
+            "no finished evaluation here",
+            where=str(folder),
+            do="give the run directory of an evaluate stage, or of a pipeline that has one",
+        )
     results = read_json(path)
     return Evaluation(str(folder), results["reference"], tuple(results["models"]))
 

@@ -100,9 +100,15 @@ class Bar:
         c = self.console
         if c.main and not c.quiet and not c.as_json and c._rich.is_terminal:
             self._progress = Progress(
-                TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
-                TextColumn("eta"), TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"), console=c._rich,
-            )  # fmt: skip
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("eta"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                console=c._rich,
+            )
             self._progress.start()
             self._task = self._progress.add_task(self.label, total=self.total, numbers="")
         return self

@@ -85,6 +85,8 @@ def verify(ours: dict[str, Any], theirs: Handover | None, *, where: str, role: s
     ]
     if differences:
         raise CheckpointError(
-            f"{role} was trained with other text-to-token settings", found="; ".join(differences), where=where,
+            f"{role} was trained with other text-to-token settings",
+            found="; ".join(differences),
+            where=where,
             do="use models of the same pipeline, or retrain it from this SFT model",
-        )  # fmt: skip
+        )

@@ -80,9 +80,11 @@ def _held(folder: Path, holder: str) -> ConfigError:
     except (ValueError, KeyError, TypeError):
         found = "a process that has not yet said its name"
     return ConfigError(
-        "another process is writing into the output folder", found=found, where=f"output_dir {folder}",
+        "another process is writing into the output folder",
+        found=found,
+        where=f"output_dir {folder}",
         do="wait for it to end, or choose another output_dir",
-    )  # fmt: skip
+    )
 
 
 def _now() -> str:

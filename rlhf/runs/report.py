@@ -62,10 +62,18 @@ def _models(rows: Sequence[Mapping[str, Any]], reference: str) -> str:
     for r in rows:
         win = f"{100 * r['win']:.1f} % [{100 * r['low']:.1f}, {100 * r['high']:.1f}]" if "win" in r else "–"
         cells.append(
-            [html.escape(r["split"]), html.escape(r["model"]), win, _number(r.get("utility")), _number(r["kl"]),
-             _number(r["length"], 1), f"{100 * r['ended']:.0f} %", _number(r.get("perplexity")),
-             *(_number(r["measures"][m], 3) for m in measures)]
-        )  # fmt: skip
+            [
+                html.escape(r["split"]),
+                html.escape(r["model"]),
+                win,
+                _number(r.get("utility")),
+                _number(r["kl"]),
+                _number(r["length"], 1),
+                f"{100 * r['ended']:.0f} %",
+                _number(r.get("perplexity")),
+                *(_number(r["measures"][m], 3) for m in measures),
+            ]
+        )
     win = f"win rate vs {reference} [95 %]"
     header = ["split", "model", win, "utility", "KL (nats)", "tokens", "ended", "perplexity"]
     return table([*header, *map(html.escape, measures)], cells)
@@ -76,8 +84,12 @@ def _number(value: float | None, digits: int = 2) -> str:
 
 
 def _reward(row: Mapping[str, Any]) -> str:
-    names = {"accuracy": "reward model", "ceiling": "ceiling: the judge itself on the same noisy labels",
-             "tfidf": "tf-idf Bradley-Terry", "longer_wins": "longer wins"}  # fmt: skip
+    names = {
+        "accuracy": "reward model",
+        "ceiling": "ceiling: the judge itself on the same noisy labels",
+        "tfidf": "tf-idf Bradley-Terry",
+        "longer_wins": "longer wins",
+    }
     cells = []
     for key, words in names.items():
         if key in row:

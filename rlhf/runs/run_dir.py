@@ -123,23 +123,29 @@ class RunDir:
             return "new"
         if not (self.path / RUN_FILE).is_file():
             raise ConfigError(
-                "the output folder holds files that are no run", where=f"output_dir {self.path}",
-                found=", ".join(sorted(p.name for p in self.path.iterdir())[:5]), do="choose another output_dir",
-            )  # fmt: skip
+                "the output folder holds files that are no run",
+                where=f"output_dir {self.path}",
+                found=", ".join(sorted(p.name for p in self.path.iterdir())[:5]),
+                do="choose another output_dir",
+            )
         info = read_json(self.path / RUN_FILE)
         saved = self._saved_config()
         same = saved.is_file() and yaml.safe_load(saved.read_text(encoding="utf-8")) == plain(config)
         if info.get("stage") != stage or not same:
             raise ConfigError(
-                "the output folder already holds another run", found=f"{info.get('stage')}, {info.get('status')}",
-                where=f"output_dir {self.path}", do="choose another output_dir, or delete that folder",
-            )  # fmt: skip
+                "the output folder already holds another run",
+                found=f"{info.get('stage')}, {info.get('status')}",
+                where=f"output_dir {self.path}",
+                do="choose another output_dir, or delete that folder",
+            )
         changed = sorted(path for path, mark in inputs.items() if info.get("inputs", {}).get(path, mark) != mark)
         if changed:
             raise ConfigError(
-                "the output folder holds a run on inputs that have changed since", found=", ".join(changed),
-                where=f"output_dir {self.path}", do="choose another output_dir, or delete that folder",
-            )  # fmt: skip
+                "the output folder holds a run on inputs that have changed since",
+                found=", ".join(changed),
+                where=f"output_dir {self.path}",
+                do="choose another output_dir, or delete that folder",
+            )
         self.info = info
         if info.get("status") == "finished":
             return "finished"
@@ -159,14 +165,22 @@ class RunDir:
         existing = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
         if not os.access(existing, os.W_OK | os.X_OK):
             raise ConfigError(
-                "the output folder cannot be written to", found=f"{existing} is read-only for this process",
-                where=f"output_dir {self.path}", do="change its permissions, or choose another output_dir",
-            )  # fmt: skip
+                "the output folder cannot be written to",
+                found=f"{existing} is read-only for this process",
+                where=f"output_dir {self.path}",
+                do="change its permissions, or choose another output_dir",
+            )
 
     def start(
-        self, stage: str, config: BaseModel, *, seed: int, processes: int, versions: dict[str, str],
+        self,
+        stage: str,
+        config: BaseModel,
+        *,
+        seed: int,
+        processes: int,
+        versions: dict[str, str],
         inputs: Mapping[str, str],
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Create the folder (or take over an interrupted one), lock it, and write run.json and config.yaml.
 
         Raises: ConfigError if another process writes into the folder, or has done so since it was checked.
@@ -179,19 +193,31 @@ class RunDir:
         known = read_json(self.path / RUN_FILE).get("id") if (self.path / RUN_FILE).is_file() else None
         if known != self.info.get("id"):
             raise ConfigError(
-                "another process has begun to write into the output folder", where=f"output_dir {self.path}",
+                "another process has begun to write into the output folder",
+                where=f"output_dir {self.path}",
                 do="start again: the folder is then looked at anew",
-            )  # fmt: skip
+            )
         new = self.path / f"{CONFIG_FILE}.new"
         if not (self.path / CONFIG_FILE).is_file():
             write_text(new, yaml.safe_dump(plain(config), sort_keys=False))
         attempts = int(self.info.get("attempts", 0)) + 1
         self.info = {
-            "id": uuid.uuid4().hex, "stage": stage, "status": "running", "rlhf": __version__, "versions": versions,
-            "commit": _commit(), "python": platform.python_version(), "seed": seed, "processes": processes,
-            "attempts": attempts, "started": _now(), "inputs": dict(inputs), "data": {}, "timings_s": {},
+            "id": uuid.uuid4().hex,
+            "stage": stage,
+            "status": "running",
+            "rlhf": __version__,
+            "versions": versions,
+            "commit": _commit(),
+            "python": platform.python_version(),
+            "seed": seed,
+            "processes": processes,
+            "attempts": attempts,
+            "started": _now(),
+            "inputs": dict(inputs),
+            "data": {},
+            "timings_s": {},
             "locked": locked,
-        }  # fmt: skip
+        }
         self.save()
         if new.is_file():
             os.replace(new, self.path / CONFIG_FILE)
@@ -278,9 +304,12 @@ def _now() -> str:
 def _commit() -> str | None:
     try:
         out = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5,
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=5,
             check=False,
-        )  # fmt: skip
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return out.stdout.strip() or None

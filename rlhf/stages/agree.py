@@ -94,9 +94,11 @@ def compare(
             views.append(json.loads(store.get(f"{other}")))
         except RuntimeError as error:  # of several kinds, by what is missing
             raise TrainingError(
-                f"rank {other} has not come", found=str(error).split("\n")[0][:200], where=where,
+                f"rank {other} has not come",
+                found=str(error).split("\n")[0][:200],
+                where=where,
                 do="look at what it says on its machine; the same command has to be started on all of them",
-            ) from None  # fmt: skip
+            ) from None
     wrong = _difference(views, where)
     if wrong is None:
         return
@@ -129,9 +131,11 @@ def _difference(views: list[Any], where: str) -> RLHFError | None:
     if folder.keys() == differing.keys():
         return CheckpointError("the processes do not see the same run", found=found, where=where, do=SHARE)
     return ConfigError(
-        "the processes were not started alike", found=found, where=where,
+        "the processes were not started alike",
+        found=found,
+        where=where,
         do="start the same command, with the same files, on every machine",
-    )  # fmt: skip
+    )
 
 
 def _flat(prefix: str, value: Any) -> list[tuple[str, str]]:

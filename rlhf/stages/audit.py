@@ -17,8 +17,12 @@ from rlhf.runs.console import Console
 from rlhf.stages import rendering
 
 KINDS: dict[str, Any] = {
-    "pretrain": "document", "sft": "demonstration", "reward": "comparison", "classify": "labelled", "ppo": "prompt",
-}  # fmt: skip
+    "pretrain": "document",
+    "sft": "demonstration",
+    "reward": "comparison",
+    "classify": "labelled",
+    "ppo": "prompt",
+}
 Sides = list[Rendered]
 
 
@@ -64,14 +68,17 @@ class Audit:
             ["dropped on reading", ", ".join(f"{n} {why}" for why, n in self.dropped.items()) or "none"],
             ["dropped on rendering", reasons(self.bad) or "none"],
             ["tokens: median, 95 %, longest", f"{median:.0f}, {high:.0f}, {max(self.lengths)} (limit {self.limit})"],
-            ["longer than the limit", f"{100 * share.too_long / max(share.total, 1):.1f} %: {share.truncated:,} "
-             f"truncated, {share.dropped:,} dropped"],
-        ]  # fmt: skip
+            [
+                "longer than the limit",
+                f"{100 * share.too_long / max(share.total, 1):.1f} %: {share.truncated:,} "
+                f"truncated, {share.dropped:,} dropped",
+            ],
+        ]
         if end_matters:
             rows += [
                 ["tokens that carry loss", f"{100 * loss / max(total, 1):.1f} % of {total:,}"],
                 ["end token present", f"{100 * self.ended / max(len(self.kept), 1):.1f} %"],
-            ]  # fmt: skip
+            ]
         console.table(f"Data: {self.what}", ["", ""], rows)
 
     @property
@@ -148,7 +155,7 @@ def _sides(stage: str, config: Any, renderer: Renderer) -> Callable[[Any], Sides
 
 def _count(
     found: Audit, records: Sequence[Any], sides: Callable[[Any], Sides], end_id: int, too_long: TooLong, on_bad_row: str
-) -> Audit:  # fmt: skip
+) -> Audit:
     for record in records:
         try:
             rows = sides(record)

@@ -47,9 +47,7 @@ def bench(config: PPOConfig, console: Console, *, steps: int) -> None:
 
     Raises: as `rlhf ppo`.
     """
-    config = config.model_copy(
-        update={"ppo": config.ppo.model_copy(update={"steps": steps + 1, "value_warmup": 0})}
-    )  # fmt: skip
+    config = config.model_copy(update={"ppo": config.ppo.model_copy(update={"steps": steps + 1, "value_warmup": 0})})
     ready = prepare(config, console)
     seen: list[tuple[Experience, Stats]] = []
     with console.progress("bench", steps + 1, "step") as bar:
@@ -59,9 +57,12 @@ def bench(config: PPOConfig, console: Console, *, steps: int) -> None:
             bar.update(step, {})
 
         trainer = ready.trainer(
-            config, watcher=Watcher(config.watch, None, console.note), report=report, checkpoint=lambda _: None,
+            config,
+            watcher=Watcher(config.watch, None, console.note),
+            report=report,
+            checkpoint=lambda _: None,
             restore=lambda _: False,
-        )  # fmt: skip
+        )
         memory = watch_memory(trainer)
         trainer.train()
     device = ready.accelerator.device
@@ -111,9 +112,15 @@ def decode_step(trainer: PPOTrainer, ready: Ready) -> float:
         chosen = settings.model_copy(update={"max_new_tokens": length, "min_new_tokens": length, "stop": ()})
         begun = time.perf_counter()
         sample(
-            policy, [(0, ready.prompts[0])], chosen, seed=1, step=0, end_id=trainer.end_id, pad_id=trainer.pad_id,
+            policy,
+            [(0, ready.prompts[0])],
+            chosen,
+            seed=1,
+            step=0,
+            end_id=trainer.end_id,
+            pad_id=trainer.pad_id,
             device=ready.accelerator.device,
-        )  # fmt: skip
+        )
         times.append(time.perf_counter() - begun)
     return max(0.0, (statistics.median(times[1::2]) - statistics.median(times[::2])) / 16)
 
@@ -148,9 +155,7 @@ def limits_of(
     )
 
 
-def sampling_limit(
-    config: PPOConfig, policy: Shape, e: Experience, machine: Machine, rate: float, tau: float
-) -> Limit:  # fmt: skip
+def sampling_limit(config: PPOConfig, policy: Shape, e: Experience, machine: Machine, rate: float, tau: float) -> Limit:
     """Prefill, then one step after the other: operations or weights, whichever takes longer."""
     prompts, lengths = e.prompt_mask.sum(dim=1), e.response_length
     operations = policy.forward(int(prompts.sum()), float(prompts.double().mean()) / 2, len(e))
@@ -191,21 +196,41 @@ def _show(
         taken, limit, floor, operations, tokens = (
             statistics.median(values)
             for values in (
-                [t[i] for t in times], [s[i].seconds for s in limits], [s[i].floor for s in limits],
-                [s[i].operations for s in limits], [s[i].tokens for s in limits],
+                [t[i] for t in times],
+                [s[i].seconds for s in limits],
+                [s[i].floor for s in limits],
+                [s[i].operations for s in limits],
+                [s[i].tokens for s in limits],
             )
-        )  # fmt: skip
+        )
         totals = [totals[0] + taken, totals[1] + limit, totals[2] + floor]
         rows.append(
-            [phase, f"{taken:.3f} s", f"{tokens / taken:,.0f}", f"{operations / taken / 1e9:.1f}", f"{limit:.3f} s",
-             f"{100 * limit / taken:.0f} %", f"{100 * floor / taken:.0f} %", limits[0][i].bound,
-             f"{memory[phase]:.2f} GiB"]
-        )  # fmt: skip
+            [
+                phase,
+                f"{taken:.3f} s",
+                f"{tokens / taken:,.0f}",
+                f"{operations / taken / 1e9:.1f}",
+                f"{limit:.3f} s",
+                f"{100 * limit / taken:.0f} %",
+                f"{100 * floor / taken:.0f} %",
+                limits[0][i].bound,
+                f"{memory[phase]:.2f} GiB",
+            ]
+        )
     taken, limit, floor = totals
     rows.append(
-        ["step", f"{taken:.3f} s", "", "", f"{limit:.3f} s", f"{100 * limit / taken:.0f} %",
-         f"{100 * floor / taken:.0f} %", "", f"{max(memory.values()):.2f} GiB"]
-    )  # fmt: skip
+        [
+            "step",
+            f"{taken:.3f} s",
+            "",
+            "",
+            f"{limit:.3f} s",
+            f"{100 * limit / taken:.0f} %",
+            f"{100 * floor / taken:.0f} %",
+            "",
+            f"{max(memory.values()):.2f} GiB",
+        ]
+    )
     header = [
         "phase",
         "time",

@@ -42,17 +42,28 @@ def run(config: ClassifyConfig, console: Console) -> RunResult:
     _check_shares(config, labels, target)
     weight = _weight(config, labels, target)
     model = new_classifier(
-        config.model, config.peft, outputs=len(labels), pad_id=renderer.pad_id, vocab_size=len(tokenizer),
+        config.model,
+        config.peft,
+        outputs=len(labels),
+        pad_id=renderer.pad_id,
+        vocab_size=len(tokenizer),
         seed=config.seed,
-    )  # fmt: skip
+    )
     model.config.id2label, model.config.label2id = dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}
     model.config.problem_type = "multi_label_classification" if config.several else "single_label_classification"
     check_context(config.data.max_length, context_length(model), "data.max_length")
     program = plan(model, config, rows=len(rows), evaluate=bool(held_out), console=console)
     probed = probe(
-        config, config.data, config.model, renderer, console, kind="labelled", evaluate=bool(held_out), scorer=True,
+        config,
+        config.data,
+        config.model,
+        renderer,
+        console,
+        kind="labelled",
+        evaluate=bool(held_out),
+        scorer=True,
         render=render,
-    )  # fmt: skip
+    )
     start(directory, "classify", config)
     directory.note(data=prints)
     from rlhf.trainers.classify import Counts, build
@@ -66,14 +77,24 @@ def run(config: ClassifyConfig, console: Console) -> RunResult:
         return {"records": len(rows), **named}
 
     summary, final = fit(
-        "classify", directory, config.optim, config.seed, console, program=program, saving=config.saving,
+        "classify",
+        directory,
+        config.optim,
+        config.seed,
+        console,
+        program=program,
+        saving=config.saving,
         evaluate=bool(held_out),
         build=lambda args, report: build(
             model, tokenizer, rows, held_out, args, report, several=config.several, weight=weight
         ),
-        save=save, resume=state == "interrupted", what="records",
-        shown=("loss", "eval_loss", "gap", "eval_label_accuracy"), evaluations=config.evaluations, probed=probed,
-    )  # fmt: skip
+        save=save,
+        resume=state == "interrupted",
+        what="records",
+        shown=("loss", "eval_loss", "gap", "eval_label_accuracy"),
+        evaluations=config.evaluations,
+        probed=probed,
+    )
     if final:
         names = ("eval_loss", "eval_label_accuracy", "eval_macro_f1")
         summary |= {name: final[name] for name in names} | {"baseline_accuracy": guess(target, held_out, config)}
@@ -93,16 +114,20 @@ def label_names(config: ClassifyConfig, train: Sequence[Labelled], validation: S
     fewest = 1 if config.several else 2
     if len(labels) < fewest:
         raise ConfigError(
-            f"a classifier needs {fewest} labels at least", found=", ".join(labels) or "none", where="labels",
+            f"a classifier needs {fewest} labels at least",
+            found=", ".join(labels) or "none",
+            where="labels",
             do="check the column 'label', or set several=true for one label that may hold or not",
-        )  # fmt: skip
+        )
     for record in (*train, *validation):
         other = sorted(set(record.labels) - set(labels))
         if other:
             raise DataError(
-                f"label '{other[0]}' is not one of the classifier's", found=f"labels {', '.join(labels)}",
-                where=record.where, do="name it in labels, or correct the row",
-            )  # fmt: skip
+                f"label '{other[0]}' is not one of the classifier's",
+                found=f"labels {', '.join(labels)}",
+                where=record.where,
+                do="name it in labels, or correct the row",
+            )
     return labels
 
 
@@ -116,14 +141,17 @@ def _check_shares(config: ClassifyConfig, labels: tuple[str, ...], target: torch
     always = [name for name, share in shares.items() if share >= 1]
     if missing:
         raise DataError(
-            f"no training record has the label '{missing[0]}'", found=f"{len(target)} records that were rendered",
-            where="data.train", do="add some, or drop the label",
-        )  # fmt: skip
+            f"no training record has the label '{missing[0]}'",
+            found=f"{len(target)} records that were rendered",
+            where="data.train",
+            do="add some, or drop the label",
+        )
     if always and config.class_weights == "balanced":
         raise DataError(
-            f"every training record has the label '{always[0]}'", where="data.train",
+            f"every training record has the label '{always[0]}'",
+            where="data.train",
             do="add records without it, drop the label, or set class_weights=equal",
-        )  # fmt: skip
+        )
 
 
 def _weight(config: ClassifyConfig, labels: tuple[str, ...], target: torch.Tensor) -> torch.Tensor | None:
@@ -131,9 +159,11 @@ def _weight(config: ClassifyConfig, labels: tuple[str, ...], target: torch.Tenso
         other = sorted(set(config.class_weights) ^ set(labels))
         if other:
             raise ConfigError(
-                "class_weights must name every label once", found=f"'{other[0]}' is in one of the two only",
-                where="class_weights", do=f"labels: {', '.join(labels)}",
-            )  # fmt: skip
+                "class_weights must name every label once",
+                found=f"'{other[0]}' is in one of the two only",
+                where="class_weights",
+                do=f"labels: {', '.join(labels)}",
+            )
         return torch.tensor([config.class_weights[name] for name in labels])
     if config.class_weights == "equal":
         return None

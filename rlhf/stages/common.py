@@ -180,9 +180,10 @@ def check_context(length: int, context: int | None, where: str) -> None:
     """
     if context is not None and length > context:
         raise ConfigError(
-            f"sequences of {length} tokens do not fit the model's context of {context}", where=where,
+            f"sequences of {length} tokens do not fit the model's context of {context}",
+            where=where,
             do=f"lower it to at most {context}",
-        )  # fmt: skip
+        )
 
 
 def say_model(model: Any, console: Console) -> None:

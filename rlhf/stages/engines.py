@@ -17,17 +17,21 @@ def check_deepspeed(config: PPOConfig) -> None:
         return
     if config.ptx.balance is not None:
         raise ConfigError(
-            "DeepSpeed keeps gradients where they cannot be compared", found=f"ptx.balance={config.ptx.balance}",
-            where="ptx.balance", do="set ptx.balance=null and choose ptx.coef, or launch without DeepSpeed",
-        )  # fmt: skip
+            "DeepSpeed keeps gradients where they cannot be compared",
+            found=f"ptx.balance={config.ptx.balance}",
+            where="ptx.balance",
+            do="set ptx.balance=null and choose ptx.coef, or launch without DeepSpeed",
+        )
     if config.ppo.target_kl is not None:
         raise ConfigError(
             "DeepSpeed cannot take back the gradients of an update that is not made",
-            found=f"ppo.target_kl={config.ppo.target_kl}", where="ppo.target_kl",
+            found=f"ppo.target_kl={config.ppo.target_kl}",
+            where="ppo.target_kl",
             do="set ppo.target_kl=null and fewer ppo.epochs, or launch without DeepSpeed",
-        )  # fmt: skip
+        )
     if config.ptx.data and config.ptx.batch_size % processes():
         raise ConfigError(
             f"{config.ptx.batch_size} documents cannot be shared equally by {processes()} processes",
-            where="ptx.batch_size", do="choose a multiple",
-        )  # fmt: skip
+            where="ptx.batch_size",
+            do="choose a multiple",
+        )

@@ -103,10 +103,13 @@ def _trainer(case: Case, model: Skeleton) -> Estimate:
     updates = []
     for active in model.phases:
         kept = memory.activations(pass_, active.kept, recompute=config.optim.activation_checkpointing)
-        updates.append(memory.with_runtime(
-            [*memory.states(model.weights, s, active.weights), data], [Part("activations", kept), *transient],
-            Runtime.of(case.gpu),
-        ))  # fmt: skip
+        updates.append(
+            memory.with_runtime(
+                [*memory.states(model.weights, s, active.weights), data],
+                [Part("activations", kept), *transient],
+                Runtime.of(case.gpu),
+            )
+        )
     return _worst({}, updates, case)
 
 
@@ -123,10 +126,11 @@ def _ppo(case: Case, config: PPOConfig, cast: Cast) -> Estimate:
     trained = _trained(cast)
     resting, asked = _resting(case, config, cast)
     standing = [
-        *_frozen(config, cast, case.gpu), *resting,
+        *_frozen(config, cast, case.gpu),
+        *resting,
         Part("records", memory.records(load.records, load.tokens), host=True),
         Part("rollout", _rollout(config, load, cast.policy.vocabulary)),
-    ]  # fmt: skip
+    ]
     if case.bfloat16 and not case.gpu:
         met = min(memory.COPIES, config.sampling.batch_size)
         whole = cast.policy.weights
@@ -144,11 +148,17 @@ def _ppo(case: Case, config: PPOConfig, cast: Cast) -> Estimate:
     tokens = min(micro * response, max(1, CHUNK // vocabulary))
     together = memory.gathered(trained, cast.policy.blocks, s, whole=True)
     alone = memory.gathered(cast.policy.weights, cast.policy.blocks, s, whole=True)
-    score = [Part("activations", max(p.fixed + p.block for p in passes)),
-             Part("output layer and loss", memory.logits(tokens, vocabulary, memory.LOSS)), together]  # fmt: skip
+    score = [
+        Part("activations", max(p.fixed + p.block for p in passes)),
+        Part("output layer and loss", memory.logits(tokens, vocabulary, memory.LOSS)),
+        together,
+    ]
     decoded = min(config.sampling.batch_size, max(1, config.ppo.rollout_size // s.processes))
-    sample = [Part("KV cache", _cache(cast.policy, decoded, load.longest + most, case.bfloat16)),
-              Part("output layer and loss", memory.logits(decoded, vocabulary, memory.DRAWN)), alone]  # fmt: skip
+    sample = [
+        Part("KV cache", _cache(cast.policy, decoded, load.longest + most, case.bfloat16)),
+        Part("output layer and loss", memory.logits(decoded, vocabulary, memory.DRAWN)),
+        alone,
+    ]
     # There are no gradients outside of updates.
     idle = [*(part for part in memory.states(trained, s) if part.name != "gradients"), *standing]
     updates = []

@@ -106,9 +106,16 @@ def _answer_all(
     world = processes()
     mine = range(rank(), len(ids), world)
     answers = answer(
-        model, [ids[i] for i in mine], bench.renderer, config.sampling, seed=config.seed, draw=draw,
-        reference=reference, reward_model=bench.reward_model, numbers=mine,
-    )  # fmt: skip
+        model,
+        [ids[i] for i in mine],
+        bench.renderer,
+        config.sampling,
+        seed=config.seed,
+        draw=draw,
+        reference=reference,
+        reward_model=bench.reward_model,
+        numbers=mine,
+    )
     if world == 1:
         return answers
     shares = everybody(answers, world)
@@ -152,11 +159,14 @@ def _table(config: EvaluateConfig, bench: Bench, answers: dict[str, dict[str, An
             drawn: list[Answer] = per_split[split]
             kls = [a.kl for a in drawn if a.kl is not None]
             row: Row = {
-                "split": split, "model": name, "prompts": len(drawn),
+                "split": split,
+                "model": name,
+                "prompts": len(drawn),
                 "kl": float(np.mean(kls)) if kls else best_of_n_kl(config.best_of),
                 "length": float(np.mean([a.length for a in drawn])),
-                "ended": float(np.mean([a.finished for a in drawn])), "perplexity": per_split.get("perplexity"),
-            }  # fmt: skip
+                "ended": float(np.mean([a.finished for a in drawn])),
+                "perplexity": per_split.get("perplexity"),
+            }
             if bench.reward_model is not None:
                 row["score"] = float(np.mean([a.score for a in drawn]))
             for measure, function in bench.measures.items():
@@ -197,9 +207,12 @@ def _reward_table(config: EvaluateConfig, bench: Bench) -> Row:
     right = wins(scores[0], scores[1])
     estimate = bootstrap(right, resamples=config.bootstrap, seed=config.seed)
     row: Row = {
-        "pairs": len(decided), "accuracy": estimate.mean, "low": estimate.low, "high": estimate.high,
+        "pairs": len(decided),
+        "accuracy": estimate.mean,
+        "low": estimate.low,
+        "high": estimate.high,
         "longer_wins": longer_wins(decided),
-    }  # fmt: skip
+    }
     if config.preferences_train:
         train = load_records("comparison", config.preferences_train, **options).records
         row["tfidf"] = tfidf_accuracy(train, decided)
@@ -256,9 +269,18 @@ def show(results: dict[str, Any], console: Console) -> None:
         win = f"{100 * r['win']:.1f} % [{100 * r['low']:.1f}, {100 * r['high']:.1f}]" if "win" in r else "-"
         text = f"{r['perplexity']:.2f}" if r.get("perplexity") else "-"
         rows.append(
-            [r["split"], r["model"], win, f"{r['utility']:.2f}" if "utility" in r else "-", f"{r['kl']:.2f}",
-             f"{r['length']:.1f}", f"{100 * r['ended']:.0f} %", text, *(f"{r['measures'][m]:.3f}" for m in measures)]
-        )  # fmt: skip
+            [
+                r["split"],
+                r["model"],
+                win,
+                f"{r['utility']:.2f}" if "utility" in r else "-",
+                f"{r['kl']:.2f}",
+                f"{r['length']:.1f}",
+                f"{100 * r['ended']:.0f} %",
+                text,
+                *(f"{r['measures'][m]:.3f}" for m in measures),
+            ]
+        )
     console.table("Models", [*header, *measures], rows)
     if "reward_model" in results:
         r = results["reward_model"]

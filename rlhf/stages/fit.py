@@ -24,11 +24,23 @@ from rlhf.trainers.tuned import follow
 
 
 def fit(
-    stage: str, directory: RunDir, optim: Optim, seed: int, console: Console, *, program: Program, saving: Saving,
-    evaluate: bool, build: Callable[[dict[str, Any], Report], Any], save: Callable[[Any, Path], dict[str, Any]],
-    resume: bool, what: str = "sequences", shown: tuple[str, ...] = ("loss", "eval_loss"), evaluations: int = 5,
+    stage: str,
+    directory: RunDir,
+    optim: Optim,
+    seed: int,
+    console: Console,
+    *,
+    program: Program,
+    saving: Saving,
+    evaluate: bool,
+    build: Callable[[dict[str, Any], Report], Any],
+    save: Callable[[Any, Path], dict[str, Any]],
+    resume: bool,
+    what: str = "sequences",
+    shown: tuple[str, ...] = ("loss", "eval_loss"),
+    evaluations: int = 5,
     probed: Probed | None = None,
-) -> tuple[dict[str, Any], dict[str, float]]:  # fmt: skip
+) -> tuple[dict[str, Any], dict[str, float]]:
     """Train, or go on from the newest checkpoint, and write the model.
 
     Args:
@@ -86,11 +98,25 @@ def save_trained(trainer: Any, folder: Path, stage: str, renderer: Renderer, tok
 
 
 def fit_lm(
-    stage: str, model: Any, tokenizer: Any, renderer: Renderer, directory: RunDir, optim: Optim, seed: int,
-    console: Console, *, program: Program, saving: Saving, records: int, evaluate: bool,
-    build: Callable[[dict[str, Any], Report], Any], resume: bool, evaluations: int = 5, probed: Probed | None = None,
+    stage: str,
+    model: Any,
+    tokenizer: Any,
+    renderer: Renderer,
+    directory: RunDir,
+    optim: Optim,
+    seed: int,
+    console: Console,
+    *,
+    program: Program,
+    saving: Saving,
+    records: int,
+    evaluate: bool,
+    build: Callable[[dict[str, Any], Report], Any],
+    resume: bool,
+    evaluations: int = 5,
+    probed: Probed | None = None,
     reply_tokens: float | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """`fit` for a language model, to the end of the run. Returns: the summary.
 
     Args:
@@ -103,10 +129,21 @@ def fit_lm(
         return {"records": records}
 
     summary, final = fit(
-        stage, directory, optim, seed, console, program=program, saving=saving, evaluate=evaluate, build=build,
-        save=save, resume=resume, shown=("loss", "eval_loss", "gap", "token_accuracy"), evaluations=evaluations,
+        stage,
+        directory,
+        optim,
+        seed,
+        console,
+        program=program,
+        saving=saving,
+        evaluate=evaluate,
+        build=build,
+        save=save,
+        resume=resume,
+        shown=("loss", "eval_loss", "gap", "token_accuracy"),
+        evaluations=evaluations,
         probed=probed,
-    )  # fmt: skip
+    )
     if final:
         summary["eval_loss"] = round(final["eval_loss"], 6)
         console.note(f"{stage}: validation loss {final['eval_loss']:.4f} nats per token")

@@ -42,10 +42,15 @@ class Options:
     def flags(self) -> list[str]:
         """As they are typed, for the command that resumes."""
         named = {
-            "launcher": self.launcher, "num-processes": self.processes, "num-machines": self.machines,
-            "machine-rank": self.machine_rank, "main-process-ip": self.ip, "main-process-port": self.port,
-            "max-restarts": self.max_restarts or None, "timeout": self.timeout,
-        }  # fmt: skip
+            "launcher": self.launcher,
+            "num-processes": self.processes,
+            "num-machines": self.machines,
+            "machine-rank": self.machine_rank,
+            "main-process-ip": self.ip,
+            "main-process-port": self.port,
+            "max-restarts": self.max_restarts or None,
+            "timeout": self.timeout,
+        }
         return [word for name, value in named.items() if value is not None for word in (f"--{name}", str(value))]
 
 
@@ -73,15 +78,33 @@ class Plan:
             seconds: how long machines wait for each other.
         """
         port = 0 if self.port is None else self.port + attempt
-        several = ["--num_machines", str(self.machines), "--machine_rank", str(self.machine_rank),
-                   "--main_process_ip", str(self.ip), "--rdzv_conf", f"timeout={max(seconds, MEETING)}"]  # fmt: skip
+        several = [
+            "--num_machines",
+            str(self.machines),
+            "--machine_rank",
+            str(self.machine_rank),
+            "--main_process_ip",
+            str(self.ip),
+            "--rdzv_conf",
+            f"timeout={max(seconds, MEETING)}",
+        ]
         if self.kind == "DEEPSPEED":
             several += ["--deepspeed_multinode_launcher", "standard"]  # the others write the environment to a file
         return [
-            sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(self.path),
-            "--num_processes", str(self.processes), *(several if self.machines > 1 else []),
-            "--main_process_port", str(port), "-m", "rlhf", *arguments,
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            str(self.path),
+            "--num_processes",
+            str(self.processes),
+            *(several if self.machines > 1 else []),
+            "--main_process_port",
+            str(port),
+            "-m",
+            "rlhf",
+            *arguments,
+        ]
 
 
 def accelerate_config(name: str) -> Path:
@@ -141,42 +164,53 @@ def _impossible(plan: Plan) -> Iterator[ConfigError]:
     kind, processes, machines = plan.kind, plan.processes, plan.machines
     if processes < 1 or machines < 1:
         yield ConfigError(
-            "expected one process and one machine at least", found=f"{processes} and {machines}",
+            "expected one process and one machine at least",
+            found=f"{processes} and {machines}",
             where="--num-processes, --num-machines",
-        )  # fmt: skip
+        )
     elif processes % machines:
         yield ConfigError(
             "every machine runs the same number of processes, and --num-processes counts over all of them",
-            found=f"{processes} processes on {machines} machines", where="--num-processes",
+            found=f"{processes} processes on {machines} machines",
+            where="--num-processes",
             do=f"give a multiple of {machines}",
-        )  # fmt: skip
+        )
     if machines >= 1 and not 0 <= plan.machine_rank < machines:
         yield ConfigError(
-            f"machines are numbered from 0 to {machines - 1}", found=str(plan.machine_rank), where="--machine-rank",
+            f"machines are numbered from 0 to {machines - 1}",
+            found=str(plan.machine_rank),
+            where="--machine-rank",
             do="give each machine a number of its own, or raise --num-machines",
-        )  # fmt: skip
+        )
     if machines > 1 and not plan.ip:
         yield ConfigError(
-            f"{machines} machines have to find each other", found="no address", where="--main-process-ip",
+            f"{machines} machines have to find each other",
+            found="no address",
+            where="--main-process-ip",
             do=f"give the address of machine 0 (or set {ADDRESS}), the same on every machine",
-        )  # fmt: skip
+        )
     if processes > 1 and kind not in SIDE_BY_SIDE:
         yield ConfigError(
-            f"distributed_type {kind} starts one process, in silence", found=f"{processes} processes",
-            where=str(plan.path), do="use --launcher ddp (also for several processes on a CPU), or zero2",
-        )  # fmt: skip
+            f"distributed_type {kind} starts one process, in silence",
+            found=f"{processes} processes",
+            where=str(plan.path),
+            do="use --launcher ddp (also for several processes on a CPU), or zero2",
+        )
     if processes == 1 and kind == "MULTI_GPU":
         yield ConfigError(
-            "data parallel needs two processes", found="1", where="--num-processes",
+            "data parallel needs two processes",
+            found="1",
+            where="--num-processes",
             do="use --launcher single or cpu for one",
-        )  # fmt: skip
+        )
     how = (plan.settings.get("deepspeed_config") or {}).get("deepspeed_multinode_launcher", "standard")
     if kind == "DEEPSPEED" and machines > 1 and how != "standard":
         yield ConfigError(
             "this way to several machines writes the whole environment, tokens included, to .deepspeed_env",
-            found=f"deepspeed_multinode_launcher: {how}", where=str(plan.path),
+            found=f"deepspeed_multinode_launcher: {how}",
+            where=str(plan.path),
             do="set it to standard, and start the command on every machine (configs/launch has scripts)",
-        )  # fmt: skip
+        )
 
 
 def check_stage(stage: str, config: Any, plan: Plan) -> None:
@@ -221,9 +255,13 @@ def launch(options: Options, stage: str, arguments: list[str], *, output: str | 
     several = plan.machines > 1
     if several:  # whatever the environment said: the command is to work wherever it is pasted
         options = replace(
-            options, processes=plan.processes, machines=plan.machines, machine_rank=plan.machine_rank, ip=plan.ip,
+            options,
+            processes=plan.processes,
+            machines=plan.machines,
+            machine_rank=plan.machine_rank,
+            ip=plan.ip,
             port=plan.port,
-        )  # fmt: skip
+        )
     resume = "rlhf " + shlex.join([stage, *arguments, *options.flags()])
     ended = Ended(0)
     for attempt in range(options.max_restarts + 1):
@@ -234,9 +272,13 @@ def launch(options: Options, stage: str, arguments: list[str], *, output: str | 
         left = options.max_restarts - attempt
         again = left > 0 and ended.may_restart
         report(
-            ended, Path(output) if output else None, resume, restarts_left=left if again else 0,
-            meeting=f"{plan.ip}:{plan.port}" if several else "", writes=plan.machine_rank == 0,
-        )  # fmt: skip
+            ended,
+            Path(output) if output else None,
+            resume,
+            restarts_left=left if again else 0,
+            meeting=f"{plan.ip}:{plan.port}" if several else "",
+            writes=plan.machine_rank == 0,
+        )
         if not again:
             break
     return ended.code

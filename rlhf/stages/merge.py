@@ -67,14 +67,18 @@ def _refuse(folder: str, output: Path) -> None:
     """
     if not is_adapter(folder):
         raise ConfigError(
-            "not an adapter: there is nothing to fold", found="full weights", where=folder,
+            "not an adapter: there is nothing to fold",
+            found="full weights",
+            where=folder,
             do="use the folder as it is; transformers loads it",
-        )  # fmt: skip
+        )
     if method_of(folder) == "prompt":
         raise ConfigError(
-            "a soft prompt has no weights to fold", found="an adapter of method prompt", where=folder,
+            "a soft prompt has no weights to fold",
+            found="an adapter of method prompt",
+            where=folder,
             do="keep it as an adapter, or train with peft.method=ia3 (as small) or lora",
-        )  # fmt: skip
+        )
     if output.exists():
         raise ConfigError("the output exists", where=str(output), do="choose another name")
     if not output.absolute().parent.is_dir():
@@ -99,9 +103,7 @@ def _describe(model: Any, renderer: Renderer, record: handover.Handover | None) 
     if record is not None and record.labels is not None:
         model.config.id2label = dict(enumerate(record.labels))
         model.config.label2id = {name: i for i, name in enumerate(record.labels)}
-        model.config.problem_type = (
-            "multi_label_classification" if record.several else "single_label_classification"
-        )  # fmt: skip
+        model.config.problem_type = "multi_label_classification" if record.several else "single_label_classification"
 
 
 def _tokens(model: Any) -> Tensor:
@@ -125,9 +127,11 @@ def _check(found: Tensor, wanted: Tensor, folder: str) -> float:
     difference = float((found - wanted).abs().max())
     if not difference <= AGREE * max(1.0, float(wanted.abs().max())):
         raise CheckpointError(
-            "the merged model does not compute what the adapter does", found=f"logits differ by {difference:.1e}",
-            where=folder, do="keep the adapter, which is unharmed; nothing was written",
-        )  # fmt: skip
+            "the merged model does not compute what the adapter does",
+            found=f"logits differ by {difference:.1e}",
+            where=folder,
+            do="keep the adapter, which is unharmed; nothing was written",
+        )
     return difference
 
 

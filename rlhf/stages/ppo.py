@@ -59,10 +59,13 @@ def run(config: PPOConfig, console: Console) -> RunResult:
     with console.progress("ppo", config.ppo.steps, "step") as bar:
         reporter, keeper = _Reporter(config, directory, tokenizer, bar), Keeper(config, directory, console)
         trainer = ready.trainer(
-            config, watcher=Watcher(config.watch, directory.path if is_main() else None, console.note),
-            report=reporter.report, checkpoint=keeper.after_step, pause=keeper.pause,
+            config,
+            watcher=Watcher(config.watch, directory.path if is_main() else None, console.note),
+            report=reporter.report,
+            checkpoint=keeper.after_step,
+            pause=keeper.pause,
             restore=lambda t: keeper.load(t) and reporter.reopen(t.step),
-        )  # fmt: skip
+        )
         start(directory, "ppo", config)
         directory.note(data={"prompts": ready.fingerprint})
         with directory.guard():
@@ -98,10 +101,19 @@ class Ready:
     def trainer(self, config: PPOConfig, **hooks: Any) -> PPOTrainer:
         """The trainer; `hooks` are its watcher and what it calls after a step."""
         return PPOTrainer(
-            config, self.accelerator, self.model, reference=self.reference, rewards=self.rewards,
-            prompts=self.prompts, records=self.records, end_id=self.renderer.end_id, pad_id=self.renderer.pad_id,
-            text=self.text, decode=self.tokenizer.decode, **hooks,
-        )  # fmt: skip
+            config,
+            self.accelerator,
+            self.model,
+            reference=self.reference,
+            rewards=self.rewards,
+            prompts=self.prompts,
+            records=self.records,
+            end_id=self.renderer.end_id,
+            pad_id=self.renderer.pad_id,
+            text=self.text,
+            decode=self.tokenizer.decode,
+            **hooks,
+        )
 
 
 def prepare(config: PPOConfig, console: Console) -> Ready:
@@ -116,9 +128,12 @@ def prepare(config: PPOConfig, console: Console) -> Ready:
     rewards = build_rewards(config, renderer, console, base=policy if shared else None)
     check_offload(config, sum(not isinstance(model, AdapterScorer) for model in rewards.models()))
     loaded = load_records(
-        "prompt", config.data.prompts, seed=config.seed, on_bad_row=config.data.on_bad_row,
+        "prompt",
+        config.data.prompts,
+        seed=config.seed,
+        on_bad_row=config.data.on_bad_row,
         deduplicate=config.data.deduplicate,
-    )  # fmt: skip
+    )
     for note in loaded.notes:
         console.note(note)
     prompts, records = rendering.prompts_with_records(
@@ -154,10 +169,12 @@ def share(config: PPOConfig, console: Console) -> bool:
         console.note("roles: one frozen base; policy, value and reward model are adapters on it")
     elif config.roles == "shared":
         raise ConfigError(
-            "the roles cannot share a base", found=reason, where="roles",
+            "the roles cannot share a base",
+            found=reason,
+            where="roles",
             do=f"train the reward model with peft.method={method} from the model that the policy starts from, or set "
             "roles=separate",
-        )  # fmt: skip
+        )
     else:
         console.note(f"roles: separate models, since {reason}")
     return reason is None
@@ -199,8 +216,9 @@ def _value_model(
         raise ConfigError(
             "no value model can start from the reward model",
             found="there is none" if source is None else "it has another tokenizer than the policy",
-            where="ppo.value_model", do="set ppo.value_model=policy",
-        )  # fmt: skip
+            where="ppo.value_model",
+            do="set ppo.value_model=policy",
+        )
     if shared:
         check_same_shape(config.peft, resolve(source))
         model = put_on(policy, source, VALUE, trainable=True)
@@ -215,9 +233,12 @@ def _text(config: PPOConfig, renderer: Renderer, console: Console) -> TextMix | 
     if not config.ptx.data:
         return None
     loaded = load_records(
-        "document", config.ptx.data, seed=config.seed, on_bad_row=config.data.on_bad_row,
+        "document",
+        config.ptx.data,
+        seed=config.seed,
+        on_bad_row=config.data.on_bad_row,
         deduplicate=config.data.deduplicate,
-    )  # fmt: skip
+    )
     for note in loaded.notes:
         console.note(f"ptx: {note}")
     limit = config.ptx.max_length
@@ -225,9 +246,7 @@ def _text(config: PPOConfig, renderer: Renderer, console: Console) -> TextMix | 
     cut = [Rendered(row.ids[:limit], row.mask[:limit]) for row in rows]
     if long := sum(len(row.ids) > limit for row in rows):
         console.note(f"ptx: {long} of {len(rows)} documents cut to {limit} tokens")
-    return TextMix(
-        cut, config.ptx, seed=config.seed, pad_id=renderer.pad_id, microbatch=config.optim.microbatch_size
-    )  # fmt: skip
+    return TextMix(cut, config.ptx, seed=config.seed, pad_id=renderer.pad_id, microbatch=config.optim.microbatch_size)
 
 
 def _say_plan(config: PPOConfig, ranks: int, prompts: int, console: Console) -> None:
@@ -277,18 +296,24 @@ class _Reporter:
     def _sample(self, step: int, e: Experience, row: int) -> dict[str, Any]:
         decode = self.tokenizer.decode
         return {
-            "step": step, "prompt": decode(e.prompt_ids[row][e.prompt_mask[row]].tolist()),
+            "step": step,
+            "prompt": decode(e.prompt_ids[row][e.prompt_mask[row]].tolist()),
             "response": decode(e.response_ids[row][e.response_mask[row]].tolist()),
-            "score": round(float(e.raw_scores[row]), 4), "kl": round(float(e.kl_per_sequence[row]), 4),
-            "finished": bool(e.finished[row]), "tokens": self._tokens(e, row),
-        }  # fmt: skip
+            "score": round(float(e.raw_scores[row]), 4),
+            "kl": round(float(e.kl_per_sequence[row]), 4),
+            "finished": bool(e.finished[row]),
+            "tokens": self._tokens(e, row),
+        }
 
     def _tokens(self, e: Experience, row: int) -> list[dict[str, Any]]:
         """What `rlhf inspect` paints: every response token with its numbers."""
         columns = {
-            "logprob": e.old_logprobs, "kl": e.old_logprobs - e.ref_logprobs, "value": e.values,
-            "advantage": e.advantages, "reward": e.rewards,
-        }  # fmt: skip
+            "logprob": e.old_logprobs,
+            "kl": e.old_logprobs - e.ref_logprobs,
+            "value": e.values,
+            "advantage": e.advantages,
+            "reward": e.rewards,
+        }
         ids = e.response_ids[row][e.response_mask[row]].tolist()
         return [
             {"token": self.tokenizer.decode([i]), **{name: round(float(x[row, t]), 4) for name, x in columns.items()}}

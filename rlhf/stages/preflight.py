@@ -56,9 +56,15 @@ class Checkup:
 
 
 def preflight(
-    path: Path, overrides: Sequence[str], console: Console, *, stage: str | None,
-    how: tuple[str | None, int | None, int | None], gpu_memory: str | None, response: int | None = None,
-) -> int:  # fmt: skip
+    path: Path,
+    overrides: Sequence[str],
+    console: Console,
+    *,
+    stage: str | None,
+    how: tuple[str | None, int | None, int | None],
+    gpu_memory: str | None,
+    response: int | None = None,
+) -> int:
     """Check a stage's file or a pipeline's. Returns 0 if all is well, else 1.
 
     Args:
@@ -112,9 +118,7 @@ def _jobs(path: Path, overrides: Sequence[str], stage: str | None) -> list[tuple
     return [(name, load(STAGES[name], path, overrides).config, None)]
 
 
-def _sharding(
-    name: str, config: Stage, launcher: str | None, processes: int | None, machines: int | None
-) -> Sharding:  # fmt: skip
+def _sharding(name: str, config: Stage, launcher: str | None, processes: int | None, machines: int | None) -> Sharding:
     if launcher is None:
         number = processes or 1
         plan = launch.Plan(Path(), {"distributed_type": "MULTI_GPU"}, number, 1, 0, None, None)
@@ -299,7 +303,7 @@ def _memory(checkup: Checkup, case: Case, replies: int | None, fits: bool) -> No
     rows = [
         [part.name, in_words(part.bytes), "host" if part.host and checkup.gpu else ""]
         for part in found.phases[found.largest]
-    ]  # fmt: skip
+    ]
     rows.append([f"peak (while: {found.largest})", in_words(found.peak), ""])
     if len(found.phases) > 1:
         rows += [[f"  {phase}", in_words(found.needed(phase)), ""] for phase in found.phases]
@@ -308,9 +312,10 @@ def _memory(checkup: Checkup, case: Case, replies: int | None, fits: bool) -> No
     s = case.sharding
     spread = f"ZeRO-{s.zero}" if s.deepspeed else "FSDP" if s.zero else "whole models"
     checkup.console.table(
-        f"Memory of each {where} ({_some(s.processes)}, {spread}, "
-        f"{'bfloat16' if case.bfloat16 else 'float32'} passes)", ["part", "bytes", ""], rows,
-    )  # fmt: skip
+        f"Memory of each {where} ({_some(s.processes)}, {spread}, {'bfloat16' if case.bfloat16 else 'float32'} passes)",
+        ["part", "bytes", ""],
+        rows,
+    )
     if expected:
         checkup.console.note(
             f"responses count as {replies} tokens, the mean of what the policy learnt to say; at most "

@@ -44,11 +44,21 @@ def run(config: PretrainConfig, console: Console) -> RunResult:
     from rlhf.trainers.sft import build_lm
 
     summary = fit_lm(
-        "pretrain", model, tokenizer, renderer, directory, config.optim, config.seed, console, program=program,
+        "pretrain",
+        model,
+        tokenizer,
+        renderer,
+        directory,
+        config.optim,
+        config.seed,
+        console,
+        program=program,
         saving=config.saving,
-        records=len(train_rows), evaluate=bool(valid_rows), resume=state == "interrupted",
+        records=len(train_rows),
+        evaluate=bool(valid_rows),
+        resume=state == "interrupted",
         build=lambda args, report: build_lm(model, tokenizer, train_rows, valid_rows, args, report),
-    )  # fmt: skip
+    )
     return RunResult(directory.path, summary)
 
 
@@ -63,14 +73,19 @@ def new_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
     )
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[EOS, PAD, USER, ASSISTANT, END], show_progress=False,
+        vocab_size=vocab_size,
+        special_tokens=[EOS, PAD, USER, ASSISTANT, END],
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     bpe.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token=EOS, pad_token=PAD, additional_special_tokens=[USER, ASSISTANT, END],
+        tokenizer_object=bpe,
+        eos_token=EOS,
+        pad_token=PAD,
+        additional_special_tokens=[USER, ASSISTANT, END],
         clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+    )
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 
@@ -85,11 +100,19 @@ def new_model(architecture: Architecture, renderer: Renderer, vocab_size: int) -
 
     a = architecture
     config = LlamaConfig(
-        vocab_size=vocab_size, hidden_size=a.hidden_size, num_hidden_layers=a.layers, num_attention_heads=a.heads,
-        num_key_value_heads=a.heads, intermediate_size=a.intermediate_size, max_position_embeddings=a.context,
-        tie_word_embeddings=True, pad_token_id=renderer.pad_id, eos_token_id=renderer.end_id, bos_token_id=None,
+        vocab_size=vocab_size,
+        hidden_size=a.hidden_size,
+        num_hidden_layers=a.layers,
+        num_attention_heads=a.heads,
+        num_key_value_heads=a.heads,
+        intermediate_size=a.intermediate_size,
+        max_position_embeddings=a.context,
+        tie_word_embeddings=True,
+        pad_token_id=renderer.pad_id,
+        eos_token_id=renderer.end_id,
+        bos_token_id=None,
         attn_implementation="eager" if use_cpu() else None,
-    )  # fmt: skip
+    )
     return LlamaForCausalLM(config)
 
 

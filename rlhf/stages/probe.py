@@ -20,9 +20,17 @@ from rlhf.trainers.probe import Probed
 
 
 def probe(
-    config: Tuned, data: Data, source: ModelSource, renderer: Renderer, console: Console, *, kind: Any, evaluate: bool,
-    render: Callable[[Sequence[Any]], Sequence[Any]], scorer: bool,
-) -> Probed | None:  # fmt: skip
+    config: Tuned,
+    data: Data,
+    source: ModelSource,
+    renderer: Renderer,
+    console: Console,
+    *,
+    kind: Any,
+    evaluate: bool,
+    render: Callable[[Sequence[Any]], Sequence[Any]],
+    scorer: bool,
+) -> Probed | None:
     """What is read at each evaluation; None if nothing is.
 
     Args:
@@ -35,9 +43,10 @@ def probe(
         return None
     if not evaluate:
         raise ConfigError(
-            "a probe is read when held-out records are, and there are none", where="probe",
+            "a probe is read when held-out records are, and there are none",
+            where="probe",
             do="set data.validation or data.validation_fraction",
-        )  # fmt: skip
+        )
     options: dict[str, Any] = {"seed": config.seed, "on_bad_row": data.on_bad_row, "deduplicate": data.deduplicate}
     text: list[list[int]] = []
     if wanted.text:
@@ -52,9 +61,10 @@ def probe(
     if scorer and text and output is None:
         if wanted.stop_above is not None:
             raise CheckpointError(
-                "the probe's text is read with the source's output layer, and it has none", where=source.path,
+                "the probe's text is read with the source's output layer, and it has none",
+                where=source.path,
                 do="start from a causal LM, or leave probe.stop_above empty",
-            )  # fmt: skip
+            )
         console.note("probe: the source has no output layer to read text with; how far its features move is measured")
     return Probed(text, not scorer, output, ood, renderer.pad_id, wanted.stop_above)
 

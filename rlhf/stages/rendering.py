@@ -69,9 +69,14 @@ def pairs(
 
 
 def labelled(
-    records: Sequence[Labelled], renderer: Renderer, data: Data, labels: Sequence[str], several: bool, what: str,
+    records: Sequence[Labelled],
+    renderer: Renderer,
+    data: Data,
+    labels: Sequence[str],
+    several: bool,
+    what: str,
     console: Console,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     """Labelled records as input_ids and target, P(label holds) in the order of `labels`.
 
     A conversation is read at its last turn's end; one that ends with the user, where a response would begin.
@@ -84,10 +89,12 @@ def labelled(
         target = [float(record.labels.get(name, 0.0)) for name in labels]
         if not several and abs(sum(target) - 1.0) > 1e-4:
             raise BadRow(
-                "not one label", "a record must have exactly one label, or probabilities that sum to 1",
-                found=", ".join(f"{k} {v:g}" for k, v in record.labels.items()) or "none", where=record.where,
+                "not one label",
+                "a record must have exactly one label, or probabilities that sum to 1",
+                found=", ".join(f"{k} {v:g}" for k, v in record.labels.items()) or "none",
+                where=record.where,
                 do="set several=true if any number may hold",
-            )  # fmt: skip
+            )
         ids = content_ids(record, renderer)
         fitted = fit(Rendered(ids, [True] * len(ids)), data.max_length, data.too_long, report, where=record.where)
         return None if fitted is None else {"input_ids": fitted.ids, "target": target}
@@ -108,17 +115,25 @@ def content_ids(record: Labelled, renderer: Renderer) -> list[int]:
 
 
 def prompts(
-    records: Sequence[Prompt], renderer: Renderer, max_tokens: int, too_long: TooLong, on_bad_row: OnBadRow,
+    records: Sequence[Prompt],
+    renderer: Renderer,
+    max_tokens: int,
+    too_long: TooLong,
+    on_bad_row: OnBadRow,
     console: Console,
-) -> list[list[int]]:  # fmt: skip
+) -> list[list[int]]:
     """As `prompts_with_records`, the ids alone."""
     return prompts_with_records(records, renderer, max_tokens, too_long, on_bad_row, console)[0]
 
 
 def prompts_with_records(
-    records: Sequence[Prompt], renderer: Renderer, max_tokens: int, too_long: TooLong, on_bad_row: OnBadRow,
+    records: Sequence[Prompt],
+    renderer: Renderer,
+    max_tokens: int,
+    too_long: TooLong,
+    on_bad_row: OnBadRow,
     console: Console,
-) -> tuple[list[list[int]], list[Prompt]]:  # fmt: skip
+) -> tuple[list[list[int]], list[Prompt]]:
     """Prompts as ids that end where a response begins, and the records that they were made from.
 
     Raises: DataError on a prompt of more than `max_tokens` tokens with too_long="error".
@@ -129,9 +144,11 @@ def prompts_with_records(
         ids = renderer.prompt(record.messages, where=record.where)
         if len(ids) > max_tokens and too_long == "error":
             raise DataError(
-                f"the prompt is longer than {max_tokens} tokens", found=f"{len(ids)} tokens", where=record.where,
+                f"the prompt is longer than {max_tokens} tokens",
+                found=f"{len(ids)} tokens",
+                where=record.where,
                 do="shorten it, raise max_prompt_tokens within the model's context, or set too_long=drop",
-            )  # fmt: skip
+            )
         fitted = fit(Rendered(ids, [True] * len(ids)), max_tokens, too_long, report, where=record.where)
         return None if fitted is None else (fitted.ids, record)
 

@@ -55,9 +55,12 @@ class Keeper:
         if not self.directory.main:
             return nullcontext()
         return writing(
-            self.directory.checkpoints, name_of(trainer), needed=size_of_state(trainer), keep=self.config.saving.keep,
+            self.directory.checkpoints,
+            name_of(trainer),
+            needed=size_of_state(trainer),
+            keep=self.config.saving.keep,
             about={"step": trainer.step},
-        )  # fmt: skip
+        )
 
     def load(self, trainer: PPOTrainer) -> bool:
         """Continue from the newest whole checkpoint, if there is one. Collective.

@@ -37,9 +37,16 @@ def run(config: RewardConfig, console: Console) -> RunResult:
     check_context(config.data.max_length, context_length(model), "data.max_length")
     program = plan(model, config, rows=len(train_pairs), evaluate=bool(valid_pairs), console=console)
     probed = probe(
-        config, config.data, config.model, renderer, console, kind="comparison", evaluate=bool(valid_pairs),
-        scorer=True, render=lambda records: rendering.pairs(records, renderer, config.data, "probe", console),
-    )  # fmt: skip
+        config,
+        config.data,
+        config.model,
+        renderer,
+        console,
+        kind="comparison",
+        evaluate=bool(valid_pairs),
+        scorer=True,
+        render=lambda records: rendering.pairs(records, renderer, config.data, "probe", console),
+    )
     start(directory, "reward", config)
     directory.note(data=prints)
     from rlhf.trainers.reward import build
@@ -52,14 +59,24 @@ def run(config: RewardConfig, console: Console) -> RunResult:
         return {"pairs": len(train_pairs), **scale}
 
     summary, final = fit(
-        "reward", directory, config.optim, config.seed, console, program=program, saving=config.saving,
+        "reward",
+        directory,
+        config.optim,
+        config.seed,
+        console,
+        program=program,
+        saving=config.saving,
         evaluate=bool(valid_pairs),
         build=lambda args, report: build(
             model, tokenizer, train_pairs, valid_pairs, args, report, center=config.center
         ),
-        save=save, resume=state == "interrupted", what="pairs", shown=("loss", "gap", "accuracy", "eval_accuracy"),
-        evaluations=config.evaluations, probed=probed,
-    )  # fmt: skip
+        save=save,
+        resume=state == "interrupted",
+        what="pairs",
+        shown=("loss", "gap", "accuracy", "eval_accuracy"),
+        evaluations=config.evaluations,
+        probed=probed,
+    )
     if final:
         summary |= {"eval_accuracy": final["eval_accuracy"], "eval_loss": final["eval_loss"]}
         console.note(f"reward: held-out accuracy {final['eval_accuracy']:.3f}, loss {final['eval_loss']:.4f} nats")

@@ -63,9 +63,11 @@ def check_offload(config: PPOConfig, own: int) -> None:
     """
     if "reward" in config.offload and not own:
         raise ConfigError(
-            "there is no reward model to offload", found="roles are shared: they are adapters on the policy's base",
-            where="offload", do="take 'reward' out (an adapter costs little), or set roles=separate",
-        )  # fmt: skip
+            "there is no reward model to offload",
+            found="roles are shared: they are adapters on the policy's base",
+            where="offload",
+            do="take 'reward' out (an adapter costs little), or set roles=separate",
+        )
 
 
 def reward_deviation(config: PPOConfig) -> float:
@@ -127,9 +129,10 @@ def _score(source: ModelSource, load: _Loader, renderer: Renderer, stored: bool,
     record = handover.read(resolve(source))
     if record is None or record.score_mean is None or record.score_std is None:
         raise CheckpointError(
-            "the reward model carries no mean and deviation of its scores", where=source.path,
+            "the reward model carries no mean and deviation of its scores",
+            where=source.path,
             do="train it with 'rlhf reward', or set ppo.normalize_scores=running or raw",
-        )  # fmt: skip
+        )
     console.note(f"scores of {source.path}: (score - {record.score_mean:.3f}) / {record.score_std:.3f}")
     return replace(part, scale=(record.score_mean, record.score_std))
 
@@ -147,12 +150,18 @@ def _probability(
     unknown = [name for name in weights if name not in names]
     if unknown:
         raise CheckpointError(
-            f"the classifier has no label '{unknown[0]}'", found=", ".join(names), where=source.path,
+            f"the classifier has no label '{unknown[0]}'",
+            found=", ".join(names),
+            where=source.path,
             do="name one of them as label",
-        )  # fmt: skip
+        )
     theirs = _reader(source, renderer, console)
     said = " + ".join(f"P({name})" if weight == 1.0 else f"{weight:g} P({name})" for name, weight in weights.items())
     return ModelReward(
-        f"{said} of {source.path}", model, renderer, theirs, several=several,
+        f"{said} of {source.path}",
+        model,
+        renderer,
+        theirs,
+        several=several,
         labels=tuple((names[name], weight) for name, weight in weights.items()),
-    )  # fmt: skip
+    )

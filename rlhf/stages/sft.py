@@ -44,20 +44,37 @@ def run(config: SFTConfig, console: Console) -> RunResult:
     rows = len(train_rows) if length is None else packed_rows([len(row.ids) for row in train_rows], length)
     program = plan(model, config, rows=rows, evaluate=bool(valid_rows), console=console)
     probed = probe(
-        config, config.data, config.model, renderer, console, kind="demonstration", evaluate=bool(valid_rows),
-        scorer=False, render=lambda records: to_dataset(
-            rendering.conversations(records, renderer, config.data, "probe", console)
-        ),
-    )  # fmt: skip
+        config,
+        config.data,
+        config.model,
+        renderer,
+        console,
+        kind="demonstration",
+        evaluate=bool(valid_rows),
+        scorer=False,
+        render=lambda records: to_dataset(rendering.conversations(records, renderer, config.data, "probe", console)),
+    )
     start(directory, "sft", config)
     directory.note(data=prints)
     summary = fit_lm(
-        "sft", model, tokenizer, renderer, directory, config.optim, config.seed, console,
-        program=program, saving=config.saving, records=len(train_rows), evaluate=bool(valid_rows),
-        resume=state == "interrupted", evaluations=config.evaluations, probed=probed,
+        "sft",
+        model,
+        tokenizer,
+        renderer,
+        directory,
+        config.optim,
+        config.seed,
+        console,
+        program=program,
+        saving=config.saving,
+        records=len(train_rows),
+        evaluate=bool(valid_rows),
+        resume=state == "interrupted",
+        evaluations=config.evaluations,
+        probed=probed,
         reply_tokens=mean_reply(train_rows),
         build=lambda args, report: build(model, tokenizer, train_rows, valid_rows, args, report, packing=length),
-    )  # fmt: skip
+    )
     return RunResult(directory.path, summary)
 
 
@@ -76,9 +93,10 @@ def _model(config: SFTConfig, vocab_size: int, console: Console) -> Any:
         if config.peft.method == "prompt":
             raise ConfigError(
                 "a soft prompt cannot be trained with new tokens: their embeddings would not be saved",
-                found=f"{added} added tokens", where="peft.method",
+                found=f"{added} added tokens",
+                where="peft.method",
                 do="set peft.method=lora, or keep the tokenizer's own chat template",
-            )  # fmt: skip
+            )
         console.note(f"adapters do not train embeddings: {added} added tokens keep the mean of the others")
         grow_embeddings(model, vocab_size)
     return add_adapter(model, config.peft, "CAUSAL_LM")

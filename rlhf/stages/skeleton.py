@@ -86,9 +86,15 @@ def foundation(source: ModelSource, planned: Mapping[str, Made]) -> tuple[ModelS
 
 
 def skeleton(
-    name: str, source: ModelSource, planned: Mapping[str, Made], *, scorer: bool = False, peft: Peft = NO_ADAPTER,
-    trained: bool = True, plan: Plan | None = None,
-) -> Skeleton:  # fmt: skip
+    name: str,
+    source: ModelSource,
+    planned: Mapping[str, Made],
+    *,
+    scorer: bool = False,
+    peft: Peft = NO_ADAPTER,
+    trained: bool = True,
+    plan: Plan | None = None,
+) -> Skeleton:
     """A model in one role.
 
     Args:
@@ -181,9 +187,7 @@ def trains(stage: str, config: Any, planned: Mapping[str, Made]) -> Skeleton:
     def plan(of: Layout) -> Program:
         return program(of, config.optim, freeze=config.freeze, unfreeze=config.unfreeze, per_epoch=1, factors={})
 
-    return skeleton(
-        "model", config.model, planned, scorer=stage in ("reward", "classify"), peft=config.peft, plan=plan
-    )  # fmt: skip
+    return skeleton("model", config.model, planned, scorer=stage in ("reward", "classify"), peft=config.peft, plan=plan)
 
 
 @dataclass(frozen=True)
@@ -219,7 +223,7 @@ def cast_of(config: PPOConfig, planned: Mapping[str, Made], *, shared: bool, fit
     if kind != "trunk":
         value = skeleton(
             "value model", start, planned, scorer=True, peft=config.peft, plan=partial(plan, "value_model")
-        )  # fmt: skip
+        )
     reference = None if config.peft.enabled else skeleton("reference", config.policy, planned, trained=False)
     scorers = tuple(
         skeleton("reward model", source, planned, scorer=True, trained=False) for source in reward_sources(config)

@@ -46,9 +46,13 @@ def plan(model: Any, config: Trains, *, rows: int, evaluate: bool, console: Cons
     if not isinstance(config, PretrainConfig):
         factors = {name: factor * rate_factor(name, config.peft) for name, factor in factors.items()}
     made = program(
-        everything.only(trainable), optim, freeze=freeze, unfreeze=unfreeze,
-        per_epoch=math.ceil(rows / optim.batch_size), factors=factors,
-    )  # fmt: skip
+        everything.only(trainable),
+        optim,
+        freeze=freeze,
+        unfreeze=unfreeze,
+        per_epoch=math.ceil(rows / optim.batch_size),
+        factors=factors,
+    )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in made.names)
     say(dict(model.named_parameters()), everything, made, console)
@@ -58,9 +62,14 @@ def plan(model: Any, config: Trains, *, rows: int, evaluate: bool, console: Cons
 
 
 def say(
-    weights: Mapping[str, Tensor], everything: Layout, made: Program, console: Console, *, title: str = "",
+    weights: Mapping[str, Tensor],
+    everything: Layout,
+    made: Program,
+    console: Console,
+    *,
+    title: str = "",
     unit: str = "updates",
-) -> None:  # fmt: skip
+) -> None:
     """The table of weights, that of the phases if there are several, and what follows for the blocks below."""
     if console.quiet:
         return
@@ -75,11 +84,15 @@ def say(
     if len(made.stretches) > 1:
         rows = [
             [
-                str(i), f"{sum(counts[n] for n in s.names):,}", f"{s.length}", f"{s.learning_rate:.3g}", s.schedule,
+                str(i),
+                f"{sum(counts[n] for n in s.names):,}",
+                f"{s.length}",
+                f"{s.learning_rate:.3g}",
+                s.schedule,
                 f"after {s.patience} evaluations without a lower held-out loss" if s.patience else f"after its {unit}",
             ]
             for i, s in enumerate(made.stretches, 1)
-        ]  # fmt: skip
+        ]
         console.table(f"{title}phases", ["phase", "trained", unit, "peak rate", "schedule", "ends"], rows)
     lowest = min(everything.places[name].depth for name in made.names)
     frozen = {p.block for n, p in everything.places.items() if p.block is not None} - {

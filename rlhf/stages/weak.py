@@ -51,17 +51,20 @@ def run(config: WeakConfig, console: Console) -> None:
 def _check_votes(config: WeakConfig, votes: Tensor, ballots: Ballots) -> None:
     if not bool((votes >= 0).any()):
         raise DataError(
-            "nobody votes on any record", found=f"sources {', '.join(ballots.sources) or 'none'}",
-            where=config.data.path, do="check sources: columns, rules and what the functions return",
-        )  # fmt: skip
+            "nobody votes on any record",
+            found=f"sources {', '.join(ballots.sources) or 'none'}",
+            where=config.data.path,
+            do="check sources: columns, rules and what the functions return",
+        )
     active = int((votes >= 0).any(dim=0).sum())
     together = int((votes >= 0).sum(dim=1).max())
     if config.label_model.kind == "dawid-skene" and (active < FEWEST or together < 2):
         raise DataError(
             f"the accuracies of sources show only where {FEWEST} or more meet on the same records",
-            found=f"{active} that vote, at most {together} on one record", where=config.data.path,
+            found=f"{active} that vote, at most {together} on one record",
+            where=config.data.path,
             do="add sources, or set label_model.kind=majority",
-        )  # fmt: skip
+        )
 
 
 def _labels(config: WeakConfig, votes: Tensor, ballots: Ballots, console: Console) -> Tensor:
@@ -71,9 +74,13 @@ def _labels(config: WeakConfig, votes: Tensor, ballots: Ballots, console: Consol
         return majority_vote(votes, classes=classes)
     one = _one_accuracy(config, votes, ballots)
     found = dawid_skene(
-        votes, classes=classes, symmetric=one, smoothing=settings.smoothing, tolerance=settings.tolerance,
+        votes,
+        classes=classes,
+        symmetric=one,
+        smoothing=settings.smoothing,
+        tolerance=settings.tolerance,
         max_iterations=settings.max_iterations,
-    )  # fmt: skip
+    )
     ended = "converged" if found.converged else "STOPPED BEFORE IT CONVERGED (label_model.max_iterations)"
     what = "one accuracy" if one else "a confusion matrix"
     console.note(f"dawid-skene: {what} a source; {ended} after {len(found.objective)} iterations")
@@ -90,8 +97,9 @@ def _one_accuracy(config: WeakConfig, votes: Tensor, ballots: Ballots) -> bool:
     if one_sided and config.label_model.accuracy == "per-class":
         raise DataError(
             f"'{one_sided[0]}' votes for one class only: a confusion matrix makes nothing of that",
-            where=config.data.path, do="set label_model.accuracy=one",
-        )  # fmt: skip
+            where=config.data.path,
+            do="set label_model.accuracy=one",
+        )
     return bool(one_sided)
 
 

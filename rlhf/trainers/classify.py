@@ -138,19 +138,30 @@ class LabelTrainer(Trainer):
 
 
 def build(
-    model: Any, tokenizer: Any, train: Sequence[Row], validation: Sequence[Row], arguments: dict[str, Any],
-    report: Report, *, several: bool, weight: Tensor | None,
-) -> LabelTrainer:  # fmt: skip
+    model: Any,
+    tokenizer: Any,
+    train: Sequence[Row],
+    validation: Sequence[Row],
+    arguments: dict[str, Any],
+    report: Report,
+    *,
+    several: bool,
+    weight: Tensor | None,
+) -> LabelTrainer:
     """The trainer; keeps the checkpoint of the lowest held-out loss, the one whose probabilities are best."""
     from datasets import Dataset
 
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
     args = TrainingArguments(**arguments | (best if validation else {}), remove_unused_columns=False)
     trainer = LabelTrainer(
-        model=model, args=args, processing_class=tokenizer, train_dataset=Dataset.from_list(list(train)),
+        model=model,
+        args=args,
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_list(list(train)),
         eval_dataset=Dataset.from_list(sorted(validation, key=_length)) if validation else None,
-        data_collator=Collator(tokenizer.pad_token_id), callbacks=[report, StopOnBadLoss()],
-    )  # fmt: skip
+        data_collator=Collator(tokenizer.pad_token_id),
+        callbacks=[report, StopOnBadLoss()],
+    )
     trainer.several, trainer.weight = several, weight
     # Batches are not grouped by length: where length tells the label, each would hold one label only.
     order_rows(trainer, [_length(row) for row in train], pool=1)

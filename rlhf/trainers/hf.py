@@ -122,9 +122,14 @@ class Report(TrainerCallback):
     """Carries a Trainer's log lines to metrics.jsonl and the progress bar."""
 
     def __init__(
-        self, writer: MetricsWriter, bar: Bar, shown: tuple[str, ...], *, tokens: float = 0.0,
+        self,
+        writer: MetricsWriter,
+        bar: Bar,
+        shown: tuple[str, ...],
+        *,
+        tokens: float = 0.0,
         losses: Sequence[float] = (),
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Report to `writer` and `bar`.
 
         Args:
@@ -193,6 +198,7 @@ class StopOnBadLoss(TrainerCallback):
             value = (logs or {}).get(name)
             if isinstance(value, int | float) and not math.isfinite(value):
                 raise TrainingError(
-                    f"{name} is {value}", where=f"update {state.global_step}",
+                    f"{name} is {value}",
+                    where=f"update {state.global_step}",
                     do="lower optim.learning_rate, or check the data",
-                )  # fmt: skip
+                )

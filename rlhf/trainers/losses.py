@@ -24,9 +24,13 @@ def summed_losses(
     """
     mask = part.response_mask
     policy = policy_loss(
-        logprobs, part.old_logprobs, part.advantages, clip_range=settings.clip_range,
-        clip_range_high=settings.clip_range_high, dual_clip=settings.dual_clip,
-    )  # fmt: skip
+        logprobs,
+        part.old_logprobs,
+        part.advantages,
+        clip_range=settings.clip_range,
+        clip_range_high=settings.clip_range_high,
+        dual_clip=settings.dual_clip,
+    )
     # A value model that warms up is far off; steps of at most clip_range a rollout would keep it there.
     value = value_loss(values, part.values, part.returns, clip_range=None if warming else settings.value_clip_range)
     policy_sum, value_sum, entropy_sum = ((x * mask).sum() for x in (policy, value, entropy))

@@ -129,9 +129,14 @@ def rate_factors(of: Layout, *, layer_decay: float, head_factor: float) -> dict[
 
 
 def program(
-    of: Layout, optim: Optim, *, freeze: Selection, unfreeze: Sequence[Phase], per_epoch: int,
+    of: Layout,
+    optim: Optim,
+    *,
+    freeze: Selection,
+    unfreeze: Sequence[Phase],
+    per_epoch: int,
     factors: Mapping[str, float],
-) -> Program:  # fmt: skip
+) -> Program:
     """The phases of a run with a given number of updates an epoch.
 
     Args:
@@ -149,22 +154,36 @@ def program(
     for i, (names, phase) in enumerate(phases):
         if not names:
             raise ConfigError(
-                "nothing is left to train", found=f"{len(of.places) - len(free)} of {len(of.places)} weights frozen",
-                where=f"unfreeze[{i}]" if unfreeze else "freeze", do="freeze less",
-            )  # fmt: skip
+                "nothing is left to train",
+                found=f"{len(of.places) - len(free)} of {len(of.places)} weights frozen",
+                where=f"unfreeze[{i}]" if unfreeze else "freeze",
+                do="freeze less",
+            )
         length = phase.updates or max(1, round(per_epoch * (phase.epochs or 0.0)))
         warmup = optim.warmup_fraction if phase.warmup_fraction is None else phase.warmup_fraction
-        stretches.append(Stretch(
-            names, length, phase.learning_rate or optim.learning_rate, phase.schedule or optim.schedule,
-            math.ceil(warmup * length), phase.patience,
-        ))  # fmt: skip
+        stretches.append(
+            Stretch(
+                names,
+                length,
+                phase.learning_rate or optim.learning_rate,
+                phase.schedule or optim.schedule,
+                math.ceil(warmup * length),
+                phase.patience,
+            )
+        )
     return Program(tuple(stretches), factors)
 
 
 def ppo_program(
-    of: Layout, *, freeze: Selection, unfreeze: Sequence[Steps], steps: int, learning_rate: float, where: str,
+    of: Layout,
+    *,
+    freeze: Selection,
+    unfreeze: Sequence[Steps],
+    steps: int,
+    learning_rate: float,
+    where: str,
     factors: Mapping[str, float],
-) -> Program:  # fmt: skip
+) -> Program:
     """The same for one of the models of PPO, counted in steps.
 
     Raises: ConfigError, as `program`.
@@ -205,9 +224,13 @@ def table(of: Layout, counts: Mapping[str, int], plan: Program) -> tuple[list[st
     for (label, block), names in groups.items():
         trained = [name for name in names if name in plan.names]
         row = [
-            label, str(len(names)), f"{sum(counts[n] for n in names):,}", f"{sum(counts[n] for n in trained):,}",
-            _when(trained, plan), _rates(trained, plan),
-        ]  # fmt: skip
+            label,
+            str(len(names)),
+            f"{sum(counts[n] for n in names):,}",
+            f"{sum(counts[n] for n in trained):,}",
+            _when(trained, plan),
+            _rates(trained, plan),
+        ]
         if block is not None and rows and rows[-1][0].startswith("block") and rows[-1][1:] == row[1:]:
             first = re.findall(r"\d+", rows[-1][0])[0]
             rows[-1][0] = f"blocks {first} to {block}, each"
@@ -224,7 +247,9 @@ def _when(names: Sequence[str], plan: Program) -> str:
 def _rates(names: Sequence[str], plan: Program) -> str:
     found = {
         stretch.learning_rate * plan.factors.get(name, 1.0)
-        for stretch in plan.stretches for name in names if name in stretch.names
-    }  # fmt: skip
+        for stretch in plan.stretches
+        for name in names
+        if name in stretch.names
+    }
     ends = sorted({f"{rate:.3g}": rate for rate in found}.items(), key=lambda item: item[1])
     return "-" if not ends else ends[0][0] if len(ends) == 1 else f"{ends[0][0]} to {ends[-1][0]}"

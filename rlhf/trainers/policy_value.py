@@ -92,9 +92,9 @@ class PolicyAndValue(nn.Module):
 
 def _text_loss(policy: Any, text: TextBatch) -> Tensor:
     ids, mask = text.ids, text.mask
-    logits = policy(
-        input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False
-    ).logits[:, :-1]  # fmt: skip
+    logits = policy(input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False).logits[
+        :, :-1
+    ]
     nll = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
     return (nll * text.counts[:, 1:]).sum()
 

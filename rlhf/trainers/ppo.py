@@ -45,12 +45,25 @@ class PPOTrainer:
     """Runs PPO. `train` is the whole algorithm; the other methods are its verbs."""
 
     def __init__(
-        self, config: PPOConfig, accelerator: Any, model: PolicyAndValue, *, reference: nn.Module | None,
-        rewards: Rewards, prompts: Sequence[list[int]], records: Sequence[Prompt], end_id: int, pad_id: int,
-        text: TextMix | None, decode: Callable[[list[int]], str], watcher: Watcher,
-        report: Callable[[int, Experience, Stats], None], checkpoint: Callable[[PPOTrainer], None],
-        restore: Callable[[PPOTrainer], bool], pause: Callable[[PPOTrainer], None] = lambda _: None,
-    ) -> None:  # fmt: skip
+        self,
+        config: PPOConfig,
+        accelerator: Any,
+        model: PolicyAndValue,
+        *,
+        reference: nn.Module | None,
+        rewards: Rewards,
+        prompts: Sequence[list[int]],
+        records: Sequence[Prompt],
+        end_id: int,
+        pad_id: int,
+        text: TextMix | None,
+        decode: Callable[[list[int]], str],
+        watcher: Watcher,
+        report: Callable[[int, Experience, Stats], None],
+        checkpoint: Callable[[PPOTrainer], None],
+        restore: Callable[[PPOTrainer], bool],
+        pause: Callable[[PPOTrainer], None] = lambda _: None,
+    ) -> None:
         """Prepare models and optimizer.
 
         Args:
@@ -78,15 +91,19 @@ class PPOTrainer:
         if config.ppo.old_logprobs == "sampled":  # the first ratio is as exact as sampling is
             self.tolerance = replace(self.tolerance, ratio=self.tolerance.sampling)
         optimizer = torch.optim.AdamW(
-            self.phases.optimizer_groups(), eps=config.optim.adam_eps, weight_decay=config.optim.weight_decay,
+            self.phases.optimizer_groups(),
+            eps=config.optim.adam_eps,
+            weight_decay=config.optim.weight_decay,
             fused=True,
-        )  # fmt: skip
+        )
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.reference = reference
         self.frozen = Frozen(
-            accelerator.device, config.offload, reference=[] if reference is None else [reference],
+            accelerator.device,
+            config.offload,
+            reference=[] if reference is None else [reference],
             reward=rewards.models(),
-        )  # fmt: skip
+        )
         self.average: Average | None = None
         if config.ppo.ema is not None:
             self.average = Average(model.trained_policy(), config.ppo.ema, main=accelerator.is_main_process)
@@ -131,8 +148,10 @@ class PPOTrainer:
         work, experience, begun = self.work, self.work.experience, time.monotonic()
         stats = self.update(experience)
         stats |= {
-            "time_sample": work.time_sample, "time_score": work.time_score, "time_update": time.monotonic() - begun
-        }  # fmt: skip
+            "time_sample": work.time_sample,
+            "time_score": work.time_score,
+            "time_update": time.monotonic() - begun,
+        }
         stats |= self.describe(experience)
         fresh = self.step < self.config.ppo.value_warmup + SETTLING
         self.watcher.unhealthy(unhealthy(stats, fresh=fresh), self.step, experience)
@@ -168,10 +187,16 @@ class PPOTrainer:
         slots = self.slots()[a.process_index :: a.num_processes]
         with unsharded(self.model, a, lambda whole: whole.policy) as policy, self.computing():
             return sample(
-                policy, [(slot, self.prompts[i]) for slot, i in slots], self.config.sampling,
-                seed=self.config.seed, step=self.step, end_id=self.end_id, pad_id=self.pad_id, device=a.device,
+                policy,
+                [(slot, self.prompts[i]) for slot, i in slots],
+                self.config.sampling,
+                seed=self.config.seed,
+                step=self.step,
+                end_id=self.end_id,
+                pad_id=self.pad_id,
+                device=a.device,
                 decode=self.decode,
-            )  # fmt: skip
+            )
 
     def slots(self) -> list[tuple[int, int]]:
         """(slot, prompt) of every episode of this step, over all processes: passes over shuffled prompts."""
@@ -184,18 +209,24 @@ class PPOTrainer:
         with unsharded(self.model, self.accelerator) as module, self.computing():
             trained: Any = module.eval()
             measured = measure(
-                rollout, read=lambda part: read(self, trained, part), reference=asked_reference(self),
-                rewards=asked_rewards(self, rollout), microbatch=config.optim.microbatch_size,
+                rollout,
+                read=lambda part: read(self, trained, part),
+                reference=asked_reference(self),
+                rewards=asked_rewards(self, rollout),
+                microbatch=config.optim.microbatch_size,
                 packed=can_pack(trained.policy),
-            )  # fmt: skip
+            )
         measured = gather(measured, self.accelerator, self.pad_id)
         self.spread = self.spread.seen(measured.raw_scores)
         deviation = self.spread.deviation if config.ppo.normalize_scores == "running" else 1.0
         experience = shape(measured, kl_coef=self.kl_coef, deviation=deviation, settings=config.ppo)
         problems = broken_experience(
-            experience, kl_coef=self.kl_coef, whitened=config.ppo.whiten_advantages, fresh=self.step == 0,
+            experience,
+            kl_coef=self.kl_coef,
+            whitened=config.ppo.whiten_advantages,
+            fresh=self.step == 0,
             tolerance=self.tolerance,
-        )  # fmt: skip
+        )
         self.watcher.broken(problems, self.step, experience)
         return experience
 
@@ -238,9 +269,10 @@ class PPOTrainer:
             ptx = {"ptx_loss": float(sums.pop("ptx_loss")) / work.done, "ptx_coef": self.text.coef}
         stats = ptx | {k: float(v) / work.tokens for k, v in sums.items()}
         return stats | {
-            "first_ratio_error": work.first_error, "grad_norm": sum(work.norms) / max(len(work.norms), 1),
+            "first_ratio_error": work.first_error,
+            "grad_norm": sum(work.norms) / max(len(work.norms), 1),
             "updates": float(len(work.norms)),
-        }  # fmt: skip
+        }
 
     def minibatches(self, rows: int) -> list[tuple[int, Tensor]]:
         """(number within the step, row indices): every epoch in another order."""
@@ -273,7 +305,7 @@ class PPOTrainer:
                     logprobs, entropy, values = self.model(part, config.sampling.temperature)
                 loss, numbers = summed_losses(
                     part, logprobs, entropy, values, config.ppo, config.kl, warming=self.warming
-                )  # fmt: skip
+                )
                 if not math.isfinite(size := float(loss.detach())):
                     raise self.watcher.not_finite("the loss", size, self.step, part)
                 # The engine averages gradients over processes; the global count already divides by all tokens.

@@ -37,9 +37,14 @@ def _program(config: PPOConfig, name: str, of: Any, trained: Iterable[str], rate
     if not freeze.given and not unfreeze:  # any module will do: it need not be a transformer
         return Program((Stretch(frozenset(factors), config.ppo.steps, rate),), factors)
     return ppo_program(
-        of().only(factors), freeze=freeze, unfreeze=unfreeze, steps=config.ppo.steps, learning_rate=rate, where=name,
+        of().only(factors),
+        freeze=freeze,
+        unfreeze=unfreeze,
+        steps=config.ppo.steps,
+        learning_rate=rate,
+        where=name,
         factors=factors,
-    )  # fmt: skip
+    )
 
 
 def value_layout(model: PolicyAndValue) -> Layout:

@@ -48,14 +48,18 @@ def save_state(trainer: PPOTrainer, folder: Path | None) -> None:
     t = trainer
     write_trained(folder, trained(t), t.optimizer)
     state = {
-        "step": t.step, "kl_coef": t.kl_coef, "rate": t.rate, "rollbacks": t.rollbacks,
-        "spread": list(t.spread), "first_length": t.first_length,
+        "step": t.step,
+        "kl_coef": t.kl_coef,
+        "rate": t.rate,
+        "rollbacks": t.rollbacks,
+        "spread": list(t.spread),
+        "first_length": t.first_length,
         "average": t.average.weights if t.average is not None else None,
         "ptx_coef": t.text.coef if t.text is not None else None,
         "rates": [group["lr"] for group in t.optimizer.param_groups],  # of the last update, for the step's line
         "buffers": buffers(t),
         "work": _packed(t.work, t.accelerator) if t.work is not None else None,
-    }  # fmt: skip
+    }
     if folder is not None:
         torch.save(state, folder / STATE)
 
@@ -114,9 +118,7 @@ def _packed(work: Work, accelerator: Any) -> dict[str, Any]:
     sums = {name: value.cpu() for name, value in work.sums.items()}
     ranks = accelerator.num_processes
     values = {f.name: getattr(work, f.name) for f in fields(work) if f.name not in ("experience", "sums")}
-    return values | {
-        "experience": dict(vars(work.experience)), "sums": everybody(sums, ranks) if ranks > 1 else [sums]
-    }  # fmt: skip
+    return values | {"experience": dict(vars(work.experience)), "sums": everybody(sums, ranks) if ranks > 1 else [sums]}
 
 
 def _unpacked(values: dict[str, Any], accelerator: Any) -> Work:

@@ -59,9 +59,15 @@ class TextMix:
         return found, total
 
     def accumulate(
-        self, model: nn.Module, accelerator: Any, update: int, computing: Callable[[], torch.autocast],
-        sums: dict[str, Tensor], *, weigh: bool,
-    ) -> None:  # fmt: skip
+        self,
+        model: nn.Module,
+        accelerator: Any,
+        update: int,
+        computing: Callable[[], torch.autocast],
+        sums: dict[str, Tensor],
+        *,
+        weigh: bool,
+    ) -> None:
         """Backward over this process's share of the documents of an update; adds to sums["ptx_loss"].
 
         Args:

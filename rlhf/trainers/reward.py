@@ -67,9 +67,15 @@ class PairTrainer(RewardTrainer):
 
 
 def build(
-    model: Any, tokenizer: Any, train: Sequence[Pair], validation: Sequence[Pair], arguments: dict[str, Any],
-    report: Report, *, center: float,
-) -> PairTrainer:  # fmt: skip
+    model: Any,
+    tokenizer: Any,
+    train: Sequence[Pair],
+    validation: Sequence[Pair],
+    arguments: dict[str, Any],
+    report: Report,
+    *,
+    center: float,
+) -> PairTrainer:
     """The trainer; keeps the checkpoint of the best held-out accuracy.
 
     Raises: TrainingError if the score head would not be trained (a frozen random head gives random rewards).
@@ -84,10 +90,14 @@ def build(
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_accuracy", "greater_is_better": True}
     args = RewardConfig(**arguments | (best if validation else {}), max_length=None)
     trainer = PairTrainer(
-        model=model, args=args, processing_class=tokenizer, train_dataset=Dataset.from_list(list(train)),
+        model=model,
+        args=args,
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_list(list(train)),
         eval_dataset=Dataset.from_list(sorted(validation, key=_length)) if validation else None,
-        data_collator=PairCollator(tokenizer.pad_token_id), callbacks=[report, StopOnBadLoss()],
-    )  # fmt: skip
+        data_collator=PairCollator(tokenizer.pad_token_id),
+        callbacks=[report, StopOnBadLoss()],
+    )
     trainer.center = center
     order_rows(trainer, [_length(pair) for pair in train])
     return trainer

@@ -89,9 +89,11 @@ class Seals(TrainerCallback):
             self.writer.sync()
             best = state.best_model_checkpoint  # restored at the end
             seal(
-                self.run.checkpoints / name, step=state.global_step, lines=self.writer.lines,
+                self.run.checkpoints / name,
+                step=state.global_step,
+                lines=self.writer.lines,
                 needs=Path(best).name if best else None,
-            )  # fmt: skip
+            )
             forget_after(self.run.checkpoints, PREFIX, name)
             prune(self.run.checkpoints, PREFIX, self.saving.keep)
         self.trainer.accelerator.wait_for_everyone()

@@ -35,26 +35,40 @@ def _by_length(rows: Sequence[Rendered]) -> Any:
 
 
 def build_lm(
-    model: Any, tokenizer: Any, train: Sequence[Rendered], validation: Sequence[Rendered], arguments: dict[str, Any],
+    model: Any,
+    tokenizer: Any,
+    train: Sequence[Rendered],
+    validation: Sequence[Rendered],
+    arguments: dict[str, Any],
     report: Report,
-) -> Any:  # fmt: skip
+) -> Any:
     """A trainer on every token of documents."""
     from transformers import TrainingArguments
 
     args = TrainingArguments(**arguments)
     trainer = DocumentTrainer(
-        model=model, args=args, processing_class=tokenizer, train_dataset=to_dataset(train),
-        eval_dataset=_by_length(validation), callbacks=[report, StopOnBadLoss()],
+        model=model,
+        args=args,
+        processing_class=tokenizer,
+        train_dataset=to_dataset(train),
+        eval_dataset=_by_length(validation),
+        callbacks=[report, StopOnBadLoss()],
         data_collator=DemonstrationCollator(tokenizer.pad_token_id),
-    )  # fmt: skip
+    )
     order_rows(trainer, [len(row.ids) for row in train])
     return trainer
 
 
 def build(
-    model: Any, tokenizer: Any, train: Sequence[Rendered], validation: Sequence[Rendered], arguments: dict[str, Any],
-    report: Report, *, packing: int | None = None,
-) -> Any:  # fmt: skip
+    model: Any,
+    tokenizer: Any,
+    train: Sequence[Rendered],
+    validation: Sequence[Rendered],
+    arguments: dict[str, Any],
+    report: Report,
+    *,
+    packing: int | None = None,
+) -> Any:
     """A trl.SFTTrainer on rendered rows.
 
     Args:
@@ -64,9 +78,13 @@ def build(
 
     args = SFTConfig(**arguments, packing=packing is not None, max_length=packing, eval_packing=False)
     trainer = DemonstrationTrainer(
-        model=model, args=args, processing_class=tokenizer, train_dataset=to_dataset(train),
-        eval_dataset=_by_length(validation), callbacks=[report, StopOnBadLoss()],
-    )  # fmt: skip
+        model=model,
+        args=args,
+        processing_class=tokenizer,
+        train_dataset=to_dataset(train),
+        eval_dataset=_by_length(validation),
+        callbacks=[report, StopOnBadLoss()],
+    )
     # Packed sequences are as long as each other: any order will do, as long as it is ours.
     lengths = [len(row.ids) for row in train] if packing is None else [packing] * len(trainer.train_dataset)
     order_rows(trainer, lengths, pool=50 if packing is None else 1)

@@ -78,9 +78,11 @@ def _check(folder: Path, where: Mapping[str, Any], named: Mapping[str, nn.Parame
         wrong += [name] if math.prod(shape) != numel(named[name]) else []
     if wrong:
         raise CheckpointError(
-            "the checkpoint is of other weights", found=", ".join(wrong[:3]), where=str(folder),
+            "the checkpoint is of other weights",
+            found=", ".join(wrong[:3]),
+            where=str(folder),
             do="start over in another output_dir, or restore the configuration that the checkpoint was written with",
-        )  # fmt: skip
+        )
 
 
 def size_of_trained(named: Mapping[str, nn.Parameter]) -> int:

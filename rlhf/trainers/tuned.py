@@ -48,9 +48,15 @@ class Phases(TrainerCallback):
         self.evaluations = [(line["step"], line["eval_loss"]) for line in state.log_history if "eval_loss" in line]
 
     def on_step_begin(
-        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, lr_scheduler: Any = None,
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        optimizer: Any = None,
+        lr_scheduler: Any = None,
         **_: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Enter the phase of this update; say its learning rates."""
         now = self.plan.now(state.global_step, self.evaluations)
         if state.global_step == now.begun:

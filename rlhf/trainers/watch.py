@@ -22,9 +22,15 @@ from rlhf.runs.metrics import METRICS
 
 # Numbers whose healthy range is a condition of the run, not only a colour in a report.
 VITAL = (
-    "kl", "entropy", "approx_kl", "clip_fraction", "finished", "explained_variance", "length_drift",
+    "kl",
+    "entropy",
+    "approx_kl",
+    "clip_fraction",
+    "finished",
+    "explained_variance",
+    "length_drift",
     "score_length_correlation",
-)  # fmt: skip
+)
 SETTLING = 5  # steps after the warm-up before the value model must be of use
 ROWS = 4  # of a rollout, scored a second and a third time
 
@@ -153,9 +159,10 @@ class Watcher:
         where = self._keep(step, batch)
         if self.config.broken == "stop":
             raise TrainingError(
-                "; ".join(problems), where=f"step {step}, before the update",
+                "; ".join(problems),
+                where=f"step {step}, before the update",
                 do=f"this is a bug, not bad luck{where}; watch.broken=continue goes on all the same",
-            )  # fmt: skip
+            )
         for problem in problems:
             self._once(f"step {step}: {problem}{where}", problem)
 
@@ -169,17 +176,19 @@ class Watcher:
             return
         kind = Unhealthy if self.config.unhealthy == "rollback" else TrainingError
         raise kind(
-            "; ".join(problems), where=f"step {step}",
+            "; ".join(problems),
+            where=f"step {step}",
             do=f"lower optim.learning_rate or raise kl.coef{self._keep(step, batch)}",
-        )  # fmt: skip
+        )
 
     def not_finite(self, what: str, value: float, step: int, batch: Rollout) -> TrainingError:
         """The error for a loss or gradient that is no finite number; a run that may roll back does so."""
         kind = Unhealthy if self.config.unhealthy == "rollback" else TrainingError
         return kind(
-            f"{what} is {value}", where=f"step {step}, before the optimizer step",
+            f"{what} is {value}",
+            where=f"step {step}, before the optimizer step",
             do=f"lower optim.learning_rate{self._keep(step, batch)}",
-        )  # fmt: skip
+        )
 
     def _once(self, line: str, key: str) -> None:
         if key not in self._said:

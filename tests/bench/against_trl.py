@@ -64,8 +64,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as where:
             work = replace(work, folder=where)
             built = run("build", work)
-            rounds = [{side: run(side, work, first_on_path=_path(side, folder)) for side in SIDES}
-                      for _ in range(options.rounds)]  # fmt: skip
+            rounds = [
+                {side: run(side, work, first_on_path=_path(side, folder)) for side in SIDES}
+                for _ in range(options.rounds)
+            ]
         show(work, built, rounds)
 
 

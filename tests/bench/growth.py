@@ -31,12 +31,19 @@ def main() -> None:
     parser.add_argument("--largest", type=int, default=FACTORS[-1], choices=FACTORS, help="factor")
     options = parser.parse_args()
     work = replace(
-        SMALLEST, episodes=options.episodes, prompts=options.episodes * options.largest, steps=options.steps,
-        threads=options.threads, precision=options.precision,
-    )  # fmt: skip
+        SMALLEST,
+        episodes=options.episodes,
+        prompts=options.episodes * options.largest,
+        steps=options.steps,
+        threads=options.threads,
+        precision=options.precision,
+    )
     print(f"{machine(options.threads)}; {work.precision}, backward of {work.microbatch} rows, {work.decoded} decoded")
-    print(f"{'episodes':>8s}", *(f"| {phase:>8s} {'tokens':>7s} {'x':>5s}" for phase in PHASES),
-          f"| {'peak':>6s} {'imports':>7s} MiB")  # fmt: skip
+    print(
+        f"{'episodes':>8s}",
+        *(f"| {phase:>8s} {'tokens':>7s} {'x':>5s}" for phase in PHASES),
+        f"| {'peak':>6s} {'imports':>7s} MiB",
+    )
     with tempfile.TemporaryDirectory() as where:
         work = replace(work, folder=where)
         run("build", work)

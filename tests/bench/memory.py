@@ -24,10 +24,22 @@ from typing import Any
 from tests.bench.work import ROOT, machine
 
 IMPORTS = (
-    "torch", "transformers", "trl", "peft", "datasets", "accelerate", "trl.trainer.sft_trainer",
-    "trl.trainer.reward_trainer", "transformers.models.llama.modeling_llama", "rlhf.trainers.sft",
-    "rlhf.trainers.reward", "rlhf.trainers.ppo", "rlhf.stages.sft", "rlhf.stages.reward", "rlhf.stages.ppo",
-)  # fmt: skip
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "datasets",
+    "accelerate",
+    "trl.trainer.sft_trainer",
+    "trl.trainer.reward_trainer",
+    "transformers.models.llama.modeling_llama",
+    "rlhf.trainers.sft",
+    "rlhf.trainers.reward",
+    "rlhf.trainers.ppo",
+    "rlhf.stages.sft",
+    "rlhf.stages.reward",
+    "rlhf.stages.ppo",
+)
 PREDICTED = "Memory of each process"
 LAST = "{last: 2}"
 FROZEN = "{first: 3, parts: [embeddings]}"
@@ -105,24 +117,38 @@ def main() -> None:
         "ppo, float32": [*full, "optim.precision=float32"],
         "ppo, recomputed": [*full, "optim.activation_checkpointing=true"],
         "ppo, frozen": [*full, f"freeze.policy={FROZEN}", f"freeze.value_model={FROZEN}"],
-        "ppo, unfrozen": [*full, f"unfreeze.policy=[{{train: {{last: 1}}, steps: 1}}, {{train: {LAST}}}]",
-                          "unfreeze.value_model=[{train: {parts: [score]}}]"],
+        "ppo, unfrozen": [
+            *full,
+            f"unfreeze.policy=[{{train: {{last: 1}}, steps: 1}}, {{train: {LAST}}}]",
+            "unfreeze.value_model=[{train: {parts: [score]}}]",
+        ],
         "sft, frozen": ["sft", "configs/demo/sft.yaml", f"freeze={FROZEN}"],
-        "sft, unfrozen": ["sft", "configs/demo/sft.yaml",
-                          f"unfreeze=[{{train: {LAST}, epochs: 1}}, {{train: {{last: 1}}, epochs: 1}}]"],
-        "reward, unfrozen": ["reward", "configs/demo/reward.yaml", head,
-                             "unfreeze=[{train: {last: 2, parts: [score]}, epochs: 1}, "
-                             "{train: {parts: [score]}, updates: 10}]"],
+        "sft, unfrozen": [
+            "sft",
+            "configs/demo/sft.yaml",
+            f"unfreeze=[{{train: {LAST}, epochs: 1}}, {{train: {{last: 1}}, epochs: 1}}]",
+        ],
+        "reward, unfrozen": [
+            "reward",
+            "configs/demo/reward.yaml",
+            head,
+            "unfreeze=[{train: {last: 2, parts: [score]}, epochs: 1}, {train: {parts: [score]}, updates: 10}]",
+        ],
         "sft, LoRA": ["sft", "configs/demo/sft.yaml", "peft.method=lora"],
-    }  # fmt: skip
+    }
     print(machine(1))
     print(f"{'stage':20s} | measured, MiB | predicted | predicted / measured")
     for name, arguments in cases.items():
         if options.only and name not in options.only:
             continue
         with tempfile.TemporaryDirectory() as where:
-            run = [arguments[0], arguments[1], f"optim.precision={options.precision}", *arguments[2:],
-                   f"output_dir={where}/run"]  # fmt: skip
+            run = [
+                arguments[0],
+                arguments[1],
+                f"optim.precision={options.precision}",
+                *arguments[2:],
+                f"output_dir={where}/run",
+            ]
             said = child([sys.executable, "-m", "tests.bench.memory", "measure", *run])
             found = json.loads(said.splitlines()[-1])["above"]
             words = predicted(run[1:])

@@ -41,9 +41,15 @@ def prepare(attention: str, rows: int) -> tuple[Any, Any, Rollout]:
     lines = Path("data/demo/prompts.jsonl").read_text(encoding="utf-8").splitlines()[:rows]
     prompts = [renderer.prompt(json.loads(line)["prompt"]) for line in lines]
     rollout = sample(
-        policy, list(enumerate(prompts)), Sampling(max_new_tokens=48), seed=1, step=0, end_id=renderer.end_id,
-        pad_id=renderer.pad_id, device=torch.device("cpu"),
-    )  # fmt: skip
+        policy,
+        list(enumerate(prompts)),
+        Sampling(max_new_tokens=48),
+        seed=1,
+        step=0,
+        end_id=renderer.end_id,
+        pad_id=renderer.pad_id,
+        device=torch.device("cpu"),
+    )
     return policy, value, rollout
 
 

@@ -117,12 +117,19 @@ def random_policy(work: Work, folder: Path) -> None:
     torch.manual_seed(work.seed)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=work.vocabulary, hidden_size=work.hidden, num_hidden_layers=work.layers,
-            num_attention_heads=work.heads, num_key_value_heads=work.heads, intermediate_size=work.intermediate,
-            max_position_embeddings=512, tie_word_embeddings=False, pad_token_id=renderer.pad_id,
-            eos_token_id=renderer.end_id, bos_token_id=None,
+            vocab_size=work.vocabulary,
+            hidden_size=work.hidden,
+            num_hidden_layers=work.layers,
+            num_attention_heads=work.heads,
+            num_key_value_heads=work.heads,
+            intermediate_size=work.intermediate,
+            max_position_embeddings=512,
+            tie_word_embeddings=False,
+            pad_token_id=renderer.pad_id,
+            eos_token_id=renderer.end_id,
+            bos_token_id=None,
         )
-    )  # fmt: skip
+    )
     stop_at(model, renderer)
     model.save_pretrained(folder)
     seal(folder, "sft", renderer, tokenizer)
@@ -156,27 +163,36 @@ def our_config(work: Work, longest: int) -> dict[str, Any]:
     reward = work.path("reward_adapter" if work.lora else "reward")
     shared = {"roles": "shared"} if work.lora and "roles" in PPOConfig.model_fields else {}
     return shared | {
-        "output_dir": work.path("run"), "seed": work.seed,
+        "output_dir": work.path("run"),
+        "seed": work.seed,
         "policy": {"path": work.path("policy"), "attention": work.attention},
         "reward_model": {"path": reward, "attention": work.attention},
         "data": {
-            "prompts": [{"path": work.path("prompts.jsonl"), "format": "prompt"}], "deduplicate": False,
+            "prompts": [{"path": work.path("prompts.jsonl"), "format": "prompt"}],
+            "deduplicate": False,
             "max_prompt_tokens": max(longest, 64),
         },
         "sampling": {"max_new_tokens": work.response, "batch_size": work.decoded},
         "ppo": {
-            "steps": work.steps + 1, "rollout_size": work.episodes, "epochs": work.epochs,
-            "minibatches": work.minibatches, "normalize_scores": "raw", "missing_end_penalty": work.penalty,
+            "steps": work.steps + 1,
+            "rollout_size": work.episodes,
+            "epochs": work.epochs,
+            "minibatches": work.minibatches,
+            "normalize_scores": "raw",
+            "missing_end_penalty": work.penalty,
             "value_model": "trunk" if work.trunk else "auto",
         },
         "kl": {"coef": work.kl_coef, "target": None},
         "optim": {
-            "learning_rate": work.learning_rate, "value_learning_rate": work.learning_rate, "schedule": "constant",
-            "adam_eps": ADAM_EPS, "precision": work.precision,
+            "learning_rate": work.learning_rate,
+            "value_learning_rate": work.learning_rate,
+            "schedule": "constant",
+            "adam_eps": ADAM_EPS,
+            "precision": work.precision,
             "microbatch_size": work.microbatch or work.episodes // work.minibatches,
         },
         "peft": adapter(work),
-    }  # fmt: skip
+    }
 
 
 def ours(work: Work) -> Result:
@@ -217,24 +233,50 @@ def our_trainer(config: Any, report: Callable[..., None], rows: list[list[int]] 
     if rows is not None:
         ready = replace(ready, prompts=rows, records=ready.records[: len(rows)])
     return ready.trainer(
-        config, watcher=Watcher(config.watch, None, lambda text: print(text, file=sys.stderr)), report=report,
-        checkpoint=lambda _: None, restore=lambda _: False,
-    )  # fmt: skip
+        config,
+        watcher=Watcher(config.watch, None, lambda text: print(text, file=sys.stderr)),
+        report=report,
+        checkpoint=lambda _: None,
+        restore=lambda _: False,
+    )
 
 
 def their_config(work: Work, make: Callable[..., Any]) -> Any:
     """The work as TRL's settings. Without accumulation every minibatch is a real optimizer step, in one microbatch."""
     return make(
-        output_dir=work.path("trl"), seed=work.seed, use_cpu=True, bf16=False, gradient_checkpointing=False,
-        report_to="none", save_strategy="no", disable_tqdm=True, num_sample_generations=0,
-        per_device_train_batch_size=work.episodes, gradient_accumulation_steps=1, num_mini_batches=work.minibatches,
-        num_ppo_epochs=work.epochs, total_episodes=(work.steps + 1) * work.episodes,
-        local_rollout_forward_batch_size=work.decoded, response_length=work.response, stop_token="eos",
-        temperature=1.0, missing_eos_penalty=work.penalty, kl_coef=work.kl_coef, kl_estimator="k1", gamma=1.0,
-        lam=0.95, cliprange=0.2, cliprange_value=0.2, vf_coef=0.1, whiten_rewards=False,
-        learning_rate=work.learning_rate, lr_scheduler_type="constant", weight_decay=0.0, adam_epsilon=ADAM_EPS,
+        output_dir=work.path("trl"),
+        seed=work.seed,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        num_sample_generations=0,
+        per_device_train_batch_size=work.episodes,
+        gradient_accumulation_steps=1,
+        num_mini_batches=work.minibatches,
+        num_ppo_epochs=work.epochs,
+        total_episodes=(work.steps + 1) * work.episodes,
+        local_rollout_forward_batch_size=work.decoded,
+        response_length=work.response,
+        stop_token="eos",
+        temperature=1.0,
+        missing_eos_penalty=work.penalty,
+        kl_coef=work.kl_coef,
+        kl_estimator="k1",
+        gamma=1.0,
+        lam=0.95,
+        cliprange=0.2,
+        cliprange_value=0.2,
+        vf_coef=0.1,
+        whiten_rewards=False,
+        learning_rate=work.learning_rate,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        adam_epsilon=ADAM_EPS,
         max_grad_norm=1.0,
-    )  # fmt: skip
+    )
 
 
 def theirs(work: Work) -> Result:
@@ -273,9 +315,15 @@ def their_trainer(work: Work, **others: Any) -> Any:
     )
     config = their_config(work, lambda **settings: PPOConfig(**(settings | others)))
     return PPOTrainer(
-        config, tokenizer, model=policy, ref_model=reference, reward_model=reward, value_model=value,
-        train_dataset=Dataset.from_dict({"input_ids": read_prompts(work)}), peft_config=adapter if work.lora else None,
-    )  # fmt: skip
+        config,
+        tokenizer,
+        model=policy,
+        ref_model=reference,
+        reward_model=reward,
+        value_model=value,
+        train_dataset=Dataset.from_dict({"input_ids": read_prompts(work)}),
+        peft_config=adapter if work.lora else None,
+    )
 
 
 def watch_sampling(module: Any, end_id: int) -> dict[str, float]:

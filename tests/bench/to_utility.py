@@ -74,13 +74,23 @@ class Race(Work):
     def config(self) -> PPOConfig:
         """configs/demo/ppo.yaml with the settings of the race."""
         settings = {
-            "output_dir": self.path("ours"), "seed": self.seed, "policy.path": self.path("policy"),
-            "reward_model.path": self.path("reward"), "sampling.max_new_tokens": self.response,
-            "ppo.steps": self.steps, "ppo.rollout_size": self.episodes, "ppo.epochs": self.epochs,
-            "ppo.minibatches": self.minibatches, "ppo.normalize_scores": "raw", "ppo.missing_end_penalty": self.penalty,
-            "kl.coef": self.kl_coef, "kl.target": "null", "optim.learning_rate": self.learning_rate,
-            "optim.value_learning_rate": VALUE_RATE * self.learning_rate, "optim.schedule": "linear",
-        }  # fmt: skip
+            "output_dir": self.path("ours"),
+            "seed": self.seed,
+            "policy.path": self.path("policy"),
+            "reward_model.path": self.path("reward"),
+            "sampling.max_new_tokens": self.response,
+            "ppo.steps": self.steps,
+            "ppo.rollout_size": self.episodes,
+            "ppo.epochs": self.epochs,
+            "ppo.minibatches": self.minibatches,
+            "ppo.normalize_scores": "raw",
+            "ppo.missing_end_penalty": self.penalty,
+            "kl.coef": self.kl_coef,
+            "kl.target": "null",
+            "optim.learning_rate": self.learning_rate,
+            "optim.value_learning_rate": VALUE_RATE * self.learning_rate,
+            "optim.schedule": "linear",
+        }
         return load(PPOConfig, "configs/demo/ppo.yaml", [f"{key}={value}" for key, value in settings.items()]).config
 
 
@@ -159,9 +169,7 @@ def build(race: Race) -> Result:
     seal(Path(race.path("reward")), "reward", examine.renderer, examine.tokenizer)
     data = race.config().data
     loaded = load_records("prompt", data.prompts, seed=race.seed, on_bad_row="error", deduplicate=data.deduplicate)
-    rows = rendering.prompts(
-        loaded.records, examine.renderer, data.max_prompt_tokens, data.too_long, "error", QUIET
-    )  # fmt: skip
+    rows = rendering.prompts(loaded.records, examine.renderer, data.max_prompt_tokens, data.too_long, "error", QUIET)
     Path(race.path("prompts.json")).write_text(json.dumps(rows), encoding="utf-8")
     return {"utility": examine(examine.reference)[0], "prompts": len(rows)}
 
@@ -201,9 +209,15 @@ def main() -> None:
     print(f"{machine(options.threads)}; {options.steps} steps x {options.episodes} episodes at most", flush=True)
     with tempfile.TemporaryDirectory() as where:
         race = Race(
-            "to utility", folder=where, response=48, decoded=64, kl_coef=0.1, sft=str(options.sft.resolve()),
-            reward=str(options.reward.resolve()), **shared,
-        )  # fmt: skip
+            "to utility",
+            folder=where,
+            response=48,
+            decoded=64,
+            kl_coef=0.1,
+            sft=str(options.sft.resolve()),
+            reward=str(options.reward.resolve()),
+            **shared,
+        )
         built = run("build", race, module="tests.bench.to_utility")
         race = replace(race, prompts=built["prompts"], floor=built["utility"] - COLLAPSE)
         print(f"the SFT model's utility is {built['utility']:.3f}, the target {race.target:.3f}")

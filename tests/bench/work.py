@@ -79,11 +79,18 @@ def run(side: str, work: Work, *, first_on_path: str = "", module: str = "tests.
     """
     threads = str(work.threads)
     environment = os.environ | {
-        "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONPATH": first_on_path, "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1",
-        "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore",
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "PYTHONPATH": first_on_path,
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONWARNINGS": "ignore",
         "DS_ACCELERATOR": "cpu",
-    }  # fmt: skip
+    }
     command = [sys.executable, "-m", module, side, json.dumps(asdict(work))]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -34,9 +34,13 @@ def wait_for(happened: Callable[[], bool], process: subprocess.Popen[str]) -> No
 def interrupted(place: Path, happened: Callable[[], bool], sent: signal.Signals) -> tuple[int, str]:
     """Start the command, signal it as soon as something has happened; its exit code and what it said."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "rlhf", *COMMAND], cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "rlhf", *COMMAND],
+        cwd=place,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
-    )  # fmt: skip
+    )
     try:
         wait_for(happened, process)
         process.send_signal(sent)

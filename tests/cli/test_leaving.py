@@ -28,11 +28,16 @@ if sys.argv[2] == "well":
 @pytest.mark.parametrize(
     ("end", "code", "leaves"),
     [
-        (SystemExit(0), 0, True), (SystemExit(None), None, True), (Stopped(), STOPPED, True), (SystemExit(2), 2, False),
-        (TrainingError("diverged"), 2, False), (KeyboardInterrupt(), cli.INTERRUPTED, False),
-        (RuntimeError("unforeseen"), cli.UNFORESEEN, False), (OSError(5, "unforeseen"), cli.UNFORESEEN, False),
+        (SystemExit(0), 0, True),
+        (SystemExit(None), None, True),
+        (Stopped(), STOPPED, True),
+        (SystemExit(2), 2, False),
+        (TrainingError("diverged"), 2, False),
+        (KeyboardInterrupt(), cli.INTERRUPTED, False),
+        (RuntimeError("unforeseen"), cli.UNFORESEEN, False),
+        (OSError(5, "unforeseen"), cli.UNFORESEEN, False),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_only_an_end_that_all_processes_share_is_waited_for(
     end: BaseException, code: int | None, leaves: bool, processes: str, monkeypatch: pytest.MonkeyPatch

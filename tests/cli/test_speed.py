@@ -48,8 +48,9 @@ def test_command_line_and_configuration_import_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", "pretrain sft reward ppo evaluate run show chat generate data".split()  # noqa: SIM905
-)  # fmt: skip
+    "command",
+    "pretrain sft reward ppo evaluate run show chat generate data".split(),  # noqa: SIM905
+)
 def test_every_command_has_help(command: str, call_cli: Run) -> None:
     code, out, err = call_cli([command, "--help"])
     assert (code, err) == (0, "")

@@ -49,8 +49,11 @@ def test_enabled_stages_in_order_and_fed_by_the_earlier_ones(pipeline_yaml: Path
     assert [s.name for s in pipeline.stages] == ["sft", "reward", "ppo", "evaluate"]
     configs = {s.name: s.loaded.config for s in pipeline.stages}
     assert [c.output_dir for c in configs.values()] == [
-        "runs/all/1-sft", "runs/all/2-reward", "runs/all/3-ppo", "runs/all/4-evaluate",
-    ]  # fmt: skip
+        "runs/all/1-sft",
+        "runs/all/2-reward",
+        "runs/all/3-ppo",
+        "runs/all/4-evaluate",
+    ]
     assert configs["sft"].model.path == "base"  # nothing was pretrained here
     assert configs["reward"].model.path == configs["ppo"].policy.path == "runs/all/1-sft/model"
     assert configs["ppo"].reward_model.path == configs["evaluate"].reward_model.path == "runs/all/2-reward/model"

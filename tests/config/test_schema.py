@@ -109,7 +109,9 @@ def test_a_part_of_the_reward_says_one_thing(source: dict[str, object], words: s
 
 def test_parts_of_the_reward_that_are_whole_pass() -> None:
     sources = [
-        {"model": MODEL}, {"function": "a:b", "weight": -1.0}, {"classifier": MODEL, "label": {"yes": 1.0, "no": -2.0}},
+        {"model": MODEL},
+        {"function": "a:b", "weight": -1.0},
+        {"classifier": MODEL, "label": {"yes": 1.0, "no": -2.0}},
         {"ensemble": [MODEL, MODEL], "combine": "uncertainty", "uncertainty_penalty": 0.3},
-    ]  # fmt: skip
+    ]
     assert len(PPOConfig.model_validate(PPO | {"rewards": sources}).rewards) == 4

@@ -12,8 +12,11 @@ from rlhf.config.tuning import Phase, Selection
 
 SFT: dict[str, Any] = {"output_dir": "x", "model": {"path": "m"}, "data": {"train": [{"path": "d"}]}}
 PPO: dict[str, Any] = {
-    "output_dir": "x", "policy": {"path": "m"}, "reward_model": {"path": "r"}, "data": {"prompts": [{"path": "d"}]},
-}  # fmt: skip
+    "output_dir": "x",
+    "policy": {"path": "m"},
+    "reward_model": {"path": "r"},
+    "data": {"prompts": [{"path": "d"}]},
+}
 
 
 @pytest.mark.parametrize("layers", ["0-", "a", "1-2-3", "", "50%", True, 1.5, [0]])
@@ -36,9 +39,13 @@ def test_a_broken_pattern() -> None:
 
 @pytest.mark.parametrize(
     ("phase", "words"),
-    [({}, "exactly one of epochs and updates"), ({"epochs": 1, "updates": 1}, "exactly one"),
-     ({"epochs": 1, "train": {}}, "name what is trained"), ({"epochs": 1, "train": "bottom-up"}, "top-down")],
-)  # fmt: skip
+    [
+        ({}, "exactly one of epochs and updates"),
+        ({"epochs": 1, "updates": 1}, "exactly one"),
+        ({"epochs": 1, "train": {}}, "name what is trained"),
+        ({"epochs": 1, "train": "bottom-up"}, "top-down"),
+    ],
+)
 def test_no_phase(phase: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         Phase.model_validate(phase)

@@ -20,8 +20,12 @@ def test_the_defaults_are_the_safe_ones() -> None:
     config = WeakConfig.model_validate(GOOD)
     assert (config.kind, config.no_votes, config.gold, config.data.on_bad_row) == ("comparison", "drop", None, "error")
     assert config.label_model.model_dump() == {
-        "kind": "dawid-skene", "accuracy": "auto", "smoothing": 1.0, "tolerance": 1e-9, "max_iterations": 2000,
-    }  # fmt: skip
+        "kind": "dawid-skene",
+        "accuracy": "auto",
+        "smoothing": 1.0,
+        "tolerance": 1e-9,
+        "max_iterations": 2000,
+    }
 
 
 @pytest.mark.parametrize(

@@ -42,9 +42,15 @@ UNSTABLE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TEMPLATES = {
-    "chatml": CHATML, "newline": NEWLINE, "llama": LLAMA, "unclosed": UNCLOSED, "dated": DATED, "think": THINK,
-    "unstable": UNSTABLE, "none": None,
-}  # fmt: skip
+    "chatml": CHATML,
+    "newline": NEWLINE,
+    "llama": LLAMA,
+    "unclosed": UNCLOSED,
+    "dated": DATED,
+    "think": THINK,
+    "unstable": UNSTABLE,
+    "none": None,
+}
 SPECIALS = [
     "<|endoftext|>",
     "<s>",
@@ -65,17 +71,24 @@ def make() -> Make:
     """make(template, bos=, eos=, pad=, specials=, supply_bos=) -> a tokenizer."""
 
     def build(
-        template: str, *, bos: str | None = None, eos: str | None = "<|endoftext|>", pad: str | None = "<|pad|>",
-        specials: list[str] | None = None, supply_bos: bool = False,
-    ) -> Any:  # fmt: skip
+        template: str,
+        *,
+        bos: str | None = None,
+        eos: str | None = "<|endoftext|>",
+        pad: str | None = "<|pad|>",
+        specials: list[str] | None = None,
+        supply_bos: bool = False,
+    ) -> Any:
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
         names = (SPECIALS if specials is None else specials) + ([pad] if pad == "<|pad|>" else [])
         trainer = trainers.BpeTrainer(
-            vocab_size=340, special_tokens=names, show_progress=False,
+            vocab_size=340,
+            special_tokens=names,
+            show_progress=False,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        )  # fmt: skip
+        )
         tokenizer.train_from_iterator(CORPUS, trainer)
         if supply_bos:
             pair = [(bos, tokenizer.token_to_id(bos))]

@@ -18,18 +18,27 @@ HH_CHOSEN, HH_REJECTED = "\n\nHuman: hi\n\nAssistant: hello", "\n\nHuman: hi\n\n
 HH = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: more\n\nAssistant:"
 
 RECOGNISED = [
-    ("text", "text", "text"), ("document", "text", "text"), ("document", "messages id", "messages"),
-    ("demonstration", "messages tree", "messages"), ("demonstration", "prompt completion", "prompt-completion"),
+    ("text", "text", "text"),
+    ("document", "text", "text"),
+    ("document", "messages id", "messages"),
+    ("demonstration", "messages tree", "messages"),
+    ("demonstration", "prompt completion", "prompt-completion"),
     ("demonstration", "prompt prompt_id messages", "messages"),
-    ("demonstration", "instruction input output", "alpaca"), ("demonstration", "instruction output", "alpaca"),
-    ("demonstration", "conversations id", "sharegpt"), ("demonstration", "transcript", "transcript"),
-    ("comparison", "prompt chosen rejected", "preference"), ("comparison", "chosen rejected", "implicit-preference"),
+    ("demonstration", "instruction input output", "alpaca"),
+    ("demonstration", "instruction output", "alpaca"),
+    ("demonstration", "conversations id", "sharegpt"),
+    ("demonstration", "transcript", "transcript"),
+    ("comparison", "prompt chosen rejected", "preference"),
+    ("comparison", "chosen rejected", "implicit-preference"),
     ("comparison", "instruction input output chosen rejected", "alpaca"),
     ("comparison", "prompt messages chosen rejected score", "preference"),
-    ("prompt", "prompt", "prompt"), ("prompt", "prompt chosen rejected", "prompt"),
-    ("prompt", "prompt completion", "prompt"), ("prompt", "instruction", "alpaca"),
-    ("prompt", "instruction chosen rejected", "alpaca"), ("prompt", "chosen rejected", "implicit-preference"),
-]  # fmt: skip
+    ("prompt", "prompt", "prompt"),
+    ("prompt", "prompt chosen rejected", "prompt"),
+    ("prompt", "prompt completion", "prompt"),
+    ("prompt", "instruction", "alpaca"),
+    ("prompt", "instruction chosen rejected", "alpaca"),
+    ("prompt", "chosen rejected", "implicit-preference"),
+]
 
 
 @pytest.mark.parametrize(("kind", "columns", "name"), RECOGNISED)
@@ -105,7 +114,7 @@ PAIRS: list[tuple[str, dict[str, Any]]] = [
     ("implicit-preference", {"chosen": HH_CHOSEN, "rejected": HH_REJECTED}),
     ("transcript", {"chosen": HH_CHOSEN, "rejected": HH_REJECTED}),
     ("transcript", {"prompt": "\n\nHuman: hi\n\nAssistant:", "chosen": "hello", "rejected": "go away"}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "row"), PAIRS)
@@ -183,7 +192,7 @@ BAD: list[tuple[str, str, dict[str, Any], str]] = [
     ("prompt", "prompt", {"prompt": [U, A]}, "role order"),
     ("prompt", "prompt", {"prompt": {"text": "hi"}}, "prompt is not text"),
     ("text", "text", {"text": None}, "text is not text"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("kind", "name", "row", "reason"), BAD)

@@ -95,15 +95,18 @@ CONTENTS: list[tuple[str, dict[str, Any], Any]] = [
     ("text", {"text": "a"}, "a"),
     ("messages", {"messages": TALK}, TALK),
     ("messages", {"messages": [U]}, [U]),
-    ("messages", {"messages": [{"role": "system", "content": "s"}, *TALK, U]},
-     [{"role": "system", "content": "s"}, *TALK, U]),
+    (
+        "messages",
+        {"messages": [{"role": "system", "content": "s"}, *TALK, U]},
+        [{"role": "system", "content": "s"}, *TALK, U],
+    ),
     ("messages", {"messages": json.dumps(TALK)}, TALK),
     ("prompt-completion", {"prompt": "hi", "completion": "hello"}, TALK),
     ("prompt-completion", {"prompt": [U], "completion": [A]}, TALK),
     ("alpaca", {"instruction": "hi", "input": "", "output": "hello"}, TALK),
     ("sharegpt", {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}, TALK),
     ("transcript", {"transcript": "\n\nHuman: hi\n\nAssistant: hello"}, TALK),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "row", "said"), CONTENTS)
@@ -124,10 +127,15 @@ def test_without_a_label_column_no_format_fits(row: dict[str, Any]) -> None:
 
 
 BROKEN: list[tuple[Any, str]] = [
-    (" ", "empty text"), ("a\ud83d", "broken unicode"), ([], "empty prompt"), ([A], "role order"),
-    ([U, U], "role order"), ([{"role": "system", "content": "s"}], "role order"),
-    ([U, {"role": "tool", "content": "x"}], "unknown role"), ([U, A | {"content": ""}], "empty response"),
-]  # fmt: skip
+    (" ", "empty text"),
+    ("a\ud83d", "broken unicode"),
+    ([], "empty prompt"),
+    ([A], "role order"),
+    ([U, U], "role order"),
+    ([{"role": "system", "content": "s"}], "role order"),
+    ([U, {"role": "tool", "content": "x"}], "unknown role"),
+    ([U, A | {"content": ""}], "empty response"),
+]
 
 
 @pytest.mark.parametrize(("said", "reason"), BROKEN)
@@ -183,9 +191,12 @@ def test_the_fingerprint_follows_content_and_labels_and_not_the_place() -> None:
     record = Labelled(TALK, {"spam": 1.0}, W)
     assert fingerprint([record]) == fingerprint([Labelled([dict(U), dict(A)], {"spam": 1.0}, "elsewhere row 1")])
     others = [
-        Labelled(TALK, {"spam": 0.9}, W), Labelled(TALK, {"rude": 1.0}, W), Labelled(TALK, {}, W),
-        Labelled([U], {"spam": 1.0}, W), Labelled("hi", {"spam": 1.0}, W),
-    ]  # fmt: skip
+        Labelled(TALK, {"spam": 0.9}, W),
+        Labelled(TALK, {"rude": 1.0}, W),
+        Labelled(TALK, {}, W),
+        Labelled([U], {"spam": 1.0}, W),
+        Labelled("hi", {"spam": 1.0}, W),
+    ]
     assert len({fingerprint([r]) for r in (record, *others)}) == 1 + len(others)
     assert fingerprint([Labelled("a", {"x": 1.0, "y": 0.5}, W)]) == fingerprint(
         [Labelled("a", {"y": 0.5, "x": 1.0}, W)]
@@ -220,9 +231,13 @@ def renderer(tiny_tokenizer: Any) -> Renderer:
 
 
 def render(
-    records: list[Labelled], renderer: Renderer, *, several: bool = False, labels: tuple[str, ...] = ("spam", "rude"),
+    records: list[Labelled],
+    renderer: Renderer,
+    *,
+    several: bool = False,
+    labels: tuple[str, ...] = ("spam", "rude"),
     **data: Any,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     section = Data(train=(Source(path="x"),), **{"max_length": 64} | data)
     return labelled(records, renderer, section, labels, several, "training", Console(quiet=True))
 

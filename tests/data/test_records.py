@@ -68,7 +68,7 @@ BAD: dict[str, tuple[Callable[[Any], Any], Any, str]] = {
     "preference nan": (check_comparison, pair(preference=float("nan")), "preference outside [0, 1]"),
     "preference True": (check_comparison, pair(preference=True), "preference outside [0, 1]"),
     "margin text": (check_comparison, pair(margin="big"), "margin is not a number"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)

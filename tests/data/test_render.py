@@ -19,12 +19,14 @@ TALK = [
 ]
 SAID = [TALK[1]["content"], TALK[3]["content"]]
 USABLE = {
-    "chatml": {}, "newline": {}, "unclosed": {},
+    "chatml": {},
+    "newline": {},
+    "unclosed": {},
     "llama": {"bos": "<s>"},
     "pad_is_end": {"template": "newline", "eos": "<|im_end|>", "pad": "<|im_end|>"},
     "bos_twice_offered": {"template": "llama", "bos": "<s>", "supply_bos": True},
     "bos_by_tokenizer": {"template": "newline", "bos": "<s>", "supply_bos": True},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(params=sorted(USABLE))

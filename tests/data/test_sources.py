@@ -38,11 +38,16 @@ def table(separator: str) -> str:
 
 
 FILES = {
-    "x.jsonl": lines(ROWS), "x.json": json.dumps(ROWS, indent=1), "lines.json": lines(ROWS),
+    "x.jsonl": lines(ROWS),
+    "x.json": json.dumps(ROWS, indent=1),
+    "lines.json": lines(ROWS),
     "one.json": lines(ROWS[:1]),
-    "bom.jsonl": "\ufeff" + lines(ROWS), "blank.jsonl": "\n" + lines(ROWS).replace("\n", "\r\n\r\n"),
-    "x.csv": table(","), "x.tsv": table("\t"), "bom.csv": "\ufeff" + table(","),
-}  # fmt: skip
+    "bom.jsonl": "\ufeff" + lines(ROWS),
+    "blank.jsonl": "\n" + lines(ROWS).replace("\n", "\r\n\r\n"),
+    "x.csv": table(","),
+    "x.tsv": table("\t"),
+    "bom.csv": "\ufeff" + table(","),
+}
 
 
 @pytest.mark.parametrize("zipped", [False, True])
@@ -96,8 +101,9 @@ def test_table_without_header_and_quotes(tmp_path: Path) -> None:
     path.write_text('1\t0.5\t"Fine film\n2\t-1\tNA\n3\t1\ttoo\tmany\n')
     loaded = load(path, "prompt", columns={"prompt": "column 3"}, on_bad_row="drop")
     assert {r.messages[0]["content"]: r.record["column 2"] for r in loaded.records if isinstance(r, Prompt)} == {
-        '"Fine film': "0.5", "NA": "-1",
-    }  # fmt: skip
+        '"Fine film': "0.5",
+        "NA": "-1",
+    }
     assert "no header row" in loaded.notes[0]
     assert loaded.dropped == {"not an object": 1}
 
@@ -168,7 +174,7 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
     "what.xlsx": (b"x", "unknown file type '.xlsx'; known: .jsonl"),
     "other.jsonl": (b'{"a": 1}\n', r"no format.*found: columns a\).*; known: "),
     "words.jsonl": (b'"a"\n3\n', "no format"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("on_bad_row", ["error", "drop"])

@@ -38,11 +38,21 @@ def column(found: Ballots, name: str) -> list[str | None]:
 @pytest.mark.parametrize(
     ("vote", "means"),
     [
-        ("chosen", "chosen"), ("rejected", "rejected"), (1, "chosen"), (0, "rejected"), (1.0, "chosen"),
-        ("1", "chosen"), ("0", "rejected"), ("tie", None), (0.5, None), ("0.5", None), (None, None), ("", None),
+        ("chosen", "chosen"),
+        ("rejected", "rejected"),
+        (1, "chosen"),
+        (0, "rejected"),
+        (1.0, "chosen"),
+        ("1", "chosen"),
+        ("0", "rejected"),
+        ("tie", None),
+        (0.5, None),
+        ("0.5", None),
+        (None, None),
+        ("", None),
         (" ", None),
     ],
-)  # fmt: skip
+)
 def test_every_form_of_a_vote_on_a_pair(vote: Any, means: str | None, ballots: Any) -> None:
     found = ballots([PAIR | {"ann": vote}, PAIR | {"ann": "chosen"}], [{"column": "ann"}])
     assert column(found, "ann") == [means, "chosen"]
@@ -112,8 +122,12 @@ def test_a_rule_votes_for_the_response_for_which_it_alone_holds(rule: Row, means
     ],
 )
 def test_a_rule_of_classes_votes_where_it_holds_on_the_last_turn(rule: Row, held: list[bool], ballots: Any) -> None:
-    found = ballots([TEXT, {"text": "a long reply"}, {"text": "no"}], [{"name": "r", "vote": "x", **rule}],
-                    kind="labelled", labels=["w", "x"])  # fmt: skip
+    found = ballots(
+        [TEXT, {"text": "a long reply"}, {"text": "no"}],
+        [{"name": "r", "vote": "x", **rule}],
+        kind="labelled",
+        labels=["w", "x"],
+    )
     assert column(found, "r") == ["x" if h else None for h in held]
     talk = [{"prompt": "some words of a long reply", "completion": t} for t in ("some words", "a long reply", "no")]
     said = ballots(talk, [{"name": "r", "vote": "x", **rule}], kind="labelled", labels=["w", "x"])
@@ -122,8 +136,9 @@ def test_a_rule_of_classes_votes_where_it_holds_on_the_last_turn(rule: Row, held
 
 def test_classes_are_those_voted_for_in_alphabetical_order(ballots: Any) -> None:
     rows = [TEXT | {"a": "spam", "b": 3}, TEXT | {"a": "ham", "b": ""}]
-    found = ballots(rows, [{"column": "a"}, {"column": "b"}, {"name": "r", "regex": "none", "vote": "eggs"}],
-                    kind="labelled")  # fmt: skip
+    found = ballots(
+        rows, [{"column": "a"}, {"column": "b"}, {"name": "r", "regex": "none", "vote": "eggs"}], kind="labelled"
+    )
     assert found.labels == ("3", "eggs", "ham", "spam")
     assert found.votes == [[3, 0, -1], [2, -1, -1]]
     named = ballots(rows, [{"column": "a"}], kind="labelled", labels=["spam", "ham", "x"])

@@ -16,19 +16,31 @@ ONE = "one"
 ENGINES = ("ddp", "zero1", "zero2", "zero3")
 UPDATES = 20
 TRAINER = {
-    "batch_size": 8, "microbatch_size": 2, "epochs": 1000, "max_updates": UPDATES,
-    "weight_decay": 0.1, "warmup_fraction": 0.2, "max_grad_norm": 0.05, "precision": "float32",
-}  # fmt: skip
+    "batch_size": 8,
+    "microbatch_size": 2,
+    "epochs": 1000,
+    "max_updates": UPDATES,
+    "weight_decay": 0.1,
+    "warmup_fraction": 0.2,
+    "max_grad_norm": 0.05,
+    "precision": "float32",
+}
 """Two processes accumulate two microbatches each, one process four; with adapters one each, and two."""
 RATES = {
-    "full": {"sft": 5e-3, "reward": 1e-3, "classify": 7e-4}, "lora": {"sft": 5e-3, "reward": 5e-3, "classify": 2e-3},
-}  # fmt: skip
+    "full": {"sft": 5e-3, "reward": 1e-3, "classify": 7e-4},
+    "lora": {"sft": 5e-3, "reward": 5e-3, "classify": 2e-3},
+}
 """High, but not so high that a loss jumps about: roundings would then grow from update to update."""
 PPO = {"steps": UPDATES // 4, "rollout_size": 8, "epochs": 2, "minibatches": 2}
 PPO_OPTIM = {
-    "learning_rate": 2e-3, "value_learning_rate": 5e-3, "microbatch_size": 1, "weight_decay": 0.1,
-    "warmup_fraction": 0.2, "max_grad_norm": 0.5, "precision": "float32",
-}  # fmt: skip
+    "learning_rate": 2e-3,
+    "value_learning_rate": 5e-3,
+    "microbatch_size": 1,
+    "weight_decay": 0.1,
+    "warmup_fraction": 0.2,
+    "max_grad_norm": 0.5,
+    "precision": "float32",
+}
 LATE = {"warmup_fraction": 0.2 + 1 / UPDATES}
 """A warm-up that takes one update more: no rate falls on its update."""
 SFT_PHASES: dict[str, Any] = {  # weights begin to learn, and some end before the run does
@@ -39,18 +51,20 @@ SFT_PHASES: dict[str, Any] = {  # weights begin to learn, and some end before th
     ],
     "evaluations": 2,
     "optim": {k: v for k, v in TRAINER.items() if k not in ("epochs", "max_updates")},
-}  # fmt: skip
+}
 PPO_PHASES = {
     "freeze": {"policy": {"parts": ["embeddings"]}},
     "unfreeze": {
         "policy": [
-            {"train": {"last": 1}, "steps": 1, "learning_rate": 0.003}, {"train": "all", "steps": 2},
+            {"train": {"last": 1}, "steps": 1, "learning_rate": 0.003},
+            {"train": "all", "steps": 2},
             {"train": {"parts": ["mlp"]}},
         ],
         "value_model": [{"train": {"parts": ["score"]}, "steps": 2}, {"train": "all"}],
     },
-    "ppo": PPO | {"steps": 4}, "checkpoint_every": 2,
-}  # fmt: skip
+    "ppo": PPO | {"steps": 4},
+    "checkpoint_every": 2,
+}
 
 
 @dataclass(frozen=True)
@@ -75,17 +89,24 @@ def cases(top: Path, model: str, files: setup.Files) -> list[Case]:
     shared = lora[-1].config | {"roles": "shared"}
     sft, ppo = full[0].config, full[-1].config
     longer = {"optim": PPO_OPTIM | {"microbatch_size": 2}}
-    text = ppo | longer | {
-        "ppo": PPO | {"steps": 3, "value_model": "trunk", "value_warmup": 1},
-        "ptx": {"coef": 0.5, "data": [{"path": files["text"]}], "batch_size": 4},
-    }  # fmt: skip
+    text = (
+        ppo
+        | longer
+        | {
+            "ppo": PPO | {"steps": 3, "value_model": "trunk", "value_warmup": 1},
+            "ptx": {"coef": 0.5, "data": [{"path": files["text"]}], "batch_size": 4},
+        }
+    )
     return [
-        *full, *lora, Case("lora/ppo-shared", "ppo", shared),
-        Case("full/sft-phases", "sft", sft | SFT_PHASES), Case("full/sft-packed", "sft", sft | {"packing": True}),
+        *full,
+        *lora,
+        Case("lora/ppo-shared", "ppo", shared),
+        Case("full/sft-phases", "sft", sft | SFT_PHASES),
+        Case("full/sft-packed", "sft", sft | {"packing": True}),
         Case("full/ppo-phases", "ppo", ppo | longer | PPO_PHASES),
         Case("full/ppo-text", "ppo", text, ENGINES[1:]),
         Case("full/ppo-text-balanced", "ppo", text | {"ptx": text["ptx"] | {"balance": 0.5}}, ("ddp",)),
-    ]  # fmt: skip
+    ]
 
 
 def _chain(top: Path, model: str, files: setup.Files, kind: str) -> list[Case]:

@@ -56,9 +56,13 @@ def main(folder: str, out: str) -> None:
     found: list[dict[str, Any]] = []
     lines: list[dict[str, float]] = []
     trainer = make(
-        folder, policy=policy, reference=reference, value_model=value, reward_model=reward.requires_grad_(False),
+        folder,
+        policy=policy,
+        reference=reference,
+        value_model=value,
+        reward_model=reward.requires_grad_(False),
         report=lambda _, __, stats: lines.append(stats),
-    )  # fmt: skip
+    )
     module = trainer.accelerator.unwrap_model(trainer.model)
     before = {"policy": status(module.policy), "value": status(module.value_model)}
     draw, sample = ppo.sample, trainer.sample

@@ -23,9 +23,17 @@ def launched(
         launcher: name of a file in configs/accelerate, or a path without its ending.
     """
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ACCELERATE / f"{launcher}.yaml"),
-        "--main_process_port", "0", "-m", module, *arguments,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(ACCELERATE / f"{launcher}.yaml"),
+        "--main_process_port",
+        "0",
+        "-m",
+        module,
+        *arguments,
+    ]
     cpu = (
         {} if Path(launcher).name.startswith("zero") else {"ACCELERATE_USE_CPU": "true"}
     )  # it would turn DeepSpeed off

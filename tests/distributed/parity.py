@@ -130,9 +130,8 @@ def unlike(parity: Parity, engines: Sequence[str]) -> list[str]:
         f"{engine}: {case.name}"
         for engine in engines
         for case in parity.of(engine)
-        if case.stage == "ppo"
-        and responses(parity.folder(engine, case)) != responses(parity.folder(ONE, case))
-    ]  # fmt: skip
+        if case.stage == "ppo" and responses(parity.folder(engine, case)) != responses(parity.folder(ONE, case))
+    ]
 
 
 def accepted(parity: Parity) -> list[str]:

@@ -16,10 +16,13 @@ pytestmark = pytest.mark.slow
 def test_only_the_policy_is_whole_while_it_samples_and_is_gathered_once(reward_folder: str, tmp_path: Path) -> None:
     finished(
         launched(
-            "zero3", [reward_folder, str(tmp_path)],
-            module="tests.distributed.gathered", PYTHONPATH=str(ROOT), RLHF_TIMEOUT="120",
+            "zero3",
+            [reward_folder, str(tmp_path)],
+            module="tests.distributed.gathered",
+            PYTHONPATH=str(ROOT),
+            RLHF_TIMEOUT="120",
         )
-    )  # fmt: skip
+    )
     files = sorted(tmp_path.iterdir())
     assert [path.name for path in files] == ["0.json", "1.json"]
     told = [json.loads(path.read_text(encoding="utf-8")) for path in files]

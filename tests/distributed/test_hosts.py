@@ -113,10 +113,19 @@ def story(hosts: Any, tiny_model_dir: Path, files: Any, run_stage: Any, tmp_path
     hosts[0].cable_is("up")
     resumed = ended(started(hosts, path["hosts"], top / "resumed"), DEADLINE)
     return Story(
-        one=runs["one"], machine=runs["machine"], hosts=runs["hosts"], config=path["hosts"],
-        names=[host.name for host in hosts], address=hosts[0].address, seen=seen, kept=kept, seconds=seconds, cut=cut,
-        status=status, resumed=resumed,
-    )  # fmt: skip
+        one=runs["one"],
+        machine=runs["machine"],
+        hosts=runs["hosts"],
+        config=path["hosts"],
+        names=[host.name for host in hosts],
+        address=hosts[0].address,
+        seen=seen,
+        kept=kept,
+        seconds=seconds,
+        cut=cut,
+        status=status,
+        resumed=resumed,
+    )
 
 
 def test_a_link_that_is_cut_ends_the_job_on_both_hosts_in_time(story: Story) -> None:

@@ -130,5 +130,7 @@ def test_a_deviation_is_the_largest_one_and_relative() -> None:
     lines = [{"step": 1, "loss": 2.0, "kl": 0.5}, {"step": 2, "loss": 0.25, "kl": 4.0}, {"step": 3, "eval_loss": 1.0}]
     moved = [{"step": 1, "loss": 2.5, "kl": 0.75}, {"step": 2, "loss": 0.5, "kl": 4.5}, {"step": 3, "eval_loss": 1.0}]
     assert {name: deviation(name, moved, lines) for name in (*TRAINED, "kl") if name != "grad_norm"} == {
-        "loss": 1.0, "eval_loss": 0.0, "kl": 0.25,
-    }  # fmt: skip
+        "loss": 1.0,
+        "eval_loss": 0.0,
+        "kl": 0.25,
+    }

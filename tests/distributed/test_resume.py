@@ -75,8 +75,10 @@ class Runs:
         """A list of stages for one launch."""
         pairs = [
             (stage, setup.write(self.top / "configs" / name / kind, stage, self.config(name, kind, stage)))
-            for name in names for kind in KINDS for stage in STAGES
-        ]  # fmt: skip
+            for name in names
+            for kind in KINDS
+            for stage in STAGES
+        ]
         path = self.top / f"{'-'.join(names).replace('>', '')}.json"
         path.write_text(json.dumps(pairs), encoding="utf-8")
         return str(path)
@@ -122,8 +124,9 @@ def deviation(run: Path, other: Path) -> float:
     names = {"loss", "eval_loss", "policy_loss", "value_loss", "score", "kl", "grad_norm"}
     worst = max(
         abs(mine[name] - other[name]) / max(abs(other[name]), 0.1)
-        for mine, other in zip(ours, theirs, strict=True) for name in names & other.keys()
-    )  # fmt: skip
+        for mine, other in zip(ours, theirs, strict=True)
+        for name in names & other.keys()
+    )
     one, two = (torch.cat([v.flatten() for v in weights(folder / "model").values()]) for folder in (run, other))
     return max(worst, distance(one, two))
 

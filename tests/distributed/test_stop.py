@@ -55,9 +55,12 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
     """`rlhf ... --launcher ddp`, as typed."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE", "RLHF", "RANK", "WORLD_SIZE"))}
     return subprocess.Popen(
-        [sys.executable, "-m", "rlhf", *arguments, "--launcher", "ddp", "--quiet"], text=True,
-        env=clean | {"ACCELERATE_USE_CPU": "true"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        [sys.executable, "-m", "rlhf", *arguments, "--launcher", "ddp", "--quiet"],
+        text=True,
+        env=clean | {"ACCELERATE_USE_CPU": "true"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def lines(run: Path) -> int:
@@ -67,8 +70,10 @@ def lines(run: Path) -> int:
 
 @pytest.mark.parametrize("stage", ["ppo", "sft"])
 def test_two_processes_save_together_and_go_on_as_if_nothing_had_been(stage: str, full: Any, tmp_path: Path) -> None:
-    longer = {"ppo": {"ppo": {"steps": 8, "rollout_size": 8, "epochs": 4, "minibatches": 2}, "checkpoint_every": 100},
-              "sft": {"optim": setup.optim(epochs=30)}}  # fmt: skip
+    longer = {
+        "ppo": {"ppo": {"steps": 8, "rollout_size": 8, "epochs": 4, "minibatches": 2}, "checkpoint_every": 100},
+        "sft": {"optim": setup.optim(epochs=30)},
+    }
     runs = {name: tmp_path / name for name in ("plain", "broken")}
     files = {
         name: setup.write(tmp_path, name, full.configs[stage] | longer[stage] | {"output_dir": str(run)})

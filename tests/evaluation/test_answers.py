@@ -72,11 +72,20 @@ def test_kl_is_the_summed_log_ratio_by_two_forwards(model: Any, tiny_tokenizer: 
         for p in other.parameters():
             p.mul_(1.1)
     for temperature in (0.7, 1.0, 0.0):
-        found = answer(model, prompts, renderer, Sampling(max_new_tokens=8, temperature=temperature), seed=1,
-                       reference=other)  # fmt: skip
+        found = answer(
+            model, prompts, renderer, Sampling(max_new_tokens=8, temperature=temperature), seed=1, reference=other
+        )
         for prompt, a in zip(prompts, found, strict=True):
-            rollout = sample(model, [(0, prompt)], Sampling(max_new_tokens=8, temperature=temperature), seed=1, step=0,
-                             end_id=renderer.end_id, pad_id=renderer.pad_id, device=torch.device("cpu"))  # fmt: skip
+            rollout = sample(
+                model,
+                [(0, prompt)],
+                Sampling(max_new_tokens=8, temperature=temperature),
+                seed=1,
+                step=0,
+                end_id=renderer.end_id,
+                pad_id=renderer.pad_id,
+                device=torch.device("cpu"),
+            )
             if prompt is prompts[0]:
                 with torch.no_grad():
                     ours, theirs = (response_logprobs(m, rollout, temperature or 1.0)[0] for m in (model, other))

@@ -11,8 +11,13 @@ from rlhf.evaluation.judge import Judge, demo_answer, demo_gold, demo_rule_broke
 
 ASKED = [{"role": "user", "content": "What does a cow eat?"}]
 COW: dict[str, Any] = {
-    "type": "attribute", "about": "cow", "attribute": "food", "values": ["grass", "hay"], "told": {}, "plural": False,
-}  # fmt: skip
+    "type": "attribute",
+    "about": "cow",
+    "attribute": "food",
+    "values": ["grass", "hay"],
+    "told": {},
+    "plural": False,
+}
 
 
 def test_a_function_is_found() -> None:

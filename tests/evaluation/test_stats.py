@@ -72,7 +72,7 @@ def test_an_estimate_in_words() -> None:
 @pytest.mark.parametrize(
     ("n", "nats"),
     [(1, 0.0), (2, 0.193147), (4, 0.636294), (16, 1.835089), (64, 3.174508), (256, 4.549084), (1024, 5.932448)],
-)  # fmt: skip
+)
 def test_the_kl_of_best_of_n_in_numbers(n: int, nats: float) -> None:
     assert_quoted(best_of_n_kl(n), nats)
 

@@ -31,9 +31,18 @@ from tests.stages.setup import info
 
 STAGES = ("sft", "reward", "ppo", "evaluate")
 HEAVY = (
-    "rlhf.cli", "rlhf.stages.pipeline", "rlhf.stages.sft", "rlhf.stages.reward", "rlhf.stages.ppo", "trl",
-    "rlhf.stages.evaluate", "rlhf.trainers.sft", "rlhf.trainers.reward", "datasets", "transformers.models.llama",
-)  # fmt: skip
+    "rlhf.cli",
+    "rlhf.stages.pipeline",
+    "rlhf.stages.sft",
+    "rlhf.stages.reward",
+    "rlhf.stages.ppo",
+    "trl",
+    "rlhf.stages.evaluate",
+    "rlhf.trainers.sft",
+    "rlhf.trainers.reward",
+    "datasets",
+    "transformers.models.llama",
+)
 LIMIT = 3600.0  # seconds; of an attempt that is not killed by time
 LONGEST = 20.0  # seconds from the start, or from the beginning of a stage, to a kill by time
 CALLS = ((os, "fsync"), (os, "replace"), (os, "mkdir"), (shutil, "rmtree"))
@@ -170,8 +179,9 @@ def campaign(place: Path, kills: int, seed: int, pipeline: Path | None = None) -
         else:
             wrong += [
                 f"round {rounds}, {stage}: {problem}"
-                for stage in STAGES for problem in differences(folder_of(top, stage), folder_of(plain, stage))
-            ]  # fmt: skip
+                for stage in STAGES
+                for problem in differences(folder_of(top, stage), folder_of(plain, stage))
+            ]
         if not wrong:
             shutil.rmtree(top)
     seconds = round(time.monotonic() - begun, 1)

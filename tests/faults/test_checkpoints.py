@@ -45,9 +45,11 @@ def _unseal(folder: Path) -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "truncated file": (_cut, "bytes instead of"), "flipped bit": (_flip, "another content than was written"),
-    "missing file": (_lose, "is missing"), "unfinished": (_unseal, "was never finished"),
-}  # fmt: skip
+    "truncated file": (_cut, "bytes instead of"),
+    "flipped bit": (_flip, "another content than was written"),
+    "missing file": (_lose, "is missing"),
+    "unfinished": (_unseal, "was never finished"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +196,7 @@ def test_a_full_disk_costs_nothing_but_time(full: Any, tmp_path: Path) -> None:
         mount -o remount,size=64m disk || exit 9
         rlhf ppo ppo.yaml; echo "code $?"; cp -r disk/run kept""",
         tmp_path,
-    )  # fmt: skip
+    )
     assert "no room for a checkpoint" in done.stderr, done.stderr
     assert "MiB needed; step-000001 is untouched); free" in done.stderr
     assert "Traceback" not in done.stderr
@@ -217,7 +219,7 @@ def test_a_trainers_full_disk_is_the_same(full: Any, tmp_path: Path) -> None:
         mount -o remount,size=64m disk || exit 9
         rlhf sft sft.yaml; echo "code $?"; cp -r disk/run kept""",
         tmp_path,
-    )  # fmt: skip
+    )
     assert "no room for a checkpoint" in done.stderr, done.stderr
     assert "checkpoint-2 is untouched" in done.stderr
     assert "Traceback" not in done.stderr

@@ -24,9 +24,14 @@ def test_a_pipeline_that_is_killed_again_and_again_ends_as_an_uninterrupted_one(
     command = [sys.executable, "-m", "tests.faults.kills", str(tmp_path / "place")]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [*command, "--kills", str(KILLS), "--seed", "3"], cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, text=True,
-        capture_output=True, timeout=280, check=False,
-    )  # fmt: skip
+        [*command, "--kills", str(KILLS), "--seed", "3"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": path},
+        text=True,
+        capture_output=True,
+        timeout=280,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert (result["kills"], result["wrong"]) == (KILLS, [])

@@ -44,12 +44,20 @@ def moved(config: dict[str, Any], folder: Path, **changes: Any) -> dict[str, Any
 def every_option(trained: Any, folder: Path) -> dict[str, Any]:
     """PPO with everything that has state of its own."""
     return moved(
-        trained.configs["ppo"], folder, ppo={"ema": 0.5, "normalize_scores": "running", "value_warmup": 1,
-                                             "value_warmup_epochs": 1, "value_model": "trunk"},
-        kl={"target": 1.0, "horizon": 20.0}, sample_every=1,
+        trained.configs["ppo"],
+        folder,
+        ppo={
+            "ema": 0.5,
+            "normalize_scores": "running",
+            "value_warmup": 1,
+            "value_warmup_epochs": 1,
+            "value_model": "trunk",
+        },
+        kl={"target": 1.0, "horizon": 20.0},
+        sample_every=1,
         ptx={"coef": 0.5, "balance": 0.5, "data": [{"path": trained.files["text"]}], "batch_size": 4},
         unfreeze={"policy": [{"train": {"last": 1}, "steps": 2}, {"train": "all"}]} if not trained.adapters else {},
-    )  # fmt: skip
+    )
 
 
 def stopped(stage: str, config: dict[str, Any], tmp_path: Path, call_cli: Any) -> str:

@@ -67,9 +67,15 @@ def everything(prompt: list[int]) -> Rollout:
     mask = torch.tensor([[True] * len(row) + [False] * (LENGTH - len(row)) for row in said])
     asked = torch.tensor([prompt] * len(said))
     return Rollout(
-        asked, torch.ones_like(asked).bool(), ids, mask, torch.tensor([row[-1] == END for row in said]),
-        torch.arange(len(said)), torch.zeros(ids.shape), torch.zeros((*ids.shape, 0), dtype=torch.uint8),
-    )  # fmt: skip
+        asked,
+        torch.ones_like(asked).bool(),
+        ids,
+        mask,
+        torch.tensor([row[-1] == END for row in said]),
+        torch.arange(len(said)),
+        torch.zeros(ids.shape),
+        torch.zeros((*ids.shape, 0), dtype=torch.uint8),
+    )
 
 
 @torch.no_grad()
@@ -149,9 +155,13 @@ class TablePolicy(nn.Module):
         self.table = Lookup(SYMBOLS)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, past_key_values: Prefixes | None = None,
-        logits_to_keep: int = 0, **_: Any,
-    ) -> Any:  # fmt: skip
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        past_key_values: Prefixes | None = None,
+        logits_to_keep: int = 0,
+        **_: Any,
+    ) -> Any:
         """As a transformers model."""
         fresh = input_ids.masked_fill(attention_mask[:, -input_ids.shape[1] :] == 0, -1)
         ids = fresh if past_key_values is None else torch.cat([past_key_values.ids, fresh], dim=1)
@@ -184,9 +194,14 @@ def small_models(seed: int) -> tuple[Any, Any, Any]:
 
     torch.manual_seed(seed)
     size = {
-        "vocab_size": SYMBOLS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "intermediate_size": 64, "max_position_embeddings": 16, "initializer_range": 0.3,
-    }  # fmt: skip
+        "vocab_size": SYMBOLS,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 16,
+        "initializer_range": 0.3,
+    }
     policy, reference = (LlamaForCausalLM(LlamaConfig(**size)) for _ in range(2))
     reference.load_state_dict(policy.state_dict())
     value = LlamaForSequenceClassification(LlamaConfig(**size, num_labels=1, pad_token_id=0))
@@ -200,32 +215,60 @@ def config(beta: float, seed: int, steps: int, watch: dict[str, Any], tables: bo
     size, rate, value_rate = (1024, 2e-2, 1e-1) if tables else (256, 3e-3, 1e-2)
     return PPOConfig.model_validate(
         {
-            "output_dir": "unused", "policy": {"path": "unused"}, "reward_model": {"path": "unused"}, "seed": seed,
+            "output_dir": "unused",
+            "policy": {"path": "unused"},
+            "reward_model": {"path": "unused"},
+            "seed": seed,
             "data": {"prompts": [{"path": "unused"}]},
             "sampling": {"max_new_tokens": LENGTH, "temperature": 1.0},
-            "ppo": {"steps": steps, "rollout_size": size, "epochs": 4, "minibatches": 2, "lam": 1.0,
-                    "missing_end_penalty": 0.0, "value_coef": 0.5, "value_clip_range": None, "normalize_scores": "raw"},
-            "kl": {"coef": beta, "target": None}, "watch": watch,
+            "ppo": {
+                "steps": steps,
+                "rollout_size": size,
+                "epochs": 4,
+                "minibatches": 2,
+                "lam": 1.0,
+                "missing_end_penalty": 0.0,
+                "value_coef": 0.5,
+                "value_clip_range": None,
+                "normalize_scores": "raw",
+            },
+            "kl": {"coef": beta, "target": None},
+            "watch": watch,
             "optim": {"learning_rate": rate, "value_learning_rate": value_rate, "microbatch_size": size // 2},
         }
-    )  # fmt: skip
+    )
 
 
 def solve(
-    beta: float, seed: int, *, steps: int = 200, change: Any = None, watch: dict[str, Any] | None = None,
+    beta: float,
+    seed: int,
+    *,
+    steps: int = 200,
+    change: Any = None,
+    watch: dict[str, Any] | None = None,
     tables: bool = True,
-) -> Outcome:  # fmt: skip
+) -> Outcome:
     """Train and measure. `change` may break the trainer first; without `tables` small transformers stand for them."""
     policy, reference, value = models(seed) if tables else small_models(seed)
     table, settings = Table(seed), config(beta, seed, steps, watch or {}, tables)
     _, save, load = memory()
     trainer = PPOTrainer(
-        settings, make_accelerator(), PolicyAndValue(policy, value), reference=reference,
+        settings,
+        make_accelerator(),
+        PolicyAndValue(policy, value),
+        reference=reference,
         rewards=Rewards(((1.0, table),)),  # type: ignore[arg-type]
-        prompts=PROMPTS, records=[Prompt([], "", {"n": n}) for n in range(len(PROMPTS))], end_id=END, pad_id=0,
-        text=None, decode=str, watcher=Watcher(settings.watch, None, lambda _: None), report=lambda *_: None,
-        checkpoint=save, restore=load,
-    )  # fmt: skip
+        prompts=PROMPTS,
+        records=[Prompt([], "", {"n": n}) for n in range(len(PROMPTS))],
+        end_id=END,
+        pad_id=0,
+        text=None,
+        decode=str,
+        watcher=Watcher(settings.watch, None, lambda _: None),
+        report=lambda *_: None,
+        checkpoint=save,
+        restore=load,
+    )
     if change is not None:
         change(trainer)
     trainer.train()
@@ -236,9 +279,11 @@ def solve(
     best = (log_best - norm).exp()
     return Outcome(
         reached=float(((now.exp() * table.values).sum(dim=1) - beta * kl).mean()),
-        reference=float((ref.exp() * table.values).sum(dim=1).mean()), best=float(beta * norm.mean()),
-        kl=float(kl.mean()), best_kl=float((best * (log_best - norm - ref)).sum(dim=1).mean()),
-    )  # fmt: skip
+        reference=float((ref.exp() * table.values).sum(dim=1).mean()),
+        best=float(beta * norm.mean()),
+        kl=float(kl.mean()),
+        best_kl=float((best * (log_best - norm - ref)).sum(dim=1).mean()),
+    )
 
 
 def main() -> None:

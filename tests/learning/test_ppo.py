@@ -49,12 +49,21 @@ def trained(
 
     prompts = [[t % 150 + 20 for t in row] for row in tiny.rows(3, [4, 6, 5, 3])]
     trainer = make(
-        reward_folder, reward_model=Counter(), prompts=prompts, report=report,
+        reward_folder,
+        reward_model=Counter(),
+        prompts=prompts,
+        report=report,
         ppo={"steps": 12, "rollout_size": 64, "epochs": 2, "minibatches": 2, "missing_end_penalty": 0.0},
-        kl={"coef": 0.0, "target": None}, sampling={"max_new_tokens": 6, "temperature": 1.0},
-        optim={"learning_rate": learning_rate, "value_learning_rate": 3e-2, "microbatch_size": 64,
-               "schedule": "constant"}, **options,
-    )  # fmt: skip
+        kl={"coef": 0.0, "target": None},
+        sampling={"max_new_tokens": 6, "temperature": 1.0},
+        optim={
+            "learning_rate": learning_rate,
+            "value_learning_rate": 3e-2,
+            "microbatch_size": 64,
+            "schedule": "constant",
+        },
+        **options,
+    )
     if change:
         change(trainer)
     trainer.train()

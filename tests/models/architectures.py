@@ -8,9 +8,16 @@ import torch
 
 VOCABULARY, LAYERS = 64, 2
 COMMON: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 GROUPED = COMMON | {"num_key_value_heads": 2}
 OPTIONS: dict[str, dict[str, Any]] = {
     "llama": GROUPED,
@@ -23,11 +30,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gpt_neox": COMMON,
     "opt": COMMON | {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "gpt2": {
-        "vocab_size": VOCABULARY, "n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": 64, "bos_token_id": 1,
-        "eos_token_id": 2, "pad_token_id": 0,
+        "vocab_size": VOCABULARY,
+        "n_embd": 32,
+        "n_layer": LAYERS,
+        "n_head": 4,
+        "n_positions": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
     },
     "mamba": {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": LAYERS, "state_size": 4},
-}  # fmt: skip
+}
 
 
 def build(name: str, *, classifier: bool = False) -> Any:

@@ -23,9 +23,13 @@ FORMS = pytest.mark.parametrize("peft", [Peft(), tiny.LORA], ids=["full", "LoRA"
 
 def make(folder: str, *, outputs: int = 3, seed: int = 1, dtype: str = "float32", peft: Peft | None = None) -> Any:
     return new_classifier(
-        tiny.source(folder, dtype), peft or Peft(), outputs=outputs, pad_id=PAD, vocab_size=len(tiny.tokenizer()),
+        tiny.source(folder, dtype),
+        peft or Peft(),
+        outputs=outputs,
+        pad_id=PAD,
+        vocab_size=len(tiny.tokenizer()),
         seed=seed,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("outputs", [1, 2, 5])

@@ -104,8 +104,14 @@ def pings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     import huggingface_hub.constants
     from huggingface_hub.utils import _telemetry
 
-    for name in ("CI", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY",
-                 "DO_NOT_TRACK"):  # fmt: skip
+    for name in (
+        "CI",
+        "HF_HUB_OFFLINE",
+        "TRANSFORMERS_OFFLINE",
+        "HF_HUB_DISABLE_TELEMETRY",
+        "DISABLE_TELEMETRY",
+        "DO_NOT_TRACK",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_TELEMETRY", False)

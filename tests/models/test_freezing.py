@@ -15,10 +15,16 @@ from rlhf.trainers.phases import rate_factors
 from tests.models import tiny
 
 SIZES: dict[str, dict[str, Any]] = {
-    "llama": {"intermediate_size": 24}, "gpt2": {}, "gpt_neox": {"intermediate_size": 24}, "opt": {"ffn_dim": 24},
-    "qwen3": {"intermediate_size": 24, "head_dim": 8}, "gemma": {"intermediate_size": 24, "head_dim": 8},
-    "mistral": {"intermediate_size": 24}, "phi": {"intermediate_size": 24}, "bloom": {},
-}  # fmt: skip
+    "llama": {"intermediate_size": 24},
+    "gpt2": {},
+    "gpt_neox": {"intermediate_size": 24},
+    "opt": {"ffn_dim": 24},
+    "qwen3": {"intermediate_size": 24, "head_dim": 8},
+    "gemma": {"intermediate_size": 24, "head_dim": 8},
+    "mistral": {"intermediate_size": 24},
+    "phi": {"intermediate_size": 24},
+    "bloom": {},
+}
 BLOCKS = 3
 
 
@@ -26,9 +32,18 @@ def build(kind: str, *, tied: bool = True, scorer: bool = False) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     config = AutoConfig.for_model(
-        kind, vocab_size=64, hidden_size=16, num_hidden_layers=BLOCKS, num_attention_heads=2, num_key_value_heads=2,
-        max_position_embeddings=32, tie_word_embeddings=tied, pad_token_id=0, num_labels=1, **SIZES[kind],
-    )  # fmt: skip
+        kind,
+        vocab_size=64,
+        hidden_size=16,
+        num_hidden_layers=BLOCKS,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        tie_word_embeddings=tied,
+        pad_token_id=0,
+        num_labels=1,
+        **SIZES[kind],
+    )
     torch.manual_seed(0)
     kinds = AutoModelForSequenceClassification if scorer else AutoModelForCausalLM
     return kinds.from_config(config)
@@ -91,13 +106,22 @@ def blocks_of(selection: Selection, blocks: int) -> list[int]:
 @pytest.mark.parametrize(
     ("selection", "blocks", "wanted"),
     [
-        ({"layers": "0-2"}, 8, [0, 1, 2]), ({"layers": 3}, 8, [3]), ({"layers": "-1"}, 8, [7]),
-        ({"layers": "-3--2"}, 8, [5, 6]), ({"layers": "2--1"}, 4, [2, 3]), ({"layers": "0,2,5-6"}, 8, [0, 2, 5, 6]),
-        ({"layers": "0-50%"}, 8, [0, 1, 2, 3]), ({"layers": "50%-100%"}, 8, [4, 5, 6, 7]),
-        ({"layers": "25%-75%"}, 4, [1, 2]), ({"first": 2}, 4, [0, 1]), ({"last": "2"}, 4, [2, 3]),
-        ({"first": "50%"}, 5, [0, 1]), ({"last": "1%"}, 4, [3]), ({"first": 1, "last": 1}, 4, [0, 3]),
+        ({"layers": "0-2"}, 8, [0, 1, 2]),
+        ({"layers": 3}, 8, [3]),
+        ({"layers": "-1"}, 8, [7]),
+        ({"layers": "-3--2"}, 8, [5, 6]),
+        ({"layers": "2--1"}, 4, [2, 3]),
+        ({"layers": "0,2,5-6"}, 8, [0, 2, 5, 6]),
+        ({"layers": "0-50%"}, 8, [0, 1, 2, 3]),
+        ({"layers": "50%-100%"}, 8, [4, 5, 6, 7]),
+        ({"layers": "25%-75%"}, 4, [1, 2]),
+        ({"first": 2}, 4, [0, 1]),
+        ({"last": "2"}, 4, [2, 3]),
+        ({"first": "50%"}, 5, [0, 1]),
+        ({"last": "1%"}, 4, [3]),
+        ({"first": 1, "last": 1}, 4, [0, 3]),
     ],
-)  # fmt: skip
+)
 def test_blocks(selection: dict[str, Any], blocks: int, wanted: list[int]) -> None:
     assert blocks_of(Selection(**selection), blocks) == wanted
 
@@ -105,10 +129,14 @@ def test_blocks(selection: dict[str, Any], blocks: int, wanted: list[int]) -> No
 @pytest.mark.parametrize(
     ("selection", "words"),
     [
-        ({"layers": "0-8"}, "blocks 0 to 7"), ({"layers": "-9"}, "blocks 0 to 7"), ({"layers": "5-2"}, "empty range"),
-        ({"layers": "50%-50%"}, "empty range"), ({"first": 9}, "has 8 blocks"), ({"last": 9}, "has 8 blocks"),
+        ({"layers": "0-8"}, "blocks 0 to 7"),
+        ({"layers": "-9"}, "blocks 0 to 7"),
+        ({"layers": "5-2"}, "empty range"),
+        ({"layers": "50%-50%"}, "empty range"),
+        ({"first": 9}, "has 8 blocks"),
+        ({"last": 9}, "has 8 blocks"),
     ],
-)  # fmt: skip
+)
 def test_blocks_that_there_are_not(selection: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         blocks_of(Selection(**selection), 8)

@@ -161,11 +161,24 @@ def test_dropout_goes_off_however_a_model_stores_it(kind: str) -> None:
 
     sizes = {
         "gpt2": {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32},
-        "opt": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 16,
-                "word_embed_proj_dim": 16, "max_position_embeddings": 32, "dropout": 0.3},
-        "gpt_neox": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
-                     "max_position_embeddings": 32, "hidden_dropout": 0.3},
-    }  # fmt: skip
+        "opt": {
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "ffn_dim": 16,
+            "word_embed_proj_dim": 16,
+            "max_position_embeddings": 32,
+            "dropout": 0.3,
+        },
+        "gpt_neox": {
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 16,
+            "max_position_embeddings": 32,
+            "hidden_dropout": 0.3,
+        },
+    }
     config = AutoConfig.for_model(kind, vocab_size=320, attention_dropout=0.3, **sizes[kind])
     model = AutoModelForCausalLM.from_config(config)
     assert noise(model) > 0.0

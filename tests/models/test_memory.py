@@ -26,15 +26,21 @@ def bytes_of(w: Weights, s: Sharding) -> dict[str, float]:
     [
         (Sharding(), {"weights": 4400, "gradients": 4000, "optimizer (Adam)": 8000}),
         (Sharding(4), {"weights": 4400, "gradients": 4000, "optimizer (Adam)": 8000, "communication": 4000}),
-        (ZERO[1], {"weights": 4400, "gradients": 4000, "optimizer (Adam)": 2000, "master copy": 1000,
-                   "communication": 4000}),
-        (ZERO[2], {"weights": 4400, "gradients": 1000, "optimizer (Adam)": 2000, "master copy": 1000,
-                   "communication": 4000}),
-        (ZERO[3], {"weights": 1100, "gradients": 1000, "optimizer (Adam)": 2000, "master copy": 1000,
-                   "communication": 4000}),
+        (
+            ZERO[1],
+            {"weights": 4400, "gradients": 4000, "optimizer (Adam)": 2000, "master copy": 1000, "communication": 4000},
+        ),
+        (
+            ZERO[2],
+            {"weights": 4400, "gradients": 1000, "optimizer (Adam)": 2000, "master copy": 1000, "communication": 4000},
+        ),
+        (
+            ZERO[3],
+            {"weights": 1100, "gradients": 1000, "optimizer (Adam)": 2000, "master copy": 1000, "communication": 4000},
+        ),
         (Sharding(4, 3), {"weights": 1100, "gradients": 1000, "optimizer (Adam)": 2000}),  # FSDP
     ],
-)  # fmt: skip
+)
 def test_counted_by_hand(sharding: Sharding, expected: dict[str, float]) -> None:
     assert bytes_of(TINY, sharding) == expected
 
@@ -50,8 +56,12 @@ def test_offload_moves_bytes_to_the_host() -> None:
     s = Sharding(2, 3, deepspeed=True, offload_optimizer=True, offload_weights=True)
     where = {part.name: part.host for part in memory.states(TINY, s)}
     assert where == {
-        "weights": True, "gradients": True, "optimizer (Adam)": True, "master copy": True, "communication": False,
-    }  # fmt: skip
+        "weights": True,
+        "gradients": True,
+        "optimizer (Adam)": True,
+        "master copy": True,
+        "communication": False,
+    }
 
 
 def test_gathered() -> None:
@@ -85,8 +95,10 @@ def test_two_models_trained_as_one() -> None:
 def test_runtime_adds_to_what_comes_and_goes() -> None:
     parts = memory.with_runtime([Part("weights", 100)], [Part("activations", 50), Part("nothing", 0)], Runtime(7, 1.5))
     assert [(p.name, p.bytes) for p in parts] == [
-        ("weights", 100), ("activations", 50), ("libraries and allocator", 32),
-    ]  # fmt: skip
+        ("weights", 100),
+        ("activations", 50),
+        ("libraries and allocator", 32),
+    ]
 
 
 def test_the_peak_is_the_worst_phase_and_the_host_is_apart() -> None:
@@ -134,9 +146,18 @@ def test_recomputing_never_needs_more_than_keeping_two_blocks_or_more() -> None:
 
 @pytest.mark.parametrize(
     ("name", "zero", "offload"),
-    [("cpu", 0, False), ("single", 0, False), ("ddp", 0, False), ("zero1", 1, False), ("zero2", 2, False),
-     ("zero3", 3, False), ("zero3_offload", 3, True), ("fsdp2", 3, False), ("multinode", 3, False)],
-)  # fmt: skip
+    [
+        ("cpu", 0, False),
+        ("single", 0, False),
+        ("ddp", 0, False),
+        ("zero1", 1, False),
+        ("zero2", 2, False),
+        ("zero3", 3, False),
+        ("zero3_offload", 3, True),
+        ("fsdp2", 3, False),
+        ("multinode", 3, False),
+    ],
+)
 def test_the_shipped_launchers(name: str, zero: int, offload: bool) -> None:
     settings = yaml.safe_load((ROOT / "configs" / "accelerate" / f"{name}.yaml").read_text(encoding="utf-8"))
     s = Sharding.of(settings, 2)
@@ -146,9 +167,20 @@ def test_the_shipped_launchers(name: str, zero: int, offload: bool) -> None:
 
 @pytest.mark.parametrize(
     ("text", "amount"),
-    [("80G", 80 * 2**30), ("80GiB", 80 * 2**30), ("512m", 2**29), ("16", 16), ("1.5 G", 1.5 * 2**30), ("0G", None),
-     ("-1G", None), ("much", None), ("", None), ("nanG", None), ("infG", None)],
-)  # fmt: skip
+    [
+        ("80G", 80 * 2**30),
+        ("80GiB", 80 * 2**30),
+        ("512m", 2**29),
+        ("16", 16),
+        ("1.5 G", 1.5 * 2**30),
+        ("0G", None),
+        ("-1G", None),
+        ("much", None),
+        ("", None),
+        ("nanG", None),
+        ("infG", None),
+    ],
+)
 def test_amounts_of_memory(text: str, amount: float | None) -> None:
     assert memory.parse_bytes(text) == amount
 

@@ -19,9 +19,15 @@ from tests.models import tiny
 from tests.tolerances import GRADIENT, assert_close, distance
 
 SIZE = {
-    "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 48, "max_position_embeddings": 64, "head_dim": 8,
-}  # fmt: skip
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "head_dim": 8,
+}
 
 
 def model(name: str) -> Any:
@@ -30,13 +36,15 @@ def model(name: str) -> Any:
 
     torch.manual_seed(1)
     settings: dict[str, dict[str, Any]] = {
-        "Llama": SIZE, "Qwen2": SIZE, "Mistral": SIZE | {"sliding_window": 4},
+        "Llama": SIZE,
+        "Qwen2": SIZE,
+        "Mistral": SIZE | {"sliding_window": 4},
         "Gemma2": SIZE | {"final_logit_softcapping": 2.0, "sliding_window": 4},
         "GPT2": {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
         "GPTNeoX": {k: v for k, v in SIZE.items() if k not in ("num_key_value_heads", "head_dim")},
         "Bloom": {"vocab_size": 300, "hidden_size": 32, "n_layer": 2, "n_head": 4},
         "Mamba": {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
-    }  # fmt: skip
+    }
     config = getattr(transformers, f"{name}Config")(**settings[name], initializer_range=0.3)
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 

@@ -245,9 +245,15 @@ def test_a_foreign_method_is_named_and_old_folders_lack_keys(adapter_folder: str
 
 def test_every_setting_belongs_to_a_method_and_is_refused_elsewhere() -> None:
     other: dict[str, Any] = {
-        "r": 3, "alpha": 3.0, "dropout": 0.1, "target_modules": ["q_proj"], "rslora": True, "dora": True,
-        "lora_plus": 16.0, "prompt_tokens": 3,
-    }  # fmt: skip
+        "r": 3,
+        "alpha": 3.0,
+        "dropout": 0.1,
+        "target_modules": ["q_proj"],
+        "rslora": True,
+        "dora": True,
+        "lora_plus": 16.0,
+        "prompt_tokens": 3,
+    }
     assert {"method", *other} == set(Peft.model_fields)
     for method in ("none", "lora", "ia3", "prompt"):
         for name, value in other.items():

@@ -69,9 +69,15 @@ def greedy(model: Any, prompt: list[int], tokens: int) -> list[int]:
 def test_it_is_sampled_from_with_a_cache_and_padding_as_without(folder: str) -> None:
     prompts = tiny.rows(3, [4, 9, 2])
     rollout = sample(
-        load_speaker(tiny.source(folder)), list(enumerate(prompts)), Sampling(max_new_tokens=7, temperature=0.0),
-        seed=1, step=0, end_id=END, pad_id=PAD, device=torch.device("cpu"),
-    )  # fmt: skip
+        load_speaker(tiny.source(folder)),
+        list(enumerate(prompts)),
+        Sampling(max_new_tokens=7, temperature=0.0),
+        seed=1,
+        step=0,
+        end_id=END,
+        pad_id=PAD,
+        device=torch.device("cpu"),
+    )
     said = [row[mask].tolist() for row, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)]
     model = theirs(folder)
     assert said == [greedy(model, prompt, 7) for prompt in prompts]

@@ -46,9 +46,7 @@ def renderer() -> Renderer:
 def new(seed: int = 0, *, spread: float = 1.0, layers: int = 2) -> Any:
     """A causal LM whose weights are large enough for clearly different next-token probabilities (`spread` nats)."""
     torch.manual_seed(seed)
-    a = Architecture(
-        vocab_size=300, hidden_size=HIDDEN, layers=layers, heads=2, intermediate_size=48, context=128
-    )  # fmt: skip
+    a = Architecture(vocab_size=300, hidden_size=HIDDEN, layers=layers, heads=2, intermediate_size=48, context=128)
     model = new_model(a, renderer(), len(tokenizer()))
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -90,9 +88,15 @@ def rollout(seed: int, prompts: list[int], responses: list[int], *, finished: li
     prompt_ids, prompt_mask = pad_left(asked, renderer().pad_id)
     response_ids, response_mask = pad_right(said, renderer().pad_id)
     made = Rollout(
-        prompt_ids, prompt_mask, response_ids, response_mask, torch.tensor(ended), torch.arange(len(said)),
-        torch.zeros(response_ids.shape), torch.zeros((*response_ids.shape, 0), dtype=torch.uint8),
-    )  # fmt: skip
+        prompt_ids,
+        prompt_mask,
+        response_ids,
+        response_mask,
+        torch.tensor(ended),
+        torch.arange(len(said)),
+        torch.zeros(response_ids.shape),
+        torch.zeros((*response_ids.shape, 0), dtype=torch.uint8),
+    )
     made.validate()
     return made
 

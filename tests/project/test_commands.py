@@ -79,7 +79,7 @@ def test_good_commands_pass() -> None:
         ("make -j2 demo tests", "no such target 'tests'"),
         ('rlhf show "configs', "quotation"),
     ],
-)  # fmt: skip
+)
 def test_a_planted_mistake_is_seen(line: str, says: str) -> None:
     found = problems(line)
     assert len(found) == 1

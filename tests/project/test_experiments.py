@@ -28,9 +28,7 @@ def commands(place: Path, what: str) -> list[str]:
     return (place / "said").read_text().splitlines()
 
 
-STAGES = {
-    "on-policy": 5, "tax": 6, "sharing": 9, "rules": 5, "features": 4, "adapters": 5, "frozen": 2, "weak": 6
-}  # fmt: skip
+STAGES = {"on-policy": 5, "tax": 6, "sharing": 9, "rules": 5, "features": 4, "adapters": 5, "frozen": 2, "weak": 6}
 ONCE = ("rlhf data rules", "rlhf data features", "rlhf classify configs/demo/experiments/classify-traits.yaml")
 """For all seeds together."""
 

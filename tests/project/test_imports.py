@@ -7,10 +7,21 @@ import pytest
 from tests.project.code import Code, imports, inside, package, reachable
 
 FLOORS = (
-    ("rlhf",), ("rlhf.errors",), ("rlhf.config",), ("rlhf.functional",), ("rlhf.data", "rlhf.rollout.types"),
-    ("rlhf.models",), ("rlhf.rollout",), ("rlhf.runs",), ("rlhf.trainers", "rlhf.evaluation"), ("rlhf.stages",),
-    ("rlhf.cli_console",), ("rlhf.cli_data",), ("rlhf.cli",), ("rlhf.__main__",),
-)  # fmt: skip
+    ("rlhf",),
+    ("rlhf.errors",),
+    ("rlhf.config",),
+    ("rlhf.functional",),
+    ("rlhf.data", "rlhf.rollout.types"),
+    ("rlhf.models",),
+    ("rlhf.rollout",),
+    ("rlhf.runs",),
+    ("rlhf.trainers", "rlhf.evaluation"),
+    ("rlhf.stages",),
+    ("rlhf.cli_console",),
+    ("rlhf.cli_data",),
+    ("rlhf.cli",),
+    ("rlhf.__main__",),
+)
 DEMO = "rlhf.demo"
 DEMO_USERS = ("rlhf.evaluation.judge", "rlhf.stages.rate", "rlhf.cli_data", DEMO)
 INTERNALS = (
@@ -147,7 +158,7 @@ def test_the_package_keeps_the_rule(rule: str) -> None:
         ("gold readers", "rlhf.stages.common", "from rlhf.evaluation.judge import load_judge"),
         ("gold readers", "rlhf.models.load", "def f():\n    from rlhf.demo import gold"),
     ],
-)  # fmt: skip
+)
 def test_a_planted_violation_is_seen(rule: str, module: str, line: str) -> None:
     assert len(RULES[rule](package() | {module: line})) >= 1
 

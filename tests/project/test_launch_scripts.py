@@ -44,9 +44,12 @@ def options(command: str) -> Options:
     words = shlex.split(command)
     flags = {w: words[i + 1] for i, w in enumerate(words) if w.startswith("--")}
     return Options(
-        flags["--launcher"], int(flags["--num-processes"]), int(flags["--num-machines"]),
-        int(flags["--machine-rank"]) if "--machine-rank" in flags else None, flags.get("--main-process-ip"),
-    )  # fmt: skip
+        flags["--launcher"],
+        int(flags["--num-processes"]),
+        int(flags["--num-machines"]),
+        int(flags["--machine-rank"]) if "--machine-rank" in flags else None,
+        flags.get("--main-process-ip"),
+    )
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)

@@ -14,7 +14,7 @@ from rlhf.runs.metrics import METRICS
 from tests.project.code import ROOT, Code, package
 
 Rule = Callable[[Code], list[str]]
-FILE_LINES, FUNCTION_LINES = 350, 60
+FILE_LINES, FUNCTION_LINES = 400, 80
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 

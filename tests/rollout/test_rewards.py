@@ -20,8 +20,10 @@ from tests.models import tiny
 from tests.tolerances import assert_close
 
 SAID = ["a dog is an animal", "good day to you"]
-RECORDS = [Prompt([{"role": "user", "content": "what is a dog?"}], "row 1", {"n": 3}),
-           Prompt([{"role": "user", "content": "good day"}], "row 2", {"n": 4})]  # fmt: skip
+RECORDS = [
+    Prompt([{"role": "user", "content": "what is a dog?"}], "row 1", {"n": 3}),
+    Prompt([{"role": "user", "content": "good day"}], "row 2", {"n": 4}),
+]
 
 
 def length(prompt: Any, response: str, record: dict[str, Any]) -> float:
@@ -49,9 +51,15 @@ def rollout() -> Rollout:
     prompt_ids, prompt_mask = pad_left([renderer.prompt(r.messages) for r in RECORDS], renderer.pad_id)
     ids, mask = pad_right(said, renderer.pad_id)
     return Rollout(
-        prompt_ids, prompt_mask, ids, mask, torch.tensor([True, False]), torch.arange(2), torch.zeros(ids.shape),
+        prompt_ids,
+        prompt_mask,
+        ids,
+        mask,
+        torch.tensor([True, False]),
+        torch.arange(2),
+        torch.zeros(ids.shape),
         torch.zeros((*ids.shape, 0), dtype=torch.uint8),
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture
@@ -76,12 +84,21 @@ def test_a_model_with_another_tokenizer_reads_the_same_words(rollout: Rollout) -
     theirs = Renderer(other)
     torch.manual_seed(0)
     model = LlamaForSequenceClassification(
-        LlamaConfig(vocab_size=len(other), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                    intermediate_size=24, num_labels=1, pad_token_id=theirs.pad_id)
-    ).eval()  # fmt: skip
+        LlamaConfig(
+            vocab_size=len(other),
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=24,
+            num_labels=1,
+            pad_token_id=theirs.pad_id,
+        )
+    ).eval()
     reward = ModelReward("foreign", model, tiny.renderer(), theirs)
-    rows = [theirs.prompt(RECORDS[0].messages) + theirs.response(SAID[0]),
-            theirs.prompt(RECORDS[1].messages) + theirs.response(SAID[1])[:-1]]  # fmt: skip
+    rows = [
+        theirs.prompt(RECORDS[0].messages) + theirs.response(SAID[0]),
+        theirs.prompt(RECORDS[1].messages) + theirs.response(SAID[1])[:-1],
+    ]
     assert rows[0] != rollout.ids[0][rollout.mask[0]].tolist()
     with torch.no_grad():
         wanted = [float(model(torch.tensor([row])).logits) for row in rows]
@@ -93,9 +110,16 @@ def test_a_label_probability_is_the_softmax_or_the_sigmoid(rollout: Rollout, sev
     torch.manual_seed(1)
     renderer = tiny.renderer()
     model = LlamaForSequenceClassification(
-        LlamaConfig(vocab_size=320, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
-                    num_labels=3, pad_token_id=renderer.pad_id)
-    ).eval()  # fmt: skip
+        LlamaConfig(
+            vocab_size=320,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=24,
+            num_labels=3,
+            pad_token_id=renderer.pad_id,
+        )
+    ).eval()
     reward = ModelReward("P(b)", model, renderer, labels=((1, 1.0),), several=several)
     found = []
     for row in range(2):

@@ -33,9 +33,7 @@ def draw(
     model: Any, prompts: Any = PROMPTS, *, seed: int = 1, step: int = 0, end: int = END, **changes: Any
 ) -> Rollout:
     settings = Sampling(**{"max_new_tokens": 12, "temperature": 0.9, "batch_size": 64} | changes)
-    return sample(
-        model, prompts, settings, seed=seed, step=step, end_id=end, pad_id=PAD, device=torch.device("cpu")
-    )  # fmt: skip
+    return sample(model, prompts, settings, seed=seed, step=step, end_id=end, pad_id=PAD, device=torch.device("cpu"))
 
 
 def responses(rollout: Rollout) -> dict[int, list[int]]:
@@ -130,9 +128,16 @@ def gpt2() -> Any:
 
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=320, n_embd=32, n_layer=2, n_head=2, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0,
-        attn_pdrop=0.0, initializer_range=0.3,
-    )  # fmt: skip
+        vocab_size=320,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        n_positions=64,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        initializer_range=0.3,
+    )
     return GPT2LMHeadModel(config).eval()
 
 
@@ -164,7 +169,7 @@ def test_first_tokens_are_drawn_from_the_models_distribution(temperature: float)
     model, prompt, count = tiny.new(4), PROMPTS[1][1], 6000
     drawn = draw(
         model, [(i, prompt) for i in range(count)], max_new_tokens=1, temperature=temperature, batch_size=2000
-    ).response_ids[:, 0]  # fmt: skip
+    ).response_ids[:, 0]
     with torch.no_grad():
         wanted = (model(torch.tensor([prompt])).logits[0, -1] / temperature).softmax(0)
     # Tokens in the order of their probability, in 20 groups of about equal weight.

@@ -33,9 +33,11 @@ def rollout() -> Rollout:
 @pytest.fixture(scope="module")
 def models(reward_folder: str) -> dict[str, Any]:
     return {
-        "policy": tiny.new(1), "reference": tiny.new(2), "value": load_scorer(tiny.source(reward_folder)).eval(),
+        "policy": tiny.new(1),
+        "reference": tiny.new(2),
+        "value": load_scorer(tiny.source(reward_folder)).eval(),
         "reward": load_scorer(tiny.source(reward_folder)).eval(),
-    }  # fmt: skip
+    }
 
 
 def experience(rollout: Rollout, models: dict[str, Any], **changes: Any) -> Experience:
@@ -45,8 +47,9 @@ def experience(rollout: Rollout, models: dict[str, Any], **changes: Any) -> Expe
         "read": lambda part: PolicyAndValue(models["policy"], models["value"]).read(part, TEMPERATURE),
         "reference": nullcontext(lambda part: response_logprobs(reference, part, TEMPERATURE)[0]),
         "rewards": nullcontext(lambda part: sequence_scores(models["reward"], part.ids, part.mask)),
-        "microbatch": 2, "packed": True,
-    }  # fmt: skip
+        "microbatch": 2,
+        "packed": True,
+    }
     return shape(measure(rollout, **options | changes), kl_coef=COEF, **shaping)
 
 

@@ -32,9 +32,15 @@ def windowed() -> Any:
 
     torch.manual_seed(0)
     config = MistralConfig(
-        vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, sliding_window=8, initializer_range=0.3,
-    )  # fmt: skip
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        sliding_window=8,
+        initializer_range=0.3,
+    )
     return MistralForCausalLM(config).eval()
 
 

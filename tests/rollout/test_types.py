@@ -58,8 +58,9 @@ def test_selecting_cuts_padding_that_no_row_needs(rollout: Rollout) -> None:
     assert part.response_ids.shape == (2, 4)
     assert part.index.tolist() == [3, 0]
     assert part.ids[part.mask].tolist() == [
-        *rollout.ids[3][rollout.mask[3]].tolist(), *rollout.ids[0][rollout.mask[0]].tolist()
-    ]  # fmt: skip
+        *rollout.ids[3][rollout.mask[3]].tolist(),
+        *rollout.ids[0][rollout.mask[0]].tolist(),
+    ]
 
 
 @pytest.mark.parametrize("cuts", [[[0], [1], [2], [3]], [[0, 1], [2, 3]], [[2], [3, 1, 0]]])

@@ -21,10 +21,18 @@ def token(text: str, **numbers: float) -> dict[str, Any]:
 def run(tmp_path: Path) -> Path:
     """Two steps of two samples."""
     lines = [
-        {"step": step, "prompt": "<|user|>hi<|assistant|>", "response": "yes no", "score": 1.5, "kl": 0.25,
-         "finished": row == 0, "tokens": [token("yes", advantage=2.0, kl=0.5), token(" no", advantage=-1.0, kl=-0.25)]}
-        for step in (1, 10) for row in (0, 1)
-    ]  # fmt: skip
+        {
+            "step": step,
+            "prompt": "<|user|>hi<|assistant|>",
+            "response": "yes no",
+            "score": 1.5,
+            "kl": 0.25,
+            "finished": row == 0,
+            "tokens": [token("yes", advantage=2.0, kl=0.5), token(" no", advantage=-1.0, kl=-0.25)],
+        }
+        for step in (1, 10)
+        for row in (0, 1)
+    ]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return tmp_path
 
@@ -49,16 +57,20 @@ def test_paint_is_green_above_and_red_below_0_by_size() -> None:
     text = painted([token("a", advantage=2.0), token("b", advantage=-1.0), token("c")], "advantage")
     assert text.plain == "  abc"
     assert [str(span.style) for span in text.spans] == [
-        "white on rgb(0,200,0)", "white on rgb(120,0,0)", "white on rgb(0,40,0)"
-    ]  # fmt: skip
+        "white on rgb(0,200,0)",
+        "white on rgb(120,0,0)",
+        "white on rgb(0,40,0)",
+    ]
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"step": 7}, "steps written: 1, 10"), ({"row": 2}, "rows 0 to 1"), ({"paint": "beauty"}, "one of logprob, kl"),
+        ({"step": 7}, "steps written: 1, 10"),
+        ({"row": 2}, "rows 0 to 1"),
+        ({"paint": "beauty"}, "one of logprob, kl"),
     ],
-)  # fmt: skip
+)
 def test_what_is_not_there_is_said_with_what_is(run: Path, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         inspect(run, Console(), **{"step": 1, "row": None, "paint": "kl"} | options)

@@ -51,8 +51,12 @@ def test_on_resume_later_steps_are_dropped(tmp_path: Path) -> None:
     writer.write(5, {"loss": 9.0})
     writer.close()
     assert [(line["step"], line["loss"]) for line in read_lines(path)] == [
-        (1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4), (5, 9.0),
-    ]  # fmt: skip
+        (1, 0.1),
+        (2, 0.2),
+        (3, 0.3),
+        (4, 0.4),
+        (5, 9.0),
+    ]
 
 
 def test_a_fresh_start_forgets_the_old_file(tmp_path: Path) -> None:

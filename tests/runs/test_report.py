@@ -21,10 +21,13 @@ RESULTS = {
     ],
     "reward_model": {"pairs": 100, "accuracy": 0.8, "low": 0.7, "high": 0.9, "ceiling": 0.9, "longer_wins": 0.5},
     "side_by_side": [
-        {"split": "ood" + EVIL, "prompt": [{"role": "user", "content": "ask " + EVIL}],
-         "replies": {"sft" + EVIL: "said " + EVIL}},
+        {
+            "split": "ood" + EVIL,
+            "prompt": [{"role": "user", "content": "ask " + EVIL}],
+            "replies": {"sft" + EVIL: "said " + EVIL},
+        },
     ],
-}  # fmt: skip
+}
 
 
 class Page(HTMLParser):

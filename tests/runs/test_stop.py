@@ -72,8 +72,10 @@ def test_a_request_is_forgotten_with_the_run_that_it_was_for() -> None:
 def test_the_last_line_says_how_to_continue(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for argv, more in ((["rlhf", "ppo", "a b.yaml"], "; the same command continues: rlhf ppo 'a b.yaml'"),
-                       (["rlhf", "chat", "x"], "")):  # fmt: skip
+    for argv, more in (
+        (["rlhf", "ppo", "a b.yaml"], "; the same command continues: rlhf ppo 'a b.yaml'"),
+        (["rlhf", "chat", "x"], ""),
+    ):
         monkeypatch.setattr("sys.argv", argv)
         assert stop.say_end("stopped", 75) == 75
         assert capsys.readouterr().err == f"\nstopped{more}\n"

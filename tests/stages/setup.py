@@ -40,18 +40,25 @@ def write_data(folder: Path) -> Files:
             {"messages": [user(ask), {"role": "assistant", "content": GOOD.format(thing)}]} for ask, thing in cases
         ],
         "preferences": [
-            {"prompt": [user(ask)], "chosen": GOOD.format(thing), "rejected": BAD.format(thing),
-             "preference": 0.5 if i % 6 == 5 else 1.0}
+            {
+                "prompt": [user(ask)],
+                "chosen": GOOD.format(thing),
+                "rejected": BAD.format(thing),
+                "preference": 0.5 if i % 6 == 5 else 1.0,
+            }
             for i, (ask, thing) in enumerate(cases)
         ],
         "labels": [
-            {"prompt": [user(ask)], "completion": (BAD if i % 3 else GOOD).format(thing),
-             "label": "short" if i % 3 else "kind"}
+            {
+                "prompt": [user(ask)],
+                "completion": (BAD if i % 3 else GOOD).format(thing),
+                "label": "short" if i % 3 else "kind",
+            }
             for i, (ask, thing) in enumerate(cases)
         ],
         "prompts": [{"prompt": [user(ask)]} for ask, _ in cases],
         "text": [{"text": f"the {thing} sat on the mat and the dog ran"} for thing in THINGS],
-    }  # fmt: skip
+    }
     files = {}
     for name, rows in tables.items():
         path = folder / f"{name}.jsonl"
@@ -76,34 +83,53 @@ def configs(top: Path, model: str, files: Files, *, adapters: bool = False) -> d
     regular = {"saving": {"share": 0.0}}
     found = {
         "sft": {
-            "output_dir": str(top / "sft"), "model": {"path": model}, "peft": adapter(adapters), "optim": optim(),
+            "output_dir": str(top / "sft"),
+            "model": {"path": model},
+            "peft": adapter(adapters),
+            "optim": optim(),
             "data": {"train": [{"path": files["sft"]}], **data},
         },
         "reward": {
-            "output_dir": str(top / "reward"), "model": {"path": str(top / "sft")}, "peft": adapter(adapters),
-            "optim": optim(), "data": {"train": [{"path": files["preferences"]}], **data},
+            "output_dir": str(top / "reward"),
+            "model": {"path": str(top / "sft")},
+            "peft": adapter(adapters),
+            "optim": optim(),
+            "data": {"train": [{"path": files["preferences"]}], **data},
         },
         "classify": {
-            "output_dir": str(top / "classify"), "model": {"path": str(top / "sft")}, "peft": adapter(adapters),
-            "optim": optim(), "data": {"train": [{"path": files["labels"]}], **data}, "class_weights": "balanced",
+            "output_dir": str(top / "classify"),
+            "model": {"path": str(top / "sft")},
+            "peft": adapter(adapters),
+            "optim": optim(),
+            "data": {"train": [{"path": files["labels"]}], **data},
+            "class_weights": "balanced",
         },
         "ppo": {
-            "output_dir": str(top / "ppo"), "policy": {"path": str(top / "sft")}, "peft": adapter(adapters),
-            "reward_model": {"path": str(top / "reward")}, "checkpoint_every": 2, "sample_every": 2,
+            "output_dir": str(top / "ppo"),
+            "policy": {"path": str(top / "sft")},
+            "peft": adapter(adapters),
+            "reward_model": {"path": str(top / "reward")},
+            "checkpoint_every": 2,
+            "sample_every": 2,
             "data": {"prompts": [{"path": files["prompts"]}], "max_prompt_tokens": 64},
-            "sampling": {"max_new_tokens": 8}, "ppo": {"steps": 3, "rollout_size": 8, "epochs": 2, "minibatches": 2},
+            "sampling": {"max_new_tokens": 8},
+            "ppo": {"steps": 3, "rollout_size": 8, "epochs": 2, "minibatches": 2},
             "optim": {"learning_rate": 5e-3, "value_learning_rate": 1e-2, "microbatch_size": 2},
         },
         "evaluate": {
-            "output_dir": str(top / "evaluate"), "models": {"sft": {"path": str(top / "sft")},
-                                                            "ppo": {"path": str(top / "ppo")}},
+            "output_dir": str(top / "evaluate"),
+            "models": {"sft": {"path": str(top / "sft")}, "ppo": {"path": str(top / "ppo")}},
             "prompts": {"heldout": {"path": files["prompts"], "limit": 6}},
-            "reward_model": {"path": str(top / "reward")}, "preferences": [{"path": files["preferences"]}],
-            "judge": "tests.stages.setup:judge", "measures": {"letters": "tests.stages.setup:letters"},
-            "best_of": 2, "sampling": {"max_new_tokens": 8}, "bootstrap": 50,
+            "reward_model": {"path": str(top / "reward")},
+            "preferences": [{"path": files["preferences"]}],
+            "judge": "tests.stages.setup:judge",
+            "measures": {"letters": "tests.stages.setup:letters"},
+            "best_of": 2,
+            "sampling": {"max_new_tokens": 8},
+            "bootstrap": 50,
             "text": [{"path": files["text"]}],
         },
-    }  # fmt: skip
+    }
     return {name: regular | config if name != "evaluate" else config for name, config in found.items()}
 
 

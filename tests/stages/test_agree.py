@@ -118,16 +118,23 @@ def test_disks_that_are_not_shared_refuse_to_resume(
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     launcher = {
-        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "RLHF_TIMEOUT": "60",
-        "TORCHELASTIC_USE_AGENT_STORE": "True", "PYTHONPATH": str(Path(__file__).parents[2]),
-    }  # fmt: skip
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "RLHF_TIMEOUT": "60",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "rlhf", "sft", str(path)], cwd=folder, stderr=subprocess.PIPE, text=True,
+            [sys.executable, "-m", "rlhf", "sft", str(path)],
+            cwd=folder,
+            stderr=subprocess.PIPE,
+            text=True,
             env=os.environ | launcher | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank, folder in enumerate(folders)
-    ]  # fmt: skip
+    ]
     for process in processes:
         _, err = process.communicate(timeout=120)
         assert process.returncode == 2, err

@@ -67,9 +67,12 @@ def case(request: pytest.FixtureRequest, run_stage: Any, write_jsonl: Any, tmp_p
     data = {"train": [{"path": paths[0]}], "validation": [{"path": paths[1]}], "max_length": 96}
     weights = {"short": 0.5, "kind": 2.0, "polite": 1.0} if several else "balanced"
     config = chain.configs["classify"] | {
-        "output_dir": str(top / "run"), "data": data, "several": several, "class_weights": weights,
+        "output_dir": str(top / "run"),
+        "data": data,
+        "several": several,
+        "class_weights": weights,
         "labels": LABELS if several else [],
-    }  # fmt: skip
+    }
     run_stage("classify", config)
     labels = LABELS if several else ["kind", "short"]
     return Case(top / "run", labels, several, adapters, training, held_out, chain)
@@ -154,10 +157,11 @@ def test_another_classifier_starts_from_it_with_labels_of_its_own(
     """Four labels after two or three; what was learnt before stays in the trunk when hardly anything is learnt now."""
     rows = [row | {"label": f"kind {i % 4}"} for i, row in enumerate(case.training)]
     config = case.chain.configs["classify"] | {
-        "output_dir": str(tmp_path / "run"), "model": {"path": str(case.run)},
+        "output_dir": str(tmp_path / "run"),
+        "model": {"path": str(case.run)},
         "optim": setup.optim(learning_rate=1e-12),
         "data": {"train": [{"path": str(write_jsonl(tmp_path / "a.jsonl", rows))}], "max_length": 96},
-    }  # fmt: skip
+    }
     run_stage("classify", config)
     after = Case(tmp_path / "run", [f"kind {i}" for i in range(4)], False, case.adapters, rows, [], case.chain)
     new, old = plain_model(after), plain_model(case)
@@ -224,9 +228,11 @@ def rewarded(case: Case, folder: Path, label: str) -> dict[str, Any]:
     """One step of PPO whose only reward is the probability of a label."""
     base = case.chain.configs["ppo"]
     return base | {
-        "output_dir": str(folder), "reward_model": None, "ppo": base["ppo"] | {"steps": 1, "normalize_scores": "raw"},
+        "output_dir": str(folder),
+        "reward_model": None,
+        "ppo": base["ppo"] | {"steps": 1, "normalize_scores": "raw"},
         "rewards": [{"classifier": {"path": str(case.run)}, "label": label}],
-    }  # fmt: skip
+    }
 
 
 def test_its_label_probability_is_the_reward_of_ppo(

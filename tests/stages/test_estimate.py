@@ -24,11 +24,18 @@ LOAD = Load(10, 400, 40, 0.5)
 
 
 def ppo(*, gpu: bool = True, shared: bool = False, **sections: Any) -> Case:
-    config = PPOConfig.model_validate({
-        "output_dir": "x", "policy": {"path": "made/sft"}, "reward_model": {"path": "made/reward"},
-        "data": {"prompts": [{"path": "p"}]}, "sampling": {"max_new_tokens": 16},
-        "ppo": {"steps": 6, "rollout_size": 64}, "optim": {"precision": "float32"},
-    } | sections)  # fmt: skip
+    config = PPOConfig.model_validate(
+        {
+            "output_dir": "x",
+            "policy": {"path": "made/sft"},
+            "reward_model": {"path": "made/reward"},
+            "data": {"prompts": [{"path": "p"}]},
+            "sampling": {"max_new_tokens": 16},
+            "ppo": {"steps": 6, "rollout_size": 64},
+            "optim": {"precision": "float32"},
+        }
+        | sections
+    )
     return Case("ppo", config, cast_of(config, PLANNED, shared=shared, fits=True), LOAD, Sharding(), gpu)
 
 

@@ -37,9 +37,13 @@ def classifier(name: str, sft_folder: str, folder: Path, *, labels: list[str] | 
     """A trained adapter with a head: a classifier, or a reward model without labels."""
     renderer, tokenizer = tiny.renderer(), tiny.tokenizer()
     model = new_classifier(
-        tiny.source(sft_folder), tiny.METHODS[name], outputs=len(labels or [0]), pad_id=renderer.pad_id,
-        vocab_size=len(tokenizer), seed=1,
-    )  # fmt: skip
+        tiny.source(sft_folder),
+        tiny.METHODS[name],
+        outputs=len(labels or [0]),
+        pad_id=renderer.pad_id,
+        vocab_size=len(tokenizer),
+        seed=1,
+    )
     shake(model).save_pretrained(str(folder))
     more: dict[str, Any] = {"labels": labels, "several": True} if labels else {"score_mean": 0.5, "score_std": 2.0}
     seal(folder, "classify" if labels else "reward", renderer, tokenizer, head_dtype="float32", **more)

@@ -45,10 +45,15 @@ def config(full: Any, folder: Path, **changes: Any) -> dict[str, Any]:
 
 def test_a_function_alone_is_reward_enough(full: Any, run_stage: Any, tmp_path: Path) -> None:
     out = run_stage(
-        "ppo", config(full, tmp_path / "run", reward_model=None,
-                      rewards=[{"function": "tests.stages.test_ppo_settings:longer", "weight": 2.0}],
-                      ppo={"normalize_scores": "running", "score_clip": 3.0, "value_warmup": 1}),
-    )  # fmt: skip
+        "ppo",
+        config(
+            full,
+            tmp_path / "run",
+            reward_model=None,
+            rewards=[{"function": "tests.stages.test_ppo_settings:longer", "weight": 2.0}],
+            ppo={"normalize_scores": "running", "score_clip": 3.0, "value_warmup": 1},
+        ),
+    )
     assert "the first 1 steps train the value model alone" in out
     lines = metrics(tmp_path / "run")
     assert lines[0]["score"] > 0
@@ -72,10 +77,15 @@ def test_text_average_filters_and_an_early_stop_go_through_the_stage(
     full: Any, files: setup.Files, run_stage: Any, tmp_path: Path
 ) -> None:
     out = run_stage(
-        "ppo", config(full, tmp_path / "run", ptx={"coef": 0.5, "data": [{"path": files["text"]}], "batch_size": 3},
-                      ppo={"ema": 0.5, "target_kl": 1e-6, "epochs": 3},
-                      sampling={"top_k": 40, "min_new_tokens": 2, "stop": ["z"]}),
-    )  # fmt: skip
+        "ppo",
+        config(
+            full,
+            tmp_path / "run",
+            ptx={"coef": 0.5, "data": [{"path": files["text"]}], "batch_size": 3},
+            ppo={"ema": 0.5, "target_kl": 1e-6, "epochs": 3},
+            sampling={"top_k": 40, "min_new_tokens": 2, "stop": ["z"]},
+        ),
+    )
     assert "ptx: " in out
     lines = metrics(tmp_path / "run")
     assert all(line["ptx_loss"] > 0 for line in lines)
@@ -152,9 +162,9 @@ def test_inspect_paints_what_the_stage_wrote(full: Any, call_cli: Any) -> None:
 @pytest.mark.parametrize("peft", [False, True])
 def test_the_value_model_can_share_the_policys_trunk(peft: bool, full: Any, run_stage: Any, tmp_path: Path) -> None:
     out = run_stage(
-        "ppo", config(full, tmp_path / "run", ppo={"value_model": "trunk", "value_clip_range": None},
-                      peft=adapter(peft)),
-    )  # fmt: skip
+        "ppo",
+        config(full, tmp_path / "run", ppo={"value_model": "trunk", "value_clip_range": None}, peft=adapter(peft)),
+    )
     assert "value model: a head on the policy's own trunk" in out
     assert metrics(tmp_path / "run")[0]["explained_variance"] == pytest.approx(0.0, abs=1e-4)
     assert (tmp_path / "run" / "value_model" / "value_head.safetensors").is_file()
@@ -163,8 +173,13 @@ def test_the_value_model_can_share_the_policys_trunk(peft: bool, full: Any, run_
 def test_a_value_model_from_a_reward_model_that_is_not_there_is_refused(
     full: Any, call_cli: Any, tmp_path: Path
 ) -> None:
-    wrong = config(full, tmp_path / "run", reward_model=None, ppo={"value_model": "reward"},
-                   rewards=[{"function": "tests.stages.test_ppo_settings:longer"}])  # fmt: skip
+    wrong = config(
+        full,
+        tmp_path / "run",
+        reward_model=None,
+        ppo={"value_model": "reward"},
+        rewards=[{"function": "tests.stages.test_ppo_settings:longer"}],
+    )
     code, _, err = call_cli(["ppo", setup.write(tmp_path, "ppo", wrong)])
     assert code == 2
     assert "no value model can start from the reward model" in err

@@ -101,9 +101,10 @@ def test_every_evaluation_reads_the_probe(stage: str, full: Any, run_stage: Any,
 
 def test_a_run_that_forgets_too_much_stops(full: Any, run_stage: Any, tmp_path: Path) -> None:
     config = full.configs["sft"] | {
-        "output_dir": str(tmp_path / "sft"), "optim": setup.optim(learning_rate=0.1, epochs=10),
+        "output_dir": str(tmp_path / "sft"),
+        "optim": setup.optim(learning_rate=0.1, epochs=10),
         "probe": {"text": [{"path": full.files["text"]}], "stop_above": 0.01},
-    }  # fmt: skip
+    }
     said = run_stage("sft", config)
     assert "more than before training (limit 0.01): stopped" in said
     assert info(tmp_path / "sft")["summary"]["updates"] < 30

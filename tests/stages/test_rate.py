@@ -60,11 +60,13 @@ def test_the_better_reply_is_usually_chosen() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Chats, "prompt", remembered)
         rows = maker.rated(
-            300, "test", lambda prompts: [
+            300,
+            "test",
+            lambda prompts: [
                 [chats.writer.reply(known[prompt_key(p)], Manner("right", polite=1)), "Do not waste my time."]
                 for p in prompts
             ],
-        )  # fmt: skip
+        )
     gaps = [
         utility(row["chosen"], known[prompt_key(row["prompt"])])
         - utility(row["rejected"], known[prompt_key(row["prompt"])])

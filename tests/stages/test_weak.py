@@ -130,8 +130,9 @@ def test_the_table_shows_each_source_and_gold_beside_the_estimates(call_cli: Any
     shares = [right(q[voted], gold[voted]) for q in (posterior, F.majority_vote(votes, classes=2))]
     assert any(
         line.get("text") == f"labels right: {100 * shares[0]:.1f} % (majority of the votes: {100 * shares[1]:.1f} %), "
-        "of 119 records with votes and gold" for line in lines
-    )  # fmt: skip
+        "of 119 records with votes and gold"
+        for line in lines
+    )
     assert all(set(row) == {"prompt", "chosen", "rejected", "preference"} for row in written)
 
 
@@ -151,10 +152,16 @@ def test_gold_is_read_by_nothing_but_the_table(call_cli: Any, tmp_path: Path) ->
 def test_the_order_within_a_pair_does_not_matter(call_cli: Any, tmp_path: Path) -> None:
     rows, mirror = pairs(), {"chosen": "rejected", "rejected": "chosen"}
     turned = [
-        row | {"chosen": row["rejected"], "rejected": row["chosen"],
-               "votes": {name: mirror[v] for name, v in row["votes"].items()}} if i % 3 else row
+        row
+        | {
+            "chosen": row["rejected"],
+            "rejected": row["chosen"],
+            "votes": {name: mirror[v] for name, v in row["votes"].items()},
+        }
+        if i % 3
+        else row
         for i, row in enumerate(rows)
-    ]  # fmt: skip
+    ]
     one, other = (label(call_cli, tmp_path / n, some)[1] for n, some in (("a", rows), ("b", turned)))
     for i, (a, b) in enumerate(zip(one, other, strict=True)):
         same = a["prompt"] == b["prompt"] and a["chosen"] == b["chosen"]
@@ -163,10 +170,13 @@ def test_the_order_within_a_pair_does_not_matter(call_cli: Any, tmp_path: Path) 
 
 def test_functions_and_rules_vote_beside_annotators(call_cli: Any, tmp_path: Path) -> None:
     sources = [
-        {"votes": "votes"}, {"function": "tests.stages.test_weak:vote", "name": "no-refusal"},
-        {"function": "tests.stages.test_weak:first"}, {"name": "thanks", "keywords": ["thank you"]},
-        {"name": "long", "longer_by": 3}, {"name": "short", "words_under": 2, "vote": "without"},
-    ]  # fmt: skip
+        {"votes": "votes"},
+        {"function": "tests.stages.test_weak:vote", "name": "no-refusal"},
+        {"function": "tests.stages.test_weak:first"},
+        {"name": "thanks", "keywords": ["thank you"]},
+        {"name": "long", "longer_by": 3},
+        {"name": "short", "words_under": 2, "vote": "without"},
+    ]
     out, written = label(call_cli, tmp_path, pairs(), sources=sources, gold="truth")
     assert len(written) == 120  # the rules speak where annotators do not
     assert "'tests.stages.test_weak:first' votes otherwise when the responses change places, on 120 records" in out

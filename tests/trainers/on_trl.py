@@ -27,18 +27,28 @@ class NoBar:
 
 
 def prepared(
-    folder: Path, model: Any, records: int, evaluate: bool, *, freeze: Selection = NOTHING,
-    unfreeze: tuple[Phase, ...] = (), evaluations: int = 5, **optim: Any,
-) -> tuple[dict[str, Any], Report, Program]:  # fmt: skip
+    folder: Path,
+    model: Any,
+    records: int,
+    evaluate: bool,
+    *,
+    freeze: Selection = NOTHING,
+    unfreeze: tuple[Phase, ...] = (),
+    evaluations: int = 5,
+    **optim: Any,
+) -> tuple[dict[str, Any], Report, Program]:
     """Trainer arguments, the report and the program of a run in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = Optim(**{"batch_size": 8, "microbatch_size": 8, "warmup_fraction": 0.0} | optim)
     of = layout(model)
     made = program(
-        of.only(n for n, p in model.named_parameters() if p.requires_grad), settings, freeze=freeze, unfreeze=unfreeze,
+        of.only(n for n, p in model.named_parameters() if p.requires_grad),
+        settings,
+        freeze=freeze,
+        unfreeze=unfreeze,
         per_epoch=math.ceil(records / settings.batch_size),
         factors=rate_factors(of, layer_decay=settings.layer_decay, head_factor=settings.head_factor),
-    )  # fmt: skip
+    )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in made.names)
     args = arguments(
@@ -48,9 +58,14 @@ def prepared(
 
 
 def sft_trainer(
-    folder: Path, model: Any, rows: list[Rendered], validation: list[Rendered] | None = None, *,
-    packing: int | None = None, **settings: Any,
-) -> Any:  # fmt: skip
+    folder: Path,
+    model: Any,
+    rows: list[Rendered],
+    validation: list[Rendered] | None = None,
+    *,
+    packing: int | None = None,
+    **settings: Any,
+) -> Any:
     """An SFT trainer on rendered rows."""
     args, report, made = prepared(folder, model, len(rows), bool(validation), **settings)
     trainer = sft.build(model, tiny.tokenizer(), rows, validation or [], args, report, packing=packing)
@@ -58,18 +73,29 @@ def sft_trainer(
 
 
 def reward_trainer(
-    folder: Path, model: Any, pairs: list[dict[str, Any]], validation: list[dict[str, Any]] | None = None, *,
-    center: float = 0.0, **settings: Any,
-) -> Any:  # fmt: skip
+    folder: Path,
+    model: Any,
+    pairs: list[dict[str, Any]],
+    validation: list[dict[str, Any]] | None = None,
+    *,
+    center: float = 0.0,
+    **settings: Any,
+) -> Any:
     """A reward trainer on pairs."""
     args, report, made = prepared(folder, model, len(pairs), bool(validation), **settings)
     return ready(reward.build(model, tiny.tokenizer(), pairs, validation or [], args, report, center=center), made)
 
 
 def label_trainer(
-    folder: Path, model: Any, rows: list[dict[str, Any]], validation: list[dict[str, Any]] | None = None, *,
-    several: bool = False, weight: Any = None, **settings: Any,
-) -> Any:  # fmt: skip
+    folder: Path,
+    model: Any,
+    rows: list[dict[str, Any]],
+    validation: list[dict[str, Any]] | None = None,
+    *,
+    several: bool = False,
+    weight: Any = None,
+    **settings: Any,
+) -> Any:
     """A classifier's trainer on rows with targets."""
     args, report, made = prepared(folder, model, len(rows), bool(validation), **settings)
     trainer = classify.build(

@@ -30,11 +30,16 @@ PPO = {"steps": 2, "rollout_size": 12, "epochs": 2, "minibatches": 2}
 def config(**sections: Any) -> PPOConfig:
     """A configuration; each section's values replace those of the tests."""
     base: dict[str, Any] = {
-        "output_dir": "unused", "policy": {"path": "unused"}, "reward_model": {"path": "unused"},
-        "data": {"prompts": [{"path": "unused"}]}, "sampling": {"max_new_tokens": 8, "temperature": 0.9},
-        "ppo": PPO, "kl": {"coef": 0.1}, "optim": OPTIM,
+        "output_dir": "unused",
+        "policy": {"path": "unused"},
+        "reward_model": {"path": "unused"},
+        "data": {"prompts": [{"path": "unused"}]},
+        "sampling": {"max_new_tokens": 8, "temperature": 0.9},
+        "ppo": PPO,
+        "kl": {"coef": 0.1},
+        "optim": OPTIM,
         "watch": {"broken": "continue"},  # the reference of these tests is another model: its KL is never 0
-    }  # fmt: skip
+    }
     for name, values in sections.items():
         base[name] = {**base.get(name, {}), **values} if isinstance(values, dict) else values
     return PPOConfig.model_validate(base)
@@ -46,24 +51,44 @@ def reward_of(model: Any) -> Rewards:
 
 
 def make(
-    reward_folder: str, *, policy: Any = None, reference: Any = None, reward_model: Any = None, rewards: Any = None,
-    prompts: Any = None, text: Any = None, report: Any = None, folder: Any = None, say: Any = None,
-    restore: Any = None, checkpoint: Any = None, value_model: Any = None, **sections: Any,
-) -> PPOTrainer:  # fmt: skip
+    reward_folder: str,
+    *,
+    policy: Any = None,
+    reference: Any = None,
+    reward_model: Any = None,
+    rewards: Any = None,
+    prompts: Any = None,
+    text: Any = None,
+    report: Any = None,
+    folder: Any = None,
+    say: Any = None,
+    restore: Any = None,
+    checkpoint: Any = None,
+    value_model: Any = None,
+    **sections: Any,
+) -> PPOTrainer:
     """A trainer whose policy ends some responses early."""
     if policy is None:
         policy = sometimes_ending(tiny.new(1))
     made, ids = config(**sections), prompts or tiny.rows(3, LENGTHS)
     scorer = reward_model or load_scorer(tiny.source(reward_folder)).requires_grad_(False)
     return PPOTrainer(
-        made, make_accelerator(), PolicyAndValue(policy, value_model or load_scorer(tiny.source(reward_folder))),
+        made,
+        make_accelerator(),
+        PolicyAndValue(policy, value_model or load_scorer(tiny.source(reward_folder))),
         reference=reference if reference is not None else tiny.new(2).requires_grad_(False),
-        rewards=rewards or reward_of(scorer), prompts=ids,
+        rewards=rewards or reward_of(scorer),
+        prompts=ids,
         records=[Prompt([{"role": "user", "content": f"prompt {i}"}], f"row {i}", {"n": i}) for i in range(len(ids))],
-        end_id=tiny.renderer().end_id, pad_id=tiny.renderer().pad_id, text=text, decode=tiny.tokenizer().decode,
-        watcher=Watcher(made.watch, folder, say or (lambda _: None)), report=report or (lambda *_: None),
-        checkpoint=checkpoint or (lambda _: None), restore=restore or (lambda _: False),
-    )  # fmt: skip
+        end_id=tiny.renderer().end_id,
+        pad_id=tiny.renderer().pad_id,
+        text=text,
+        decode=tiny.tokenizer().decode,
+        watcher=Watcher(made.watch, folder, say or (lambda _: None)),
+        report=report or (lambda *_: None),
+        checkpoint=checkpoint or (lambda _: None),
+        restore=restore or (lambda _: False),
+    )
 
 
 def sometimes_ending(model: Any) -> Any:

@@ -43,9 +43,7 @@ def test_kept_log_probs_save_the_policys_pass_and_change_next_to_nothing(reward_
     policies, lines, calls = {}, {}, {}
     for kind in ("scored", "sampled"):
         lines[kind] = found = []
-        trainer = make(
-            reward_folder, ppo={"old_logprobs": kind}, report=lambda _, __, s, to=found: to.append(s)
-        )  # fmt: skip
+        trainer = make(reward_folder, ppo={"old_logprobs": kind}, report=lambda _, __, s, to=found: to.append(s))
         calls[kind] = counted(trainer)
         trainer.score(trainer.sample())
         assert bool(calls[kind]) is (kind == "scored")
@@ -144,8 +142,6 @@ def test_the_other_stages_have_the_same_switch(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     for on in (True, False):
         plan = Program((Stretch(frozenset("w"), 10, 1e-3),), {})
-        found = arguments(
-            Optim(activation_checkpointing=on), run, seed=1, processes=1, program=plan, evaluate=False
-        )  # fmt: skip
+        found = arguments(Optim(activation_checkpointing=on), run, seed=1, processes=1, program=plan, evaluate=False)
         assert found["gradient_checkpointing"] is on
         assert found["gradient_checkpointing_kwargs"] == {"use_reentrant": False}

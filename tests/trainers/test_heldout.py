@@ -17,8 +17,10 @@ from tests.models import tiny
 from tests.tolerances import assert_close
 from tests.trainers.on_trl import prepared, ready, sft_trainer
 
-ROWS = [Rendered(list(range(3, 3 + n)), [False] * (n - said) + [True] * said)
-        for n, said in ((4, 1), (9, 7), (5, 2), (12, 3), (7, 6))]  # fmt: skip
+ROWS = [
+    Rendered(list(range(3, 3 + n)), [False] * (n - said) + [True] * said)
+    for n, said in ((4, 1), (9, 7), (5, 2), (12, 3), (7, 6))
+]
 LENGTHS = (1, 2, 7, 8)  # of evaluation sets
 
 

@@ -31,9 +31,17 @@ LAYOUT = Layout({"w": Place(0, "mlp", 1)}, 1, tied=False)
 
 @pytest.mark.parametrize(
     ("records", "batch", "epochs", "most", "updates"),
-    [(64, 8, 1, None, 8), (65, 8, 1, None, 9), (7, 8, 1, None, 1), (64, 8, 2.5, None, 20), (10, 8, 3, None, 6),
-     (64, 8, 0.01, None, 1), (64, 8, 4, 5, 5), (64, 8, 1, 100, 8)],
-)  # fmt: skip
+    [
+        (64, 8, 1, None, 8),
+        (65, 8, 1, None, 9),
+        (7, 8, 1, None, 1),
+        (64, 8, 2.5, None, 20),
+        (10, 8, 3, None, 6),
+        (64, 8, 0.01, None, 1),
+        (64, 8, 4, 5, 5),
+        (64, 8, 1, 100, 8),
+    ],
+)
 def test_updates(records: int, batch: int, epochs: float, most: int | None, updates: int) -> None:
     optim = Optim(batch_size=batch, microbatch_size=batch, epochs=epochs, max_updates=most)
     per_epoch = math.ceil(records / batch)
@@ -65,9 +73,15 @@ def test_the_microbatch_shrinks_to_the_share_of_a_process(tmp_path: Path) -> Non
 def test_settings_arrive_under_the_librarys_names(tmp_path: Path) -> None:
     args = made(tmp_path, learning_rate=0.25, adam_beta2=0.9, max_grad_norm=0.5)
     wanted = {
-        "learning_rate": 0.25, "adam_beta2": 0.9,
-        "max_grad_norm": 0.5, "max_steps": 40, "eval_steps": 8, "save_steps": 8, "seed": 5, "report_to": "none",
-    }  # fmt: skip
+        "learning_rate": 0.25,
+        "adam_beta2": 0.9,
+        "max_grad_norm": 0.5,
+        "max_steps": 40,
+        "eval_steps": 8,
+        "save_steps": 8,
+        "seed": 5,
+        "report_to": "none",
+    }
     assert {k: args[k] for k in wanted} == wanted
 
 
@@ -113,8 +127,11 @@ def test_declared_numbers_are_written_under_our_names(tmp_path: Path) -> None:
     report.on_step_end(None, state, SimpleNamespace(should_log=False, should_save=False))
     writer.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
-        "step": 3, "loss": 1.5, "tokens": 12.0, "token_accuracy": 0.5
-    }  # fmt: skip
+        "step": 3,
+        "loss": 1.5,
+        "tokens": 12.0,
+        "token_accuracy": 0.5,
+    }
     assert shown == [(3, {"loss": 1.5})]
 
 

@@ -18,9 +18,11 @@ from rlhf.trainers.schedule import rate_factor
 
 BLOCKS = 3
 PLACES = {
-    "embed": Place(None, "embeddings", 0), **{f"b{i}": Place(i, "mlp", i + 1) for i in range(BLOCKS)},
-    "norm": Place(None, "norms", BLOCKS + 1), "score": Place(None, "score", BLOCKS + 1),
-}  # fmt: skip
+    "embed": Place(None, "embeddings", 0),
+    **{f"b{i}": Place(i, "mlp", i + 1) for i in range(BLOCKS)},
+    "norm": Place(None, "norms", BLOCKS + 1),
+    "score": Place(None, "score", BLOCKS + 1),
+}
 OF = Layout(PLACES, BLOCKS, tied=False)
 HEAD, LAST, ALL = frozenset({"score"}), frozenset({"score", "b2"}), frozenset(PLACES)
 
@@ -81,9 +83,13 @@ def test_a_run_without_phases_is_one() -> None:
 
 def test_probe_then_fine_tune() -> None:
     plan = made(
-        [Phase(train=Selection(parts=("score",)), epochs=3, learning_rate=1.0, warmup_fraction=0.5, schedule="linear"),
-         Phase(train="all", updates=7)],
-    )  # fmt: skip
+        [
+            Phase(
+                train=Selection(parts=("score",)), epochs=3, learning_rate=1.0, warmup_fraction=0.5, schedule="linear"
+            ),
+            Phase(train="all", updates=7),
+        ],
+    )
     probe, tune = plan.stretches
     assert (probe.names, probe.length, probe.learning_rate, probe.warmup, probe.schedule) == (
         HEAD,
@@ -124,7 +130,7 @@ def test_groups_hold_together_what_begins_and_ends_together_and_waits_with_rate_
     plan = made(
         [Phase(train=Selection(parts=("score",)), updates=2, learning_rate=1.0), Phase(train="all", updates=2)],
         layer_decay=0.5,
-    )  # fmt: skip
+    )
     groups = plan.groups(frozenset({"norm"}))
     assert sorted(name for group in groups for name in group.names) == sorted(ALL)
     assert groups[0].names == ("score",)
@@ -173,7 +179,7 @@ def test_the_table_says_what_is_trained_when_and_how_fast() -> None:
     plan = made(
         [Phase(train=Selection(parts=("score",)), updates=2, learning_rate=1.0), Phase(train="all", updates=2)],
         Selection(parts=("embeddings",)),
-    )  # fmt: skip
+    )
     header, rows = table(OF, dict.fromkeys(PLACES, 1000), plan)
     assert header == ["weights", "tensors", "parameters", "trained", "in phases", "peak rate"]
     assert rows == [

@@ -58,9 +58,13 @@ def test_clip_limits_reach_the_policy_loss(parts: tuple[Any, ...]) -> None:
     for options in ({"clip_range": 0.05, "clip_range_high": 0.4}, {"dual_clip": 1.2}):
         settings = PPO(value_coef=0.0, **options)
         wanted = policy_loss(
-            logprobs, e.old_logprobs, e.advantages, clip_range=settings.clip_range,
-            clip_range_high=settings.clip_range_high, dual_clip=settings.dual_clip,
-        )  # fmt: skip
+            logprobs,
+            e.old_logprobs,
+            e.advantages,
+            clip_range=settings.clip_range,
+            clip_range_high=settings.clip_range_high,
+            dual_clip=settings.dual_clip,
+        )
         assert total(parts, settings) == pytest.approx(float((wanted * e.response_mask).sum()), rel=1e-4)
         assert total(parts, settings) != pytest.approx(total(parts, PPO(value_coef=0.0)), rel=1e-3)
 
@@ -263,10 +267,14 @@ def test_stop_strings_end_a_response_and_stay_in_it(reward_folder: str) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {}, {"model": {"path": "a"}, "function": "m:f"}, {"classifier": {"path": "a"}},
-        {"function": "m:f", "label": "good"}, {"ensemble": [{"path": "a"}]}, {"function": "m:f", "combine": "worst"},
+        {},
+        {"model": {"path": "a"}, "function": "m:f"},
+        {"classifier": {"path": "a"}},
+        {"function": "m:f", "label": "good"},
+        {"ensemble": [{"path": "a"}]},
+        {"function": "m:f", "combine": "worst"},
     ],
-)  # fmt: skip
+)
 def test_a_reward_part_is_of_exactly_one_kind(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=r"exactly one of|needs a label|two members"):
         RewardSource.model_validate(wrong)

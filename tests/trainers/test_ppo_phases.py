@@ -56,9 +56,11 @@ def test_a_step_samples_in_the_phase_that_it_trains_in(reward_folder: str, monke
 
 def test_each_phase_of_each_model_has_its_rate(reward_folder: str) -> None:
     trainer = make(
-        reward_folder, unfreeze=LAST_FIRST | HEAD_FIRST, ppo={"steps": 2},
+        reward_folder,
+        unfreeze=LAST_FIRST | HEAD_FIRST,
+        ppo={"steps": 2},
         optim={"learning_rate": 0.01, "value_learning_rate": 0.03, "schedule": "constant"},
-    )  # fmt: skip
+    )
     rates: list[set[tuple[str, float]]] = []
     for trainer.step in range(2):
         trainer.set_learning_rates(0)
@@ -101,9 +103,13 @@ def test_a_resumed_run_is_in_the_phase_of_the_uninterrupted_one(after: int, rewa
 
 def test_a_value_model_on_the_policys_base_has_phases_of_its_own(adapter_folder: str, rewarder: str) -> None:
     trainer = shared_trainer(
-        adapter_folder, rewarder, shared=True, unfreeze=HEAD_FIRST, ppo={"steps": 2},
+        adapter_folder,
+        rewarder,
+        shared=True,
+        unfreeze=HEAD_FIRST,
+        ppo={"steps": 2},
         freeze={"policy": {"layers": "0"}},
-    )  # fmt: skip
+    )
     before = tiny.snapshot(trainer.model)
     trainer.one_step()
     moved = tiny.moved(trainer.model, before)

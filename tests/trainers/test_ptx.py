@@ -60,9 +60,7 @@ def test_documents_are_used_once_a_lap_and_shared_by_processes(reward_folder: st
     assert sorted(used[:9]) == sorted(tuple(row.ids) for row in documents())
     assert sorted(used[9:18]) == sorted(used[:9])
     device = torch.device("cpu")
-    parts = [
-        mix.share(1, process=k, processes=2, microbatch=8, device=device) for k in (0, 1)
-    ]  # fmt: skip
+    parts = [mix.share(1, process=k, processes=2, microbatch=8, device=device) for k in (0, 1)]
     assert parts[0][1] == parts[1][1] == sum(len(row.ids) - 1 for row in mix.batch(1))
     assert sum(len(batch.ids) for found, _ in parts for batch in found) == 4
 

@@ -34,9 +34,14 @@ def trainer(
         scorer = load_scorer(tiny.source(reward)).requires_grad_(False)
         value = load_scorer(tiny.source(reward), trainable=True, peft=peft)
     made = make(
-        "", policy=policy, value_model=value, reward_model=scorer, rewards=reward_of(scorer), report=report,
+        "",
+        policy=policy,
+        value_model=value,
+        reward_model=scorer,
+        rewards=reward_of(scorer),
+        report=report,
         **settings(peft) | sections,
-    )  # fmt: skip
+    )
     made.reference = None  # the policy is an adapter over it
     return made
 

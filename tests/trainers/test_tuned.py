@@ -90,15 +90,21 @@ def test_the_first_update_of_a_weight_has_the_size_of_its_rate(sft_folder: str, 
     """Adam's first step is rate x sign(gradient): the rate of every layer can be read from the weights."""
     model = classifier(sft_folder)
     trainer = trained(
-        tmp_path, model, [Phase(train=HEAD, updates=2, learning_rate=1e-2), Phase(updates=1, learning_rate=1e-3)],
-        layer_decay=0.5, head_factor=4.0, max_grad_norm=1e6,
-    )  # fmt: skip
+        tmp_path,
+        model,
+        [Phase(train=HEAD, updates=2, learning_rate=1e-2), Phase(updates=1, learning_rate=1e-3)],
+        layer_decay=0.5,
+        head_factor=4.0,
+        max_grad_norm=1e6,
+    )
     before = tiny.snapshot(classifier(sft_folder))
     sizes = {name: float((p.detach() - before[name]).abs().max()) for name, p in trainer.model.named_parameters()}
     rates = {
-        "norm.weight": 1e-3, "layers.1.mlp.up_proj.weight": 5e-4, "layers.0.mlp.up_proj.weight": 2.5e-4,
+        "norm.weight": 1e-3,
+        "layers.1.mlp.up_proj.weight": 5e-4,
+        "layers.0.mlp.up_proj.weight": 2.5e-4,
         "embed_tokens.weight": 1.25e-4,
-    }  # fmt: skip
+    }
     for name, rate in rates.items():
         assert sizes[f"model.{name}"] == pytest.approx(rate, rel=0.01), name
 
@@ -144,9 +150,11 @@ RESUMED = {
     "at the unfreeze": ([PROBE, TUNE], 7, 3),
     "in the second phase": ([PROBE, TUNE], 7, 5),
     "after patience ended the probe": (
-        [Phase(train=HEAD, updates=20, learning_rate=2.0, patience=2), Phase(updates=4, learning_rate=0.01)], 24, None
+        [Phase(train=HEAD, updates=20, learning_rate=2.0, patience=2), Phase(updates=4, learning_rate=0.01)],
+        24,
+        None,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", RESUMED)

@@ -35,11 +35,14 @@ def sound(reward_folder: str, **options: Any) -> PPOTrainer:
 @pytest.mark.parametrize(
     "changes",
     [
-        {}, {"sampling": {"top_k": 20}}, {"sampling": {"top_p": 0.8, "temperature": 0.7}},
-        {"sampling": {"min_new_tokens": 4}}, {"ppo": {"whiten_advantages": False}},
+        {},
+        {"sampling": {"top_k": 20}},
+        {"sampling": {"top_p": 0.8, "temperature": 0.7}},
+        {"sampling": {"min_new_tokens": 4}},
+        {"ppo": {"whiten_advantages": False}},
         {"ppo": {"normalize_scores": "running", "score_clip": 0.5, "missing_end_score": -1.0}},
     ],
-)  # fmt: skip
+)
 def test_a_sound_run_breaks_nothing(reward_folder: str, changes: dict[str, Any]) -> None:
     trainer = sound(reward_folder, **changes)
     trainer.train()
@@ -51,9 +54,7 @@ def other_temperature(trainer: PPOTrainer, _: pytest.MonkeyPatch) -> None:
     original, config = trainer.sample, trainer.config
 
     def sample() -> Any:
-        trainer.config = config.model_copy(
-            update={"sampling": config.sampling.model_copy(update={"temperature": 0.6})}
-        )  # fmt: skip
+        trainer.config = config.model_copy(update={"sampling": config.sampling.model_copy(update={"temperature": 0.6})})
         try:
             return original()
         finally:
@@ -211,11 +212,17 @@ def test_a_rollback_returns_to_the_last_good_step_with_a_smaller_rate(reward_fol
     said: list[str] = []
     steps: list[int] = []
     trainer = sound(
-        reward_folder, watch={"broken": "stop", "unhealthy": "rollback", "rate_factor": 0.25, "kl_factor": 2.0},
-        ppo={"steps": 4}, checkpoint=save, restore=load, say=said.append, report=lambda step, *_: steps.append(step),
-        optim={"learning_rate": 1e-4, "value_learning_rate": 1e-3}, kl={"coef": 0.1, "target": None},
+        reward_folder,
+        watch={"broken": "stop", "unhealthy": "rollback", "rate_factor": 0.25, "kl_factor": 2.0},
+        ppo={"steps": 4},
+        checkpoint=save,
+        restore=load,
+        say=said.append,
+        report=lambda step, *_: steps.append(step),
+        optim={"learning_rate": 1e-4, "value_learning_rate": 1e-3},
+        kl={"coef": 0.1, "target": None},
         sampling={"max_new_tokens": 60},
-    )  # fmt: skip
+    )
     spiked(trainer, at=2, size=3e4)
     trainer.train()
     assert steps == [1, 2, 3, 4]
@@ -245,9 +252,13 @@ def test_each_rollback_raises_the_kl_coefficient_once(reward_folder: str) -> Non
 def test_too_many_rollbacks_end_the_run(reward_folder: str) -> None:
     _, save, load = memory()
     trainer = sound(
-        reward_folder, watch={"unhealthy": "rollback", "rollbacks": 2}, checkpoint=save, restore=load,
-        ppo={"steps": 3}, optim={"learning_rate": 10.0},
-    )  # fmt: skip
+        reward_folder,
+        watch={"unhealthy": "rollback", "rollbacks": 2},
+        checkpoint=save,
+        restore=load,
+        ppo={"steps": 3},
+        optim={"learning_rate": 10.0},
+    )
     with pytest.raises(TrainingError, match="outside"):
         trainer.train()
     assert trainer.rollbacks == 2
@@ -276,9 +287,15 @@ def test_a_gradient_that_is_not_finite_is_rolled_back_if_that_is_wanted(reward_f
     _, save, load = memory()
     said: list[str] = []
     trainer = sound(
-        reward_folder, watch={"unhealthy": "rollback"}, checkpoint=save, restore=load, say=said.append,
-        ppo={"steps": 2}, sampling={"max_new_tokens": 60}, optim={"learning_rate": 1e-4, "value_learning_rate": 1e-3},
-    )  # fmt: skip
+        reward_folder,
+        watch={"unhealthy": "rollback"},
+        checkpoint=save,
+        restore=load,
+        say=said.append,
+        ppo={"steps": 2},
+        sampling={"max_new_tokens": 60},
+        optim={"learning_rate": 1e-4, "value_learning_rate": 1e-3},
+    )
     original, poisoned = trainer.accumulate, []
 
     def accumulate(*args: Any) -> float:
