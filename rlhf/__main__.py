@@ -1,6 +1,6 @@
 """`python -m rlhf`."""
 
-from rlhf.cli import main
+from rlhf.cli.main import main
 
 if __name__ == "__main__":
     main()

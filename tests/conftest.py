@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
+pytest_plugins = ["tests.models.fixtures", "tests.stages.fixtures"]
+
 SENTENCES = [
     "the cat sat on the mat and the dog ran after it",
     "hello there, how are you today? i am well, thank you",
@@ -144,11 +146,11 @@ def run_cli() -> Callable[..., Result]:
 
 @pytest.fixture(scope="session")
 def call_cli() -> Callable[..., Result]:
-    """call_cli(args, cwd=) -> (code, stdout, stderr) of rlhf.cli.main in this process: fast; an error that no check
+    """call_cli(args, cwd=) -> (code, stdout, stderr) of `main` in this process: fast; an error that no check
     foresaw comes out as a failure of the test."""
 
     def call(args: Sequence[str], cwd: Path | None = None) -> Result:
-        from rlhf.cli import UNFORESEEN, main
+        from rlhf.cli.main import UNFORESEEN, main
 
         out, err = io.StringIO(), io.StringIO()
         code: Any = 0

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from rlhf.config.labeling import WeakConfig
 from rlhf.config.ppo import KL, PPO, PPOOptim, Ptx, RewardSource, Watch
 from rlhf.config.sections import (
     Count,
@@ -21,7 +22,6 @@ from rlhf.config.sections import (
     Source,
 )
 from rlhf.config.tuning import NOTHING, Freeze, Phase, Probe, Selection, Unfreeze
-from rlhf.config.weak import WeakConfig
 
 
 class Stage(Section):

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
+from rlhf.data.conversations import is_transcript, read_transcript, read_turns
 from rlhf.data.records import (
     DROP,
     BadRow,
@@ -24,7 +25,6 @@ from rlhf.data.records import (
     check_string,
     check_text,
 )
-from rlhf.data.turns import is_transcript, read_transcript, read_turns
 from rlhf.errors import DataError
 
 Kind = Literal["text", "demonstration", "comparison", "prompt", "document", "labelled"]

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from rlhf.config.sections import Source
 from rlhf.data.formats import Kind, check_format, convert, describe, recognise, rename
 from rlhf.data.records import SHOWN, BadRow, Record, RecordSet, reasons, spelt_out
-from rlhf.data.sets import fingerprint, mix, shuffled, split, without_repeats
+from rlhf.data.splits import fingerprint, mix, shuffled, split, without_repeats
 from rlhf.errors import DataError, collect
 
 __all__ = ["RecordSet", "fingerprint", "load_records", "split"]

@@ -11,8 +11,8 @@ import torch
 from rlhf.config.sections import Sampling
 from rlhf.data.collate import pad_right
 from rlhf.data.render import Renderer
+from rlhf.generation.native import sample
 from rlhf.models.heads import position_ids, sequence_scores
-from rlhf.rollout.sample import sample
 from rlhf.rollout.score import response_logprobs
 from rlhf.rollout.types import Rollout
 

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from rlhf.config.sections import READ_BY, ModelSource, Peft
 from rlhf.errors import CheckpointError, ConfigError
+from rlhf.models.adapter_targets import ALL, ia3_targets, lora_targets
 from rlhf.models.load import disable_dropout, grow_embeddings, is_adapter, load_causal, load_pretrained, resolve
-from rlhf.models.targets import ALL, ia3_targets, lora_targets
 
 REFERENCE = "reference"
 Task = Literal["CAUSAL_LM", "SEQ_CLS"]

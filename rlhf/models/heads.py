@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.models.adapters import wearing
-from rlhf.models.packing import trunk_states
+from rlhf.models.packed_batch import trunk_states
 
 
 class Float32Head(nn.Linear):
@@ -48,7 +48,7 @@ class SharedValue(nn.Module):
 
 
 class AdapterScorer(nn.Module):
-    """A scorer that is an adapter and a head on another model's base; see `rlhf.models.roles`.
+    """A scorer that is an adapter and a head on another model's base; see `rlhf.models.shared_base`.
 
     Attributes:
         score: the head, float32.

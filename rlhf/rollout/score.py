@@ -15,7 +15,7 @@ from rlhf.config.schema import PPO
 from rlhf.functional import gae, masked_whiten, shaped_rewards, token_entropy, token_logprobs
 from rlhf.models.heads import position_ids, token_scores
 from rlhf.models.load import backbone
-from rlhf.models.packing import can_pack, head_reads, microbatches, output_layer, pack, plain_head
+from rlhf.models.packed_batch import can_pack, head_reads, microbatches, output_layer, pack, plain_head
 from rlhf.rollout.types import Experience, Measured, Rollout, unpack_bits
 
 CHUNK = 2**25  # logits that a policy's output layer may hold at once (128 MiB in float32); more go in parts

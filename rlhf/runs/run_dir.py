@@ -28,7 +28,7 @@ from pydantic import BaseModel
 from rlhf import __version__
 from rlhf.errors import CheckpointError, ConfigError
 from rlhf.runs.lock import LOCK_FILE, Lock, refuse_if_held
-from rlhf.runs.stop import Stopped
+from rlhf.runs.preemption import Stopped
 
 RUN_FILE, CONFIG_FILE = "run.json", "config.yaml"
 STARTING = {LOCK_FILE, f"{RUN_FILE}.tmp", f"{CONFIG_FILE}.new", f"{CONFIG_FILE}.new.tmp"}

@@ -11,18 +11,18 @@ from typing import Any
 import torch
 
 from rlhf.config.schema import ClassifyConfig
+from rlhf.console import Console
+from rlhf.data import tokenize
 from rlhf.data.records import Labelled
 from rlhf.errors import ConfigError, DataError
 from rlhf.functional import balanced_weights
 from rlhf.models.heads import head_dtype
 from rlhf.models.load import context_length
-from rlhf.models.scorers import new_classifier
-from rlhf.runs.console import Console
-from rlhf.stages import rendering
-from rlhf.stages.common import RunResult, begin, check_context, open_tokenizer, read_data, start
-from rlhf.stages.fit import fit, save_trained
-from rlhf.stages.probe import probe
-from rlhf.stages.tuning import plan
+from rlhf.models.reward_models import new_classifier
+from rlhf.stages.lifecycle import RunResult, begin, check_context, open_tokenizer, read_data, start
+from rlhf.trainers.phase_plan import plan
+from rlhf.trainers.supervised.probe_data import probe
+from rlhf.trainers.supervised.run import fit, save_trained
 
 
 def run(config: ClassifyConfig, console: Console) -> RunResult:
@@ -35,7 +35,7 @@ def run(config: ClassifyConfig, console: Console) -> RunResult:
     labels = label_names(config, train, validation)
 
     def render(records: Sequence[Labelled], what: str = "probe") -> list[dict[str, Any]]:
-        return rendering.labelled(records, renderer, config.data, labels, config.several, what, console)
+        return tokenize.labelled(records, renderer, config.data, labels, config.several, what, console)
 
     rows, held_out = render(train, "training"), render(validation, "validation")
     target = torch.tensor([row["target"] for row in rows])
@@ -66,7 +66,7 @@ def run(config: ClassifyConfig, console: Console) -> RunResult:
     )
     start(directory, "classify", config)
     directory.note(data=prints)
-    from rlhf.trainers.classify import Counts, build
+    from rlhf.trainers.supervised.classify import Counts, build
 
     counts: list[Counts] = []
 

@@ -13,23 +13,23 @@ import torch
 
 from rlhf.config.schema import EvaluateConfig
 from rlhf.config.sections import ModelSource
+from rlhf.console import Console
+from rlhf.data import tokenize
 from rlhf.data.records import Comparison, Prompt
 from rlhf.data.render import Renderer
 from rlhf.data.sources import load_records
+from rlhf.distributed.engine import everybody, make_accelerator
+from rlhf.distributed.launch_env import is_main, rank, use_cpu
 from rlhf.errors import DataError
 from rlhf.evaluation.answers import Answer, answer, perplexity, score_rows
 from rlhf.evaluation.baselines import longer_wins, tfidf_accuracy
 from rlhf.evaluation.judge import Judge, load_judge
 from rlhf.evaluation.stats import best_of_n_kl, bootstrap, wins
-from rlhf.models.distributed import everybody, make_accelerator
-from rlhf.models.launched import is_main, rank, use_cpu
-from rlhf.models.prompt import load_speaker
-from rlhf.models.scorers import load_scorer
-from rlhf.runs.console import Console
-from rlhf.runs.report import write_report
+from rlhf.models.reward_models import load_scorer
+from rlhf.models.soft_prompt import load_speaker
+from rlhf.reports.html import write_report
 from rlhf.runs.run_dir import write_json
-from rlhf.stages import rendering
-from rlhf.stages.common import RunResult, begin, open_tokenizer, processes, start
+from rlhf.stages.lifecycle import RunResult, begin, open_tokenizer, processes, start
 
 Row = dict[str, Any]
 
@@ -84,7 +84,7 @@ def _prepare(config: EvaluateConfig, console: Console) -> Bench:
     for split, source in config.prompts.items():
         loaded = load_records("prompt", [source], seed=config.seed, on_bad_row="error", deduplicate=False)
         records[split] = loaded.records
-        ids[split] = rendering.prompts(loaded.records, renderer, config.max_prompt_tokens, "error", "error", console)
+        ids[split] = tokenize.prompts(loaded.records, renderer, config.max_prompt_tokens, "error", "error", console)
     text: list[list[int]] = []
     if config.text:
         loaded = load_records("text", config.text, seed=config.seed, on_bad_row="error", deduplicate=False)

@@ -10,12 +10,12 @@ from pathlib import Path
 import yaml
 
 from rlhf.config.load import Pipeline, Stanza
+from rlhf.console import Console
 from rlhf.errors import TrainingError
-from rlhf.runs.console import Console
+from rlhf.launch.launcher import Options, check_stage, launch, resolve_launch
+from rlhf.launch.supervisor import INTERRUPTED
+from rlhf.runs.preemption import STOPPED, Stopped
 from rlhf.runs.run_dir import plain, read_json
-from rlhf.runs.stop import STOPPED, Stopped
-from rlhf.stages.launch import Options, check_stage, launch, resolve
-from rlhf.stages.supervise import INTERRUPTED
 
 
 def run(pipeline: Pipeline, console: Console) -> None:
@@ -24,7 +24,7 @@ def run(pipeline: Pipeline, console: Console) -> None:
     top = Path(pipeline.config.output_dir)
     for stanza in pipeline.stages:
         if stanza.launcher is not None:
-            plan = resolve(Options(stanza.launcher))  # refuse a wrong one before anything has run
+            plan = resolve_launch(Options(stanza.launcher))  # refuse a wrong one before anything has run
             check_stage(stanza.name, stanza.loaded.config, plan)
     for stanza in pipeline.stages:
         if stanza.launcher is None:

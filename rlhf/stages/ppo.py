@@ -9,36 +9,36 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config.schema import PPOConfig
+from rlhf.console import Bar, Console
+from rlhf.data import tokenize
 from rlhf.data.records import Prompt
 from rlhf.data.render import Rendered, Renderer
 from rlhf.data.sources import load_records
+from rlhf.distributed.engine import make_accelerator, set_batch
+from rlhf.distributed.engine_limits import check_deepspeed
+from rlhf.distributed.heartbeat import beat
+from rlhf.distributed.launch_env import is_main
+from rlhf.distributed.zero_gather import whole
 from rlhf.errors import ConfigError
 from rlhf.models.adapters import check_same_shape, policy_with_adapter
-from rlhf.models.distributed import make_accelerator, set_batch
 from rlhf.models.heads import AdapterScorer, SharedValue, rescale_head
-from rlhf.models.launched import is_main
 from rlhf.models.load import context_length, disable_dropout, load_causal, resolve
-from rlhf.models.roles import VALUE, new_on, put_on, why_apart
-from rlhf.models.scorers import load_scorer, new_value_model
-from rlhf.models.zero import whole
+from rlhf.models.reward_models import load_scorer, new_value_model
+from rlhf.models.shared_base import VALUE, new_on, put_on, why_apart
+from rlhf.rollout.reward_loading import build_rewards, check_offload, reward_deviation, same_tokenizer
 from rlhf.rollout.rewards import Rewards
 from rlhf.rollout.types import Experience
-from rlhf.runs import stop
-from rlhf.runs.alive import beat
-from rlhf.runs.console import Bar, Console
+from rlhf.runs import preemption
 from rlhf.runs.metrics import MetricsWriter, cut
 from rlhf.runs.run_dir import RunDir
-from rlhf.stages import rendering
-from rlhf.stages.common import RunResult, begin, check_context, open_tokenizer, seal, start, stop_at
-from rlhf.stages.engines import check_deepspeed
-from rlhf.stages.resume import Keeper
-from rlhf.stages.rewards import build_rewards, check_offload, reward_deviation, same_tokenizer
-from rlhf.stages.tuning import say_phases
-from rlhf.trainers.policy_value import PolicyAndValue
-from rlhf.trainers.ppo import PPOTrainer
-from rlhf.trainers.ptx import TextMix
-from rlhf.trainers.stats import Stats
-from rlhf.trainers.watch import Watcher
+from rlhf.stages.lifecycle import RunResult, begin, check_context, open_tokenizer, seal, start, stop_at
+from rlhf.trainers.phase_plan import say_phases
+from rlhf.trainers.ppo.checkpointer import Keeper
+from rlhf.trainers.ppo.health import Watcher
+from rlhf.trainers.ppo.policy_value import PolicyAndValue
+from rlhf.trainers.ppo.ptx import TextMix
+from rlhf.trainers.ppo.stats import Stats
+from rlhf.trainers.ppo.trainer import PPOTrainer
 
 SAMPLES = "samples.jsonl"
 VALUE_MODELS = {
@@ -73,7 +73,7 @@ def run(config: PPOConfig, console: Console) -> RunResult:
                 console.note(f"continuing after step {trainer.step}{_in_hand(trainer)}")
                 beat(trainer.step)
             reporter.open(trainer.step)
-            with stop.at_safe_points(config.saving.grace):
+            with preemption.at_safe_points(config.saving.grace):
                 trainer.train()
             _save(trainer, directory, renderer, tokenizer, reporter.last.get("response_length"))
     reporter.close()
@@ -136,7 +136,7 @@ def prepare(config: PPOConfig, console: Console) -> Ready:
     )
     for note in loaded.notes:
         console.note(note)
-    prompts, records = rendering.prompts_with_records(
+    prompts, records = tokenize.prompts_with_records(
         loaded.records, renderer, config.data.max_prompt_tokens, config.data.too_long, config.data.on_bad_row, console
     )
     text = _text(config, renderer, console)
@@ -242,7 +242,7 @@ def _text(config: PPOConfig, renderer: Renderer, console: Console) -> TextMix | 
     for note in loaded.notes:
         console.note(f"ptx: {note}")
     limit = config.ptx.max_length
-    rows = [rendering.document(record, renderer) for record in loaded.records]
+    rows = [tokenize.document(record, renderer) for record in loaded.records]
     cut = [Rendered(row.ids[:limit], row.mask[:limit]) for row in rows]
     if long := sum(len(row.ids) > limit for row in rows):
         console.note(f"ptx: {long} of {len(rows)} documents cut to {limit} tokens")

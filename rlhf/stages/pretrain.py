@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rlhf.config.schema import Architecture, PretrainConfig
+from rlhf.console import Console
+from rlhf.data import tokenize
 from rlhf.data.records import Text
 from rlhf.data.render import Rendered, Renderer
-from rlhf.models.launched import use_cpu
-from rlhf.runs.console import Console
-from rlhf.stages import rendering
-from rlhf.stages.common import RunResult, begin, check_context, read_data, start
-from rlhf.stages.fit import fit_lm
-from rlhf.stages.tuning import plan
+from rlhf.distributed.launch_env import use_cpu
+from rlhf.stages.lifecycle import RunResult, begin, check_context, read_data, start
+from rlhf.trainers.phase_plan import plan
+from rlhf.trainers.supervised.run import fit_lm
 
 PAD, EOS, USER, ASSISTANT, END = "<|pad|>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"
 # One special token a turn keeps sequences short. The user's next words follow the end of a reply at once, so a language
@@ -41,7 +41,7 @@ def run(config: PretrainConfig, console: Console) -> RunResult:
     program = plan(model, config, rows=len(train_rows), evaluate=bool(valid_rows), console=console)
     start(directory, "pretrain", config)
     directory.note(data=prints)
-    from rlhf.trainers.sft import build_lm
+    from rlhf.trainers.supervised.sft import build_lm
 
     summary = fit_lm(
         "pretrain",
@@ -120,7 +120,7 @@ def blocks(documents: Sequence[Any], renderer: Renderer, length: int) -> list[Re
     """Documents end to end, cut into blocks of equal length; the last, shorter one is kept."""
     stream: list[int] = []
     for document in documents:
-        stream += rendering.document(document, renderer).ids
+        stream += tokenize.document(document, renderer).ids
         if not isinstance(document, Text):
             stream.append(renderer.eos_id)
     rows = [stream[i : i + length] for i in range(0, len(stream), length)]

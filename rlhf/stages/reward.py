@@ -9,17 +9,17 @@ from typing import Any
 import torch
 
 from rlhf.config.schema import RewardConfig
+from rlhf.console import Console
+from rlhf.data import tokenize
 from rlhf.data.collate import pad_right
-from rlhf.models.distributed import unsharded
+from rlhf.distributed.engine import unsharded
 from rlhf.models.heads import head_dtype, sequence_scores
 from rlhf.models.load import context_length
-from rlhf.models.scorers import new_reward_model
-from rlhf.runs.console import Console
-from rlhf.stages import rendering
-from rlhf.stages.common import RunResult, begin, check_context, open_tokenizer, read_data, start
-from rlhf.stages.fit import fit, save_trained
-from rlhf.stages.probe import probe
-from rlhf.stages.tuning import plan
+from rlhf.models.reward_models import new_reward_model
+from rlhf.stages.lifecycle import RunResult, begin, check_context, open_tokenizer, read_data, start
+from rlhf.trainers.phase_plan import plan
+from rlhf.trainers.supervised.probe_data import probe
+from rlhf.trainers.supervised.run import fit, save_trained
 
 
 def run(config: RewardConfig, console: Console) -> RunResult:
@@ -29,8 +29,8 @@ def run(config: RewardConfig, console: Console) -> RunResult:
         return RunResult(directory.path, directory.info.get("summary", {}), skipped=True)
     tokenizer, renderer = open_tokenizer(config.model, console)
     train, validation, prints = read_data("comparison", config.data, config.seed, console)
-    train_pairs = rendering.pairs(train, renderer, config.data, "training", console)
-    valid_pairs = rendering.pairs(validation, renderer, config.data, "validation", console)
+    train_pairs = tokenize.pairs(train, renderer, config.data, "training", console)
+    valid_pairs = tokenize.pairs(validation, renderer, config.data, "validation", console)
     model = new_reward_model(
         config.model, config.peft, pad_id=renderer.pad_id, vocab_size=len(tokenizer), seed=config.seed
     )
@@ -45,11 +45,11 @@ def run(config: RewardConfig, console: Console) -> RunResult:
         kind="comparison",
         evaluate=bool(valid_pairs),
         scorer=True,
-        render=lambda records: rendering.pairs(records, renderer, config.data, "probe", console),
+        render=lambda records: tokenize.pairs(records, renderer, config.data, "probe", console),
     )
     start(directory, "reward", config)
     directory.note(data=prints)
-    from rlhf.trainers.reward import build
+    from rlhf.trainers.supervised.reward import build
 
     def save(trainer: Any, folder: Path) -> dict[str, Any]:
         with unsharded(trainer.model_wrapped, trainer.accelerator) as whole:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from rlhf.config.schema import SFTConfig
+from rlhf.console import Console
+from rlhf.data import tokenize
 from rlhf.data.collate import mean_reply
 from rlhf.errors import ConfigError
 from rlhf.models.adapters import add_adapter, continued_config, load_adapter
 from rlhf.models.load import context_length, grow_embeddings, is_adapter, load_causal, resolve
-from rlhf.models.packing import packed_rows
-from rlhf.runs.console import Console
-from rlhf.stages import rendering
-from rlhf.stages.common import (
+from rlhf.models.packed_batch import packed_rows
+from rlhf.stages.lifecycle import (
     RunResult,
     begin,
     check_context,
@@ -21,9 +21,9 @@ from rlhf.stages.common import (
     read_template,
     start,
 )
-from rlhf.stages.fit import fit_lm
-from rlhf.stages.probe import probe
-from rlhf.stages.tuning import plan
+from rlhf.trainers.phase_plan import plan
+from rlhf.trainers.supervised.probe_data import probe
+from rlhf.trainers.supervised.run import fit_lm
 
 
 def run(config: SFTConfig, console: Console) -> RunResult:
@@ -33,12 +33,12 @@ def run(config: SFTConfig, console: Console) -> RunResult:
         return RunResult(directory.path, directory.info.get("summary", {}), skipped=True)
     tokenizer, renderer = open_tokenizer(config.model, console, template=read_template(config.chat_template))
     train, validation, prints = read_data("demonstration", config.data, config.seed, console)
-    train_rows = rendering.conversations(train, renderer, config.data, "training", console)
-    valid_rows = rendering.conversations(validation, renderer, config.data, "validation", console)
+    train_rows = tokenize.conversations(train, renderer, config.data, "training", console)
+    valid_rows = tokenize.conversations(validation, renderer, config.data, "validation", console)
     model = _model(config, len(tokenizer), console)
     before = config.peft.prompt_tokens if config.peft.method == "prompt" else 0
     check_context(config.data.max_length + before, context_length(model), "data.max_length")
-    from rlhf.trainers.sft import build, to_dataset
+    from rlhf.trainers.supervised.sft import build, to_dataset
 
     length = config.data.max_length if config.packing else None
     rows = len(train_rows) if length is None else packed_rows([len(row.ids) for row in train_rows], length)
@@ -52,7 +52,7 @@ def run(config: SFTConfig, console: Console) -> RunResult:
         kind="demonstration",
         evaluate=bool(valid_rows),
         scorer=False,
-        render=lambda records: to_dataset(rendering.conversations(records, renderer, config.data, "probe", console)),
+        render=lambda records: to_dataset(tokenize.conversations(records, renderer, config.data, "probe", console)),
     )
     start(directory, "sft", config)
     directory.note(data=prints)

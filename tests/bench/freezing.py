@@ -16,7 +16,7 @@ import torch
 
 from rlhf.config.schema import Architecture
 from rlhf.config.tuning import Selection
-from rlhf.models.freezing import layout, select
+from rlhf.models.parameter_selection import layout, select
 from rlhf.stages.pretrain import new_model
 from tests.models import tiny
 

@@ -33,9 +33,9 @@ IMPORTS = (
     "trl.trainer.sft_trainer",
     "trl.trainer.reward_trainer",
     "transformers.models.llama.modeling_llama",
-    "rlhf.trainers.sft",
-    "rlhf.trainers.reward",
-    "rlhf.trainers.ppo",
+    "rlhf.trainers.supervised.sft",
+    "rlhf.trainers.supervised.reward",
+    "rlhf.trainers.ppo.trainer",
     "rlhf.stages.sft",
     "rlhf.stages.reward",
     "rlhf.stages.ppo",
@@ -56,7 +56,7 @@ def command(arguments: list[str]) -> None:
 
     Raises: RuntimeError if it fails.
     """
-    from rlhf.cli import main
+    from rlhf.cli.main import main
 
     sys.argv = ["rlhf", *arguments]
     try:

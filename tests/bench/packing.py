@@ -19,14 +19,14 @@ from typing import Any
 import torch
 
 from rlhf.config.sections import ModelSource, Peft, Sampling
+from rlhf.console import Console
+from rlhf.generation.native import sample
 from rlhf.models.load import load_causal
-from rlhf.models.packing import microbatches, pack
-from rlhf.models.scorers import new_value_model
-from rlhf.rollout.sample import sample
+from rlhf.models.packed_batch import microbatches, pack
+from rlhf.models.reward_models import new_value_model
 from rlhf.rollout.score import read_policy, response_values
 from rlhf.rollout.types import Rollout
-from rlhf.runs.console import Console
-from rlhf.stages.common import open_tokenizer
+from rlhf.stages.lifecycle import open_tokenizer
 
 SIZES = (12, 32, 96)
 

@@ -76,10 +76,10 @@ def adapter(work: Work) -> dict[str, Any]:
 def build(work: Work) -> Result:
     """Policy, reward model and prompts; with LoRA the reward model also as an adapter on the policy's folder."""
     from rlhf.config.sections import ModelSource, Peft
+    from rlhf.console import Console
     from rlhf.models.load import count_parameters, load_causal
-    from rlhf.models.scorers import load_scorer, new_reward_model
-    from rlhf.runs.console import Console
-    from rlhf.stages.common import open_tokenizer, seal
+    from rlhf.models.reward_models import load_scorer, new_reward_model
+    from rlhf.stages.lifecycle import open_tokenizer, seal
 
     random.seed(work.seed)
     policy = Path(work.path("policy"))
@@ -106,7 +106,7 @@ def random_policy(work: Work, folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from rlhf.data.render import Renderer
-    from rlhf.stages.common import seal, stop_at
+    from rlhf.stages.lifecycle import seal, stop_at
     from rlhf.stages.pretrain import new_tokenizer
 
     words = ("".join(random.choices("abcdefghijklmnopqrstuvwxyz", k=8)) for _ in range(work.vocabulary))
@@ -215,7 +215,7 @@ def ours(work: Work) -> Result:
 
 def our_meter() -> Meter:
     """With our libraries quiet, before they are imported."""
-    from rlhf.models.distributed import quiet_libraries
+    from rlhf.distributed.engine import quiet_libraries
 
     quiet_libraries(telemetry=False)
     return Meter("rlhf.stages.ppo")
@@ -223,10 +223,10 @@ def our_meter() -> Meter:
 
 def our_trainer(config: Any, report: Callable[..., None], rows: list[list[int]] | None = None) -> Any:
     """Our trainer, set up as its stage does it; `rows` are token ids in the place of the configuration's prompts."""
-    from rlhf.runs.console import Console
-    from rlhf.stages.common import seed_everything
+    from rlhf.console import Console
+    from rlhf.stages.lifecycle import seed_everything
     from rlhf.stages.ppo import prepare
-    from rlhf.trainers.watch import Watcher
+    from rlhf.trainers.ppo.health import Watcher
 
     seed_everything(config.seed, deterministic=config.deterministic)
     ready = prepare(config, Console(quiet=True))

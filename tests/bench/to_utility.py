@@ -38,17 +38,17 @@ from transformers import set_seed
 from rlhf.config.load import load
 from rlhf.config.schema import EvaluateConfig, PPOConfig
 from rlhf.config.sections import ModelSource
+from rlhf.console import Console
+from rlhf.data import tokenize
 from rlhf.data.sources import load_records
 from rlhf.errors import TrainingError
 from rlhf.evaluation.answers import answer
 from rlhf.evaluation.judge import load_judge
+from rlhf.models import handover
 from rlhf.models.heads import rescale_head
 from rlhf.models.load import load_causal, resolve
-from rlhf.models.scorers import load_scorer
-from rlhf.runs import handover
-from rlhf.runs.console import Console
-from rlhf.stages import rendering
-from rlhf.stages.common import open_tokenizer, seal
+from rlhf.models.reward_models import load_scorer
+from rlhf.stages.lifecycle import open_tokenizer, seal
 from tests.bench.against_trl import SIDES, install
 from tests.bench.sides import THEIR_TRAINER, Meter, our_meter, our_trainer, their_trainer
 from tests.bench.work import ROOT, Result, Work, machine, run
@@ -109,7 +109,7 @@ class Examiner:
         self.records = load_records("prompt", [held_out], seed=seed, on_bad_row="error", deduplicate=False).records
         self.records = self.records[:PROMPTS]
         longest = self.config.max_prompt_tokens
-        self.rows = rendering.prompts(self.records, self.renderer, longest, "error", "error", QUIET)
+        self.rows = tokenize.prompts(self.records, self.renderer, longest, "error", "error", QUIET)
         self.judge = load_judge(self.config.judge or "")
 
     def __call__(self, policy: Any) -> tuple[float, float]:
@@ -169,7 +169,7 @@ def build(race: Race) -> Result:
     seal(Path(race.path("reward")), "reward", examine.renderer, examine.tokenizer)
     data = race.config().data
     loaded = load_records("prompt", data.prompts, seed=race.seed, on_bad_row="error", deduplicate=data.deduplicate)
-    rows = rendering.prompts(loaded.records, examine.renderer, data.max_prompt_tokens, data.too_long, "error", QUIET)
+    rows = tokenize.prompts(loaded.records, examine.renderer, data.max_prompt_tokens, data.too_long, "error", QUIET)
     Path(race.path("prompts.json")).write_text(json.dumps(rows), encoding="utf-8")
     return {"utility": examine(examine.reference)[0], "prompts": len(rows)}
 

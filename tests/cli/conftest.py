@@ -11,8 +11,8 @@ import pytest
 
 from rlhf.config.sections import ModelSource, Peft
 from rlhf.data.render import Renderer
-from rlhf.models.scorers import new_reward_model
-from rlhf.stages.common import seal
+from rlhf.models.reward_models import new_reward_model
+from rlhf.stages.lifecycle import seal
 
 WORDS = "cat dog cow hen fox owl pig bee ant elk".split()  # noqa: SIM905 - readable
 DEMOS = [

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.runs.stop import STOPPED
+from rlhf.runs.preemption import STOPPED
 from tests.conftest import Run
 from tests.faults.setup import differences
 

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from rlhf import cli
+from rlhf.cli import main
+from rlhf.distributed import launch_env
 from rlhf.errors import TrainingError
-from rlhf.models import launched
-from rlhf.runs.stop import STOPPED, Stopped
+from rlhf.runs.preemption import STOPPED, Stopped
 
 GROUP = """
 import atexit, sys
 import torch.distributed as dist
-from rlhf.models.launched import leave, leave_at_exit
+from rlhf.distributed.launch_env import leave, leave_at_exit
 leave()  # there is nothing to leave
 dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
 atexit.register(lambda: print("left" if not dist.is_initialized() else "there"))
@@ -33,9 +33,9 @@ if sys.argv[2] == "well":
         (Stopped(), STOPPED, True),
         (SystemExit(2), 2, False),
         (TrainingError("diverged"), 2, False),
-        (KeyboardInterrupt(), cli.INTERRUPTED, False),
-        (RuntimeError("unforeseen"), cli.UNFORESEEN, False),
-        (OSError(5, "unforeseen"), cli.UNFORESEEN, False),
+        (KeyboardInterrupt(), main.INTERRUPTED, False),
+        (RuntimeError("unforeseen"), main.UNFORESEEN, False),
+        (OSError(5, "unforeseen"), main.UNFORESEEN, False),
     ],
 )
 @pytest.mark.parametrize("processes", ["1", "2"])
@@ -46,12 +46,12 @@ def test_only_an_end_that_all_processes_share_is_waited_for(
         raise end
 
     found: list[bool] = []
-    monkeypatch.setattr(cli, "app", ends)
-    monkeypatch.setattr(cli.stop, "listen", lambda: None)
-    monkeypatch.setattr(launched, "leave_at_exit", lambda: found.append(True))
+    monkeypatch.setattr(main, "app", ends)
+    monkeypatch.setattr(main.preemption, "listen", lambda: None)
+    monkeypatch.setattr(launch_env, "leave_at_exit", lambda: found.append(True))
     monkeypatch.setenv("WORLD_SIZE", processes)
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main.main()
     assert ended.value.code == code
     assert bool(found) is (leaves and processes == "2")
 

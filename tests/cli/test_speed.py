@@ -43,7 +43,7 @@ def imported(code: str) -> set[str]:
 
 @pytest.mark.slow
 def test_command_line_and_configuration_import_nothing_heavy() -> None:
-    assert imported("import rlhf.cli, rlhf.config.load, rlhf.config.show, rlhf.stages.launch") == set()
+    assert imported("import rlhf.cli.main, rlhf.config.load, rlhf.config.show, rlhf.launch.launcher") == set()
     assert "numpy" in imported("import rlhf.evaluation.stats")  # the probe sees what is there
 
 

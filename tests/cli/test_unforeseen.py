@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rlhf import cli
+from rlhf.cli import main
 
 
 def ended(err: str) -> tuple[str, str]:
@@ -23,9 +23,9 @@ def ended(err: str) -> tuple[str, str]:
 def run(args: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
     """Standard error of a command that ends with an unforeseen error."""
     monkeypatch.setattr("sys.argv", ["rlhf", *args])
-    monkeypatch.setattr(cli.stop, "listen", lambda: None)
+    monkeypatch.setattr(main.preemption, "listen", lambda: None)
     with pytest.raises(SystemExit) as end:
-        cli.main()
+        main.main()
     assert end.value.code == 70
     return capsys.readouterr().err
 
@@ -37,8 +37,8 @@ def test_inside_a_run_the_trace_lies_in_its_folder(
         raise ZeroDivisionError("a planted fault\nwith a second line")
 
     monkeypatch.chdir(place)
-    monkeypatch.setattr("rlhf.stages.fit.fit", broken)
-    monkeypatch.setattr("rlhf.stages.fit.same_checkpoint", broken)
+    monkeypatch.setattr("rlhf.trainers.supervised.run.fit", broken)
+    monkeypatch.setattr("rlhf.trainers.supervised.run.same_checkpoint", broken)
     line, trace = ended(run(["sft", "sft.yaml", "--quiet"], capsys, monkeypatch))
     assert line.startswith("InternalError in run out: ZeroDivisionError: a planted fault;")
     assert "Traceback" in trace
@@ -52,7 +52,7 @@ def test_before_a_run_the_trace_lies_among_temporary_files(
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError
 
-    monkeypatch.setattr(cli, "app", broken)
+    monkeypatch.setattr(main, "app", broken)
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
     line, trace = ended(run(["show", "x"], capsys, monkeypatch))
     assert line.startswith("InternalError: RuntimeError: no message;")

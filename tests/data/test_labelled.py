@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from rlhf.config.sections import Data, Source
+from rlhf.console import Console
 from rlhf.data.formats import convert, describe, recognise
 from rlhf.data.records import BadRow, Labelled, RecordSet, check_labelled
 from rlhf.data.render import Renderer
-from rlhf.data.sets import content, fingerprint, group_keys, split, without_repeats
 from rlhf.data.sources import load_records
+from rlhf.data.splits import content, fingerprint, group_keys, split, without_repeats
+from rlhf.data.tokenize import labelled
 from rlhf.errors import DataError
-from rlhf.runs.console import Console
-from rlhf.stages.rendering import labelled
 
 W = "data/x.jsonl row 118"
 U = {"role": "user", "content": "hi"}

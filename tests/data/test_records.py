@@ -20,7 +20,7 @@ from rlhf.data.records import (
     check_prompt,
     check_text,
 )
-from rlhf.data.sets import fingerprint, group_keys, mix, split, without_repeats
+from rlhf.data.splits import fingerprint, group_keys, mix, split, without_repeats
 from rlhf.errors import DataError
 
 W = "data/x.jsonl row 118"

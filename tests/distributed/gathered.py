@@ -12,10 +12,9 @@ from typing import Any
 
 import torch.distributed
 
-from rlhf.models.distributed import make_accelerator, quiet_libraries, set_batch
-from rlhf.models.launched import leave_at_exit, rank
-from rlhf.models.scorers import load_scorer
-from rlhf.trainers import ppo
+from rlhf.distributed.engine import make_accelerator, quiet_libraries, set_batch
+from rlhf.distributed.launch_env import leave_at_exit, rank
+from rlhf.models.reward_models import load_scorer
 from tests.models import tiny
 from tests.trainers.setup import make, sometimes_ending
 
@@ -65,7 +64,7 @@ def main(folder: str, out: str) -> None:
     )
     module = trainer.accelerator.unwrap_model(trainer.model)
     before = {"policy": status(module.policy), "value": status(module.value_model)}
-    draw, sample = ppo.sample, trainer.sample
+    draw, sample = trainer.sample, trainer.sample
 
     def drawn(model: Any, *arguments: Any, **words: Any) -> Any:
         seen = {"policy": status(module.policy), "value": status(module.value_model)}
@@ -80,7 +79,7 @@ def main(folder: str, out: str) -> None:
         found[-1] |= {"all": len(calls) - begun, "after": status(module.policy)}
         return rollout
 
-    ppo.sample, trainer.sample = drawn, sampled  # type: ignore[method-assign]
+    trainer.sample, trainer.sample = drawn, sampled  # type: ignore[method-assign]
     trainer.train()
     weights = len(list(module.policy.parameters()))
     losses = [line["policy_loss"] for line in lines]

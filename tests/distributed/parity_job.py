@@ -22,8 +22,8 @@ NOT_LEFT = 9  # exit code
 
 def keep_responses() -> None:
     """Have PPO write the ids of every response that it learns from into its run directory, one line a step."""
-    from rlhf.models.launched import is_main
-    from rlhf.trainers.ppo import PPOTrainer
+    from rlhf.distributed.launch_env import is_main
+    from rlhf.trainers.ppo.trainer import PPOTrainer
 
     described = PPOTrainer.describe
 
@@ -45,7 +45,7 @@ def has_left() -> None:
 
 def main() -> None:
     """Run the stages of the list."""
-    from rlhf.cli import main as command_line
+    from rlhf.cli.main import main as command_line
 
     torch.set_num_threads(1)
     atexit.register(has_left)  # the first to be registered is the last to be called

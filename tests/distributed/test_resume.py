@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlhf.runs.checkpoints import seal, verify
+from rlhf.checkpointing.files import seal, verify
 from tests.distributed.launching import finished, launched
 from tests.faults.setup import differences, weights
 from tests.stages import setup

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from rlhf.runs.stop import STOPPED
-from rlhf.stages.supervise import Ended, supervise
+from rlhf.launch.supervisor import Ended, supervise
+from rlhf.runs.preemption import STOPPED
 from tests.faults.setup import checkpoints, differences
 from tests.stages import setup
 from tests.stages.setup import info

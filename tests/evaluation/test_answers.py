@@ -13,8 +13,8 @@ import torch
 from rlhf.config.sections import ModelSource, Sampling
 from rlhf.data.render import Renderer
 from rlhf.evaluation.answers import answer, perplexity
+from rlhf.generation.native import sample
 from rlhf.models.load import load_causal
-from rlhf.rollout.sample import sample
 from rlhf.rollout.score import response_logprobs
 from tests.tolerances import assert_close
 

@@ -31,15 +31,15 @@ from tests.stages.setup import info
 
 STAGES = ("sft", "reward", "ppo", "evaluate")
 HEAVY = (
-    "rlhf.cli",
+    "rlhf.cli.main",
     "rlhf.stages.pipeline",
     "rlhf.stages.sft",
     "rlhf.stages.reward",
     "rlhf.stages.ppo",
     "trl",
     "rlhf.stages.evaluate",
-    "rlhf.trainers.sft",
-    "rlhf.trainers.reward",
+    "rlhf.trainers.supervised.sft",
+    "rlhf.trainers.supervised.reward",
     "datasets",
     "transformers.models.llama",
 )
@@ -81,7 +81,7 @@ def fork(argv: list[str], log: Path, before: Callable[[], None] = lambda: None) 
         os.dup2(handle, 1)
         os.dup2(handle, 2)
         before()
-        from rlhf.cli import main
+        from rlhf.cli.main import main
 
         sys.argv = ["rlhf", *argv]
         main()

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from rlhf.runs.lock import Lock
-from rlhf.runs.stop import STOPPED
+from rlhf.runs.preemption import STOPPED
 from tests.conftest import Run
 from tests.faults.setup import checkpoints, differences
 from tests.faults.test_resume import moved, on_call, stopped
@@ -55,8 +55,8 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
 @pytest.fixture(scope="module")
 def interrupted(full: Any, call_cli: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """stage -> configuration of a run that has two checkpoints and was stopped."""
-    from rlhf.trainers.hf import Report
-    from rlhf.trainers.ppo import PPOTrainer
+    from rlhf.trainers.ppo.trainer import PPOTrainer
+    from rlhf.trainers.supervised.base import Report
 
     top, made = tmp_path_factory.mktemp("interrupted"), {}
     for stage, owner, name, call in (("sft", Report, "on_step_end", 5), ("ppo", PPOTrainer, "optimizer_step", 11)):
@@ -122,8 +122,8 @@ def test_a_best_checkpoint_that_is_damaged_is_not_restored_at_the_end(
     full: Any, call_cli: Run, run_stage: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The reward model ends with the weights of its best checkpoint, which may be older than the newest."""
-    from rlhf.trainers.hf import Report
-    from rlhf.trainers.saving import last_checkpoint
+    from rlhf.trainers.supervised.base import Report
+    from rlhf.trainers.supervised.checkpoint_callback import last_checkpoint
 
     config = moved(full.configs["reward"], tmp_path / "run")
     with monkeypatch.context() as patch:

@@ -12,9 +12,9 @@ import pytest
 from safetensors.torch import load_file
 
 from rlhf.config.schema import PPOConfig
-from rlhf.runs.stop import STOPPED
-from rlhf.stages.resume import Keeper
-from rlhf.trainers.ppo import PPOTrainer
+from rlhf.runs.preemption import STOPPED
+from rlhf.trainers.ppo.checkpointer import Keeper
+from rlhf.trainers.ppo.trainer import PPOTrainer
 from tests.faults.setup import checkpoints, differences
 from tests.stages import setup
 from tests.stages.setup import info
@@ -118,7 +118,7 @@ def test_a_checkpoint_holds_no_frozen_weight(full: Any, adapted: Any) -> None:
 def test_a_stage_on_a_trainer_saves_after_the_update_in_hand(
     stage: str, at: int, trained: Any, call_cli: Any, run_stage: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from rlhf.trainers.hf import Report
+    from rlhf.trainers.supervised.base import Report
 
     config = moved(trained.configs[stage], tmp_path / "run")
     with monkeypatch.context() as patch:

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from rlhf.config.schema import PPOConfig
 from rlhf.data.records import Prompt
-from rlhf.models.distributed import make_accelerator
+from rlhf.distributed.engine import make_accelerator
 from rlhf.rollout.rewards import Rewards
 from rlhf.rollout.score import response_logprobs
 from rlhf.rollout.types import Rollout
-from rlhf.trainers.policy_value import PolicyAndValue
-from rlhf.trainers.ppo import PPOTrainer
-from rlhf.trainers.watch import Watcher
+from rlhf.trainers.ppo.health import Watcher
+from rlhf.trainers.ppo.policy_value import PolicyAndValue
+from rlhf.trainers.ppo.trainer import PPOTrainer
 from tests.trainers.setup import memory
 
 SYMBOLS, END, LENGTH = 6, 5, 4

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlhf.config.sections import Peft
-from rlhf.models.scorers import new_classifier
+from rlhf.models.reward_models import new_classifier
 from tests.models import tiny
 from tests.trainers.on_trl import label_trainer
 

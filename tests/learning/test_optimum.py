@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from rlhf.trainers.ppo import PPOTrainer
+from rlhf.trainers.ppo.trainer import PPOTrainer
 from tests.learning import optimum
 from tests.tolerances import assert_close
 

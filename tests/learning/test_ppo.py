@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.models.adapters import policy_with_adapter
-from rlhf.models.scorers import load_scorer
-from rlhf.trainers.ppo import PPOTrainer
+from rlhf.models.reward_models import load_scorer
+from rlhf.trainers.ppo.trainer import PPOTrainer
 from tests.models import tiny
 from tests.trainers.setup import make
 

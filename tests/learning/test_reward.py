@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from rlhf.config.sections import Peft
-from rlhf.models.scorers import new_reward_model
+from rlhf.models.reward_models import new_reward_model
 from tests.models import tiny
 from tests.trainers.on_trl import reward_trainer
 

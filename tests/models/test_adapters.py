@@ -15,7 +15,7 @@ from rlhf.errors import ConfigError, TrainingError
 from rlhf.models.adapters import add_adapter, load_adapter, policy_with_adapter, reference_policy
 from rlhf.models.heads import score_head, sequence_scores
 from rlhf.models.load import backbone, count_parameters, disable_dropout, load_causal
-from rlhf.models.scorers import load_scorer, new_reward_model
+from rlhf.models.reward_models import load_scorer, new_reward_model
 from rlhf.rollout.score import response_logprobs
 from tests.models import tiny
 from tests.models.fixtures import shake
@@ -125,7 +125,7 @@ def test_plain_peft_loads_it_and_scores_the_same(sft_folder: str, tmp_path: Path
 def test_a_frozen_score_head_is_refused(sft_folder: str) -> None:
     from peft import LoraConfig, get_peft_model
 
-    from rlhf.trainers.reward import build
+    from rlhf.trainers.supervised.reward import build
 
     naked = get_peft_model(reward_model(sft_folder, Peft()), LoraConfig(r=4, target_modules=["q_proj"]))
     assert not any(p.requires_grad for p in score_head(naked).parameters())

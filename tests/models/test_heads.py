@@ -13,7 +13,7 @@ from torch import Tensor
 from rlhf.config.sections import Peft
 from rlhf.data.collate import pad_left, pad_right
 from rlhf.errors import CheckpointError
-from rlhf.models import heads, scorers
+from rlhf.models import heads, reward_models
 from rlhf.models.adapters import add_adapter
 from rlhf.models.heads import (
     Float32Head,
@@ -25,7 +25,7 @@ from rlhf.models.heads import (
     token_scores,
 )
 from rlhf.models.load import backbone, load_causal
-from rlhf.models.scorers import load_scorer, new_reward_model
+from rlhf.models.reward_models import load_scorer, new_reward_model
 from tests.models import tiny
 from tests.models.fixtures import shake
 from tests.tolerances import QUANTUM, assert_close, distance
@@ -120,7 +120,7 @@ def test_it_starts_with_the_trunk_of_the_sft_model_bit_for_bit(sft_folder: str, 
 
 @pytest.mark.parametrize("width", [tiny.HIDDEN, 4096])
 def test_its_head_is_float32_seeded_and_of_the_stated_size(width: int, sft_folder: str) -> None:
-    from rlhf.models.scorers import _init_head
+    from rlhf.models.reward_models import _init_head
 
     model = make(sft_folder)
     assert model.score.weight.dtype == torch.float32
@@ -216,7 +216,7 @@ def test_a_rescaled_head_gives_scores_of_the_other_scale(reward_folder: str) -> 
 def test_a_value_model_without_a_reward_model_starts_at_0(sft_folder: str, adapter_folder: str) -> None:
     ids = torch.tensor([[20, 30, 40]])
     for folder, peft in ((sft_folder, Peft()), (adapter_folder, tiny.LORA)):
-        model = scorers.new_value_model(
+        model = reward_models.new_value_model(
             tiny.source(folder), peft, pad_id=tiny.renderer().pad_id, vocab_size=len(tiny.tokenizer()), seed=1
         )
         assert not heads.token_scores(model, ids, torch.ones_like(ids).bool()).any()
@@ -231,7 +231,7 @@ def test_an_adapter_over_a_causal_model_can_be_a_classifier(
     base = AutoModelForSequenceClassification.from_pretrained(sft_folder, num_labels=3, pad_token_id=1)
     model = shake(add_adapter(base, tiny.LORA, "SEQ_CLS")).eval()
     model.save_pretrained(str(tmp_path / "classifier"))
-    loaded = scorers.load_classifier(tiny.source(tmp_path / "classifier")).eval()
+    loaded = reward_models.load_classifier(tiny.source(tmp_path / "classifier")).eval()
     assert loaded.config.num_labels == 3
     ids = torch.tensor([[20, 30, 40]])
     with torch.no_grad():
@@ -239,4 +239,4 @@ def test_an_adapter_over_a_causal_model_can_be_a_classifier(
     with pytest.raises(CheckpointError, match="3 labels"):
         load_scorer(tiny.source(tmp_path / "classifier"))
     with pytest.raises(CheckpointError, match="no score head"):
-        scorers.load_classifier(tiny.source(adapter_folder))
+        reward_models.load_classifier(tiny.source(adapter_folder))

@@ -13,7 +13,7 @@ from torch import nn
 
 from rlhf.config.sections import ModelSource, Peft
 from rlhf.errors import CheckpointError
-from rlhf.models import adapters, scorers
+from rlhf.models import adapters, reward_models
 from rlhf.models.load import count_parameters, disable_dropout, grow_embeddings, load_causal, load_tokenizer, resolve
 from tests.models import tiny
 from tests.tolerances import assert_close
@@ -132,7 +132,7 @@ def make_policy(folder: str) -> Any:
 
 
 def make_new_reward_model(folder: str) -> Any:
-    return scorers.new_reward_model(tiny.source(folder), Peft(), pad_id=1, vocab_size=300, seed=1)
+    return reward_models.new_reward_model(tiny.source(folder), Peft(), pad_id=1, vocab_size=300, seed=1)
 
 
 @pytest.mark.parametrize("make", [make_causal, make_policy, make_new_reward_model])
@@ -142,8 +142,8 @@ def test_no_loader_leaves_dropout_on(make: Any, tmp_path: Path, sft_folder: str)
 
 def test_a_scorer_is_loaded_with_dropout_off(tmp_path: Path, reward_folder: str) -> None:
     folder = with_dropout(reward_folder, tmp_path / "noisy")
-    assert noise(scorers.load_scorer(tiny.source(folder), trainable=True)) == 0.0
-    assert noise(scorers.load_scorer(tiny.source(folder), trainable=True, peft=tiny.LORA)) == 0.0
+    assert noise(reward_models.load_scorer(tiny.source(folder), trainable=True)) == 0.0
+    assert noise(reward_models.load_scorer(tiny.source(folder), trainable=True, peft=tiny.LORA)) == 0.0
 
 
 def test_the_dropout_check_sees_dropout(tmp_path: Path, sft_folder: str) -> None:
@@ -191,7 +191,7 @@ def test_the_attention_kernel_is_the_one_asked_for(kernel: str, sft_folder: str,
     for folder in (sft_folder, adapter_folder):
         source = ModelSource(path=str(folder), attention=kernel)  # type: ignore[arg-type]
         assert load_causal(source).config._attn_implementation == kernel
-        reward = scorers.new_reward_model(
+        reward = reward_models.new_reward_model(
             source, Peft(), pad_id=tiny.renderer().pad_id, vocab_size=len(tiny.tokenizer()), seed=1
         )
         assert reward.config._attn_implementation == kernel

@@ -16,8 +16,8 @@ from rlhf.errors import ConfigError
 from rlhf.models.adapters import add_adapter, check_same_shape, policy_with_adapter, rate_factor, reference_policy
 from rlhf.models.heads import score_head, sequence_scores
 from rlhf.models.load import backbone, load_causal
-from rlhf.models.roles import REWARD, VALUE, put_on
-from rlhf.models.scorers import load_scorer, new_reward_model, saved_head
+from rlhf.models.reward_models import load_scorer, new_reward_model, saved_head
+from rlhf.models.shared_base import REWARD, VALUE, put_on
 from tests.models import tiny
 from tests.models.fixtures import shake
 from tests.tolerances import assert_close

@@ -15,7 +15,7 @@ from rlhf.data.collate import pad_left, pad_right
 from rlhf.data.render import Renderer
 from rlhf.models.load import disable_dropout
 from rlhf.rollout.types import Rollout
-from rlhf.stages.common import seal, stop_at
+from rlhf.stages.lifecycle import seal, stop_at
 from rlhf.stages.pretrain import new_model, new_tokenizer
 
 TEXTS = ["the cat sat on the mat", "what is a dog? a dog is an animal", "good day to you", "yes or no, please tell me"]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import typer
 
-from rlhf.cli import app
+from rlhf.cli.main import app
 from rlhf.config.load import load, load_pipeline
 from rlhf.config.schema import RECIPES
 from rlhf.errors import RLHFError

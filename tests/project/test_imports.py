@@ -8,22 +8,21 @@ from tests.project.code import Code, imports, inside, package, reachable
 
 FLOORS = (
     ("rlhf",),
-    ("rlhf.errors",),
-    ("rlhf.config",),
-    ("rlhf.functional",),
-    ("rlhf.data", "rlhf.rollout.types"),
-    ("rlhf.models",),
-    ("rlhf.rollout",),
-    ("rlhf.runs",),
+    ("rlhf.errors", "rlhf.console"),
+    ("rlhf.config", "rlhf.functional", "rlhf.runs"),
+    ("rlhf.data", "rlhf.distributed", "rlhf.reports"),
+    ("rlhf.models", "rlhf.checkpointing"),
+    ("rlhf.rollout", "rlhf.launch"),
+    ("rlhf.generation",),
     ("rlhf.trainers", "rlhf.evaluation"),
     ("rlhf.stages",),
-    ("rlhf.cli_console",),
-    ("rlhf.cli_data",),
+    ("rlhf.tools", "rlhf.preflight"),
+    ("rlhf.labeling",),
     ("rlhf.cli",),
     ("rlhf.__main__",),
 )
 DEMO = "rlhf.demo"
-DEMO_USERS = ("rlhf.evaluation.judge", "rlhf.stages.rate", "rlhf.cli_data", DEMO)
+DEMO_USERS = ("rlhf.evaluation.judge", "rlhf.labeling.relabel", "rlhf.cli.data", DEMO)
 INTERNALS = (
     "accelerate",
     "deepspeed",
@@ -33,14 +32,14 @@ INTERNALS = (
     "trl.extras",
     "trl.import_utils",
 )
-DOOR = ("rlhf.models.distributed", "rlhf.models.zero")
+DOOR = ("rlhf.distributed.engine", "rlhf.distributed.zero_gather")
 NO_TORCH = (
     "rlhf.errors",
     "rlhf.config",
-    "rlhf.cli",
-    "rlhf.cli_data",
-    "rlhf.cli_console",
-    "rlhf.stages.launch",
+    "rlhf.cli.main",
+    "rlhf.cli.data",
+    "rlhf.cli.output",
+    "rlhf.launch.launcher",
     "rlhf.__main__",
 )
 TRAINING = (
@@ -49,7 +48,7 @@ TRAINING = (
     "rlhf.stages.reward",
     "rlhf.stages.classify",
     "rlhf.stages.ppo",
-    "rlhf.stages.weak",
+    "rlhf.labeling.weak_labels",
     "rlhf.trainers",
 )
 
@@ -140,13 +139,13 @@ def test_the_package_keeps_the_rule(rule: str) -> None:
     ("rule", "module", "line"),
     [
         ("up", "rlhf.config.new", "from rlhf.functional import gae"),
-        ("up", "rlhf.data.new", "def f():\n    import rlhf.trainers.ppo"),
+        ("up", "rlhf.data.new", "def f():\n    import rlhf.trainers.ppo.trainer"),
         ("up", "rlhf.data.new", "from rlhf.rollout.types import Rollout"),
         ("up", "rlhf.models.new", "from rlhf.rollout import sample"),
         ("up", "rlhf.rollout.types", "from rlhf.models.load import resolve"),
         ("up", "rlhf.trainers.new", "from ..evaluation import stats"),
         ("up", "rlhf.runs.new", "from rlhf import stages"),
-        ("up", "rlhf.stages.new", "from rlhf.cli import app"),
+        ("up", "rlhf.stages.new", "from rlhf.cli.main import app"),
         ("up", "rlhf.runs.new", "import importlib\nimportlib.import_module(f'rlhf.stages.{1}')"),
         ("strangers", "rlhf.data.new", "from rlhf.demo.gold import utility"),
         ("strangers", "rlhf.evaluation.new", "from rlhf import demo"),
@@ -155,7 +154,7 @@ def test_the_package_keeps_the_rule(rule: str) -> None:
         ("intruders", "rlhf.trainers.new", "from trl.trainer.utils import pad"),
         ("intruders", "rlhf.models.new", "from accelerate.utils import gather"),
         ("torch users", "rlhf.config.new", "def f():\n    from torch import nn"),
-        ("gold readers", "rlhf.stages.common", "from rlhf.evaluation.judge import load_judge"),
+        ("gold readers", "rlhf.stages.lifecycle", "from rlhf.evaluation.judge import load_judge"),
         ("gold readers", "rlhf.models.load", "def f():\n    from rlhf.demo import gold"),
     ],
 )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.stages.launch import Options, resolve
+from rlhf.launch.launcher import Options, resolve_launch
 from tests.project.code import ROOT
 from tests.project.commands import problems
 
@@ -77,7 +77,7 @@ def test_slurm(tmp_path: Path) -> None:
     assert problems(command) == []
     assert command.startswith("rlhf ppo configs/demo/ppo.yaml kl.coef=0.1 --launcher multinode ")
     for node in ("0", "1"):  # srun starts it once on each node
-        plan = resolve(options(command), environment | {"SLURM_NODEID": node, "MASTER_ADDR": address})
+        plan = resolve_launch(options(command), environment | {"SLURM_NODEID": node, "MASTER_ADDR": address})
         assert (plan.processes, plan.machines, plan.machine_rank, plan.ip) == (8, 2, int(node), "node7")
 
 
@@ -90,7 +90,7 @@ def test_a_hostfile(tmp_path: Path) -> None:
         folder, _, run = command.partition(" && ")
         assert folder == f"cd {ROOT}"
         assert problems(run) == []
-        plan = resolve(options(run), {})
+        plan = resolve_launch(options(run), {})
         assert (plan.processes, plan.machines, plan.machine_rank, plan.ip) == (16, 2, rank, "10.0.0.1")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from rlhf.config import schema, sections, weak
+from rlhf.config import labeling, schema, sections
 from rlhf.runs.metrics import METRICS
 from tests.project.code import ROOT, Code, package
 
@@ -88,7 +88,7 @@ def unread(sections: Iterable[type[BaseModel]], code: Code) -> list[str]:
 
 def all_sections() -> list[type[sections.Section]]:
     """Every class of settings."""
-    found = {**vars(sections), **vars(schema), **vars(weak)}.values()
+    found = {**vars(sections), **vars(schema), **vars(labeling)}.values()
     return [c for c in found if isinstance(c, type) and issubclass(c, sections.Section) and c is not sections.Section]
 
 

@@ -12,7 +12,7 @@ from rlhf.data.records import Prompt
 from rlhf.data.render import Renderer
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.models.heads import sequence_scores
-from rlhf.models.scorers import load_scorer
+from rlhf.models.reward_models import load_scorer
 from rlhf.rollout.rewards import EnsembleReward, FunctionReward, ModelReward, Rewards, load_function
 from rlhf.rollout.types import Rollout
 from rlhf.stages.pretrain import new_tokenizer

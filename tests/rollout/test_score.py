@@ -12,10 +12,10 @@ from torch import Tensor
 
 from rlhf.config.schema import PPO
 from rlhf.models.heads import sequence_scores
-from rlhf.models.scorers import load_scorer
+from rlhf.models.reward_models import load_scorer
 from rlhf.rollout.score import Spread, measure, response_logprobs, response_values, shape
 from rlhf.rollout.types import Experience, Rollout
-from rlhf.trainers.policy_value import PolicyAndValue
+from rlhf.trainers.ppo.policy_value import PolicyAndValue
 from tests import oracles
 from tests.models import tiny
 from tests.tolerances import assert_close

@@ -11,10 +11,10 @@ import pytest
 import torch
 import yaml
 
+from rlhf.models.handover import Handover
 from rlhf.models.heads import sequence_scores
 from rlhf.models.load import load_causal
-from rlhf.models.scorers import load_scorer
-from rlhf.runs.handover import Handover
+from rlhf.models.reward_models import load_scorer
 from rlhf.runs.metrics import METRICS
 from tests.models import tiny
 from tests.stages.setup import info, metrics

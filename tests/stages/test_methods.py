@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from rlhf.config.schema import SFTConfig
+from rlhf.console import Console
 from rlhf.errors import ConfigError
 from rlhf.models.load import load_causal
-from rlhf.models.prompt import SoftPrompt, load_speaker
-from rlhf.runs.console import Console
+from rlhf.models.soft_prompt import SoftPrompt, load_speaker
 from rlhf.stages.sft import _model
 from tests.models import tiny
 from tests.stages import setup

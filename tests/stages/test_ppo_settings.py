@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 
 from rlhf.config.schema import PPOConfig
 from rlhf.config.sections import ModelSource
+from rlhf.console import Console
 from rlhf.data.render import Renderer
+from rlhf.distributed.engine_limits import check_deepspeed
 from rlhf.errors import ConfigError
 from rlhf.models.heads import sequence_scores
 from rlhf.models.load import load_causal, load_tokenizer
-from rlhf.models.scorers import load_scorer
-from rlhf.runs.console import Console
-from rlhf.stages.common import seal
-from rlhf.stages.engines import check_deepspeed
+from rlhf.models.reward_models import load_scorer
+from rlhf.stages.lifecycle import seal
 from rlhf.stages.ppo import prepare
 from rlhf.stages.pretrain import new_tokenizer
 from tests.models import tiny

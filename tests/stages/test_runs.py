@@ -111,7 +111,7 @@ def test_samples_are_not_written_twice(
     full: Any, call_cli: Any, run_stage: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Hit while writing the checkpoint of step 2, whose samples are there already."""
-    from rlhf.stages.resume import Keeper
+    from rlhf.trainers.ppo.checkpointer import Keeper
 
     config = moved(full.configs["ppo"], tmp_path / "run")
     with monkeypatch.context() as patch:
@@ -127,7 +127,7 @@ def test_an_interrupted_run_on_a_trainer_ends_as_an_uninterrupted_one(
     stage: str, at: int, trained: Any, call_cli: Any, run_stage: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Checkpoints are of every second of six updates; three make an epoch."""
-    from rlhf.trainers.hf import Report
+    from rlhf.trainers.supervised.base import Report
 
     config = moved(trained.configs[stage], tmp_path / "run")
     with monkeypatch.context() as patch:
@@ -142,7 +142,7 @@ def test_an_error_is_recorded_with_the_run(
     full: Any, call_cli: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from rlhf.errors import TrainingError
-    from rlhf.trainers.ppo import PPOTrainer
+    from rlhf.trainers.ppo.trainer import PPOTrainer
 
     def fail(*_: Any) -> None:
         raise TrainingError("broken on purpose")

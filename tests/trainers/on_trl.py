@@ -9,13 +9,13 @@ from typing import Any
 from rlhf.config.sections import Optim
 from rlhf.config.tuning import NOTHING, Phase, Selection
 from rlhf.data.render import Rendered
-from rlhf.models.freezing import layout
+from rlhf.models.parameter_selection import layout
 from rlhf.runs.metrics import MetricsWriter, read_lines
 from rlhf.runs.run_dir import RunDir
-from rlhf.trainers import classify, reward, sft
-from rlhf.trainers.hf import Report, arguments, silence
-from rlhf.trainers.phases import Program, program, rate_factors
-from rlhf.trainers.tuned import follow
+from rlhf.trainers.phase_schedule import Program, program, rate_factors
+from rlhf.trainers.supervised import classify, reward, sft
+from rlhf.trainers.supervised.base import Report, arguments, silence
+from rlhf.trainers.supervised.phase_callback import follow
 from tests.models import tiny
 
 

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from rlhf.config.schema import PPOConfig
 from rlhf.data.records import Prompt
-from rlhf.models.distributed import make_accelerator
-from rlhf.models.scorers import load_scorer
+from rlhf.distributed.engine import make_accelerator
+from rlhf.models.reward_models import load_scorer
 from rlhf.rollout.rewards import ModelReward, Rewards
 from rlhf.rollout.types import Experience
-from rlhf.trainers.policy_value import PolicyAndValue
-from rlhf.trainers.ppo import PPOTrainer
-from rlhf.trainers.ppo_state import STATE
-from rlhf.trainers.watch import Watcher
+from rlhf.trainers.ppo.health import Watcher
+from rlhf.trainers.ppo.policy_value import PolicyAndValue
+from rlhf.trainers.ppo.state import STATE
+from rlhf.trainers.ppo.trainer import PPOTrainer
 from tests.models import tiny
 
 LENGTHS = [4, 9, 2, 6, 13]

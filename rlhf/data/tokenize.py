@@ -1,0 +1,190 @@
+"""Records to token rows for a stage, with what was cut or dropped said as a share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, TypeVar
+
+from rlhf.config.sections import Data
+from rlhf.console import Console
+from rlhf.data.collate import LengthReport, TooLong, fit, fit_pair
+from rlhf.data.records import BadRow, Comparison, Demonstration, Labelled, Prompt, Text, reasons, spelt_out
+from rlhf.data.render import Rendered, Renderer
+from rlhf.errors import DataError, collect
+
+OnBadRow = Literal["error", "drop"]
+T = TypeVar("T")
+
+
+def document(record: Text | Demonstration, renderer: Renderer) -> Rendered:
+    """A text, or a conversation of which every token counts."""
+    if isinstance(record, Text):
+        return renderer.text(record.text, where=record.where)
+    return renderer.conversation(record.messages, loss_on="all", where=record.where)
+
+
+def conversations(
+    records: Sequence[Demonstration], renderer: Renderer, data: Data, what: str, console: Console
+) -> list[Rendered]:
+    """Demonstrations as rows whose mask says where loss is.
+
+    Raises: DataError if a row cannot be rendered (unless bad rows are dropped) or none is left.
+    """
+    report = LengthReport()
+
+    def one(record: Demonstration) -> Rendered | None:
+        row = renderer.conversation(record.messages, loss_on=data.loss_on, where=record.where)
+        return fit(row, data.max_length, data.too_long, report, where=record.where)
+
+    rows = list(_each(records, one, data.on_bad_row, what, console))
+    _say(report, data.max_length, what, console)
+    return _some(rows, records, what)
+
+
+def pairs(
+    records: Sequence[Comparison], renderer: Renderer, data: Data, what: str, console: Console
+) -> list[dict[str, Any]]:
+    """Comparisons as chosen_ids, rejected_ids, preference (and margin if every record has one).
+
+    Raises: DataError as `conversations`.
+    """
+    report = LengthReport()
+    margins = bool(records) and all(r.margin is not None for r in records)
+
+    def one(record: Comparison) -> dict[str, Any] | None:
+        start = renderer.prompt(record.prompt, where=record.where)
+        sides = []
+        for text in (record.chosen, record.rejected):
+            response = renderer.response(text, where=record.where)
+            sides.append(Rendered(start + response, [False] * len(start) + [True] * len(response)))
+        fitted = fit_pair(sides[0], sides[1], data.max_length, data.too_long, report, where=record.where)
+        if fitted is None:
+            return None
+        pair = {"chosen_ids": fitted[0].ids, "rejected_ids": fitted[1].ids, "preference": record.preference}
+        return pair | ({"margin": record.margin} if margins else {})
+
+    rows = list(_each(records, one, data.on_bad_row, what, console))
+    _say(report, data.max_length, what, console)
+    return _some(rows, records, what)
+
+
+def labelled(
+    records: Sequence[Labelled],
+    renderer: Renderer,
+    data: Data,
+    labels: Sequence[str],
+    several: bool,
+    what: str,
+    console: Console,
+) -> list[dict[str, Any]]:
+    """Labelled records as input_ids and target, P(label holds) in the order of `labels`.
+
+    A conversation is read at its last turn's end; one that ends with the user, where a response would begin.
+
+    Raises: DataError as `conversations`, and if labels exclude each other but a record's do not sum to 1.
+    """
+    report = LengthReport()
+
+    def one(record: Labelled) -> dict[str, Any] | None:
+        target = [float(record.labels.get(name, 0.0)) for name in labels]
+        if not several and abs(sum(target) - 1.0) > 1e-4:
+            raise BadRow(
+                "not one label",
+                "a record must have exactly one label, or probabilities that sum to 1",
+                found=", ".join(f"{k} {v:g}" for k, v in record.labels.items()) or "none",
+                where=record.where,
+                do="set several=true if any number may hold",
+            )
+        ids = content_ids(record, renderer)
+        fitted = fit(Rendered(ids, [True] * len(ids)), data.max_length, data.too_long, report, where=record.where)
+        return None if fitted is None else {"input_ids": fitted.ids, "target": target}
+
+    rows = list(_each(records, one, data.on_bad_row, what, console))
+    _say(report, data.max_length, what, console)
+    return _some(rows, records, what)
+
+
+def content_ids(record: Labelled, renderer: Renderer) -> list[int]:
+    """Ids of what the labels of a record are about."""
+    if isinstance(record.content, str):
+        return renderer.text(record.content, where=record.where).ids
+    *before, last = record.content
+    if last["role"] != "assistant":
+        return renderer.prompt(record.content, where=record.where)
+    return renderer.prompt(before, where=record.where) + renderer.response(last["content"], where=record.where)
+
+
+def prompts(
+    records: Sequence[Prompt],
+    renderer: Renderer,
+    max_tokens: int,
+    too_long: TooLong,
+    on_bad_row: OnBadRow,
+    console: Console,
+) -> list[list[int]]:
+    """As `prompts_with_records`, the ids alone."""
+    return prompts_with_records(records, renderer, max_tokens, too_long, on_bad_row, console)[0]
+
+
+def prompts_with_records(
+    records: Sequence[Prompt],
+    renderer: Renderer,
+    max_tokens: int,
+    too_long: TooLong,
+    on_bad_row: OnBadRow,
+    console: Console,
+) -> tuple[list[list[int]], list[Prompt]]:
+    """Prompts as ids that end where a response begins, and the records that they were made from.
+
+    Raises: DataError on a prompt of more than `max_tokens` tokens with too_long="error".
+    """
+    report = LengthReport()
+
+    def one(record: Prompt) -> tuple[list[int], Prompt] | None:
+        ids = renderer.prompt(record.messages, where=record.where)
+        if len(ids) > max_tokens and too_long == "error":
+            raise DataError(
+                f"the prompt is longer than {max_tokens} tokens",
+                found=f"{len(ids)} tokens",
+                where=record.where,
+                do="shorten it, raise max_prompt_tokens within the model's context, or set too_long=drop",
+            )
+        fitted = fit(Rendered(ids, [True] * len(ids)), max_tokens, too_long, report, where=record.where)
+        return None if fitted is None else (fitted.ids, record)
+
+    rows = list(_each(records, one, on_bad_row, "prompts", console))
+    _say(report, max_tokens, "prompts", console)
+    kept = _some(rows, records, "prompts")
+    return [ids for ids, _ in kept], [record for _, record in kept]
+
+
+def _each(
+    records: Sequence[Any], one: Callable[[Any], T | None], on_bad_row: OnBadRow, what: str, console: Console
+) -> Iterator[T]:
+    bad: list[BadRow] = []
+    for record in records:
+        try:
+            row = one(record)
+        except BadRow as error:
+            bad.append(error)
+            continue
+        if row is not None:
+            yield row
+    problem = collect(DataError, spelt_out(bad)) if on_bad_row == "error" else None
+    if problem:
+        raise problem
+    if bad:
+        console.note(f"{what}: {len(bad)} of {len(records)} records dropped ({reasons(bad)})")
+
+
+def _say(report: LengthReport, limit: int, what: str, console: Console) -> None:
+    if report.too_long:
+        console.note(f"{what}: {report.text(limit)}")
+
+
+def _some(rows: list[T], records: Sequence[Any], what: str) -> list[T]:
+    if records and not rows:
+        raise DataError(
+            f"no {what} record is left", found=f"{len(records)} before rendering", do="raise data.max_length"
+        )
+    return rows

@@ -1,0 +1,37 @@
+"""What an engine cannot do, said before it is asked to."""
+
+from __future__ import annotations
+
+from rlhf.config.schema import PPOConfig
+from rlhf.distributed.launch_env import under_deepspeed
+from rlhf.errors import ConfigError
+from rlhf.stages.lifecycle import processes
+
+
+def check_deepspeed(config: PPOConfig) -> None:
+    """Refuse what a DeepSpeed engine cannot do.
+
+    Raises: ConfigError.
+    """
+    if not under_deepspeed():
+        return
+    if config.ptx.balance is not None:
+        raise ConfigError(
+            "DeepSpeed keeps gradients where they cannot be compared",
+            found=f"ptx.balance={config.ptx.balance}",
+            where="ptx.balance",
+            do="set ptx.balance=null and choose ptx.coef, or launch without DeepSpeed",
+        )
+    if config.ppo.target_kl is not None:
+        raise ConfigError(
+            "DeepSpeed cannot take back the gradients of an update that is not made",
+            found=f"ppo.target_kl={config.ppo.target_kl}",
+            where="ppo.target_kl",
+            do="set ppo.target_kl=null and fewer ppo.epochs, or launch without DeepSpeed",
+        )
+    if config.ptx.data and config.ptx.batch_size % processes():
+        raise ConfigError(
+            f"{config.ptx.batch_size} documents cannot be shared equally by {processes()} processes",
+            where="ptx.batch_size",
+            do="choose a multiple",
+        )

@@ -1,0 +1,288 @@
+"""Who votes how: votes that stand in the data, rules and functions, read into one table of records by sources.
+
+A vote on a pair is 'chosen', 'rejected' or 'tie' (or 1, 0, 0.5); a vote on classes is a label. None, an empty cell and
+a tie are abstentions. Which of the two responses stands under `chosen` says nothing here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlhf.config.labeling import VoteSource, WeakConfig
+from rlhf.data.formats import check_format, convert, describe, recognise
+from rlhf.data.records import BadRow, Comparison, Labelled, reasons, spelt_out
+from rlhf.data.sources import check_object, read_rows
+from rlhf.errors import ConfigError, DataError, collect
+
+Row = dict[str, Any]
+Function = Callable[[Row], Any]
+SIDES = ("chosen", "rejected")
+_MIRROR = {"chosen": "rejected", "rejected": "chosen", None: None}
+_PAIR_VOTES: dict[Any, str | None] = {
+    "chosen": "chosen",
+    "1": "chosen",
+    "1.0": "chosen",
+    "rejected": "rejected",
+    "0": "rejected",
+    "0.0": "rejected",
+    "tie": None,
+    "0.5": None,
+}
+_LABEL = {"comparison": "preference", "labelled": "label"}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One record to be labelled: its row under our column names without a label, and what the contract makes of it."""
+
+    row: Row
+    record: Comparison | Labelled
+    gold: str | None
+    votes: dict[str, str | None]
+
+    @property
+    def where(self) -> str:
+        """Its place."""
+        return self.record.where
+
+
+@dataclass(frozen=True)
+class Ballots:
+    """All votes.
+
+    Attributes:
+        rows: [R] as they are to be written, but for their label: neither votes nor gold are in them.
+        sources: [S] names.
+        labels: [N] the classes; of pairs, chosen and rejected.
+        votes: R lists of S: index of a class, or -1.
+        gold: [R] index of the true class, -1 where it is not known.
+        notes: lines for people.
+    """
+
+    rows: list[Row]
+    sources: tuple[str, ...]
+    labels: tuple[str, ...]
+    votes: list[list[int]]
+    gold: list[int]
+    notes: list[str] = field(default_factory=list)
+
+
+def read_ballots(config: WeakConfig, functions: Mapping[str, Function]) -> Ballots:
+    """Read the records, ask everybody.
+
+    Args:
+        functions: those that the configuration names, by that name.
+    Raises: DataError for what cannot be read, all bad rows and votes at once unless they are dropped; ConfigError if
+        two sources have one name, or fewer than two classes are voted for.
+    """
+    data = config.data
+    rows, columns, said = read_rows(data)
+    reader, items, bad = _Reader(config, functions), list[Item](), list[BadRow]()
+    format, how = _format(config, columns)
+    hidden = _aside(config)
+    for number, value in rows:
+        where = f"{data.path} row {number}"
+        try:
+            row = check_object(value, where)
+            kept = {name: cell for name, cell in row.items() if name not in hidden}
+            bare = kept | {"label": []} if config.kind == "labelled" else kept
+            record: Any = convert(bare, format, config.kind, where)
+            gold = reader.read(row.get(config.gold), config.gold, where) if config.gold else None
+            items.append(Item(kept, record, gold, reader.ask(row, kept, record)))
+        except BadRow as error:
+            bad.append(error)
+    problem = collect(DataError, spelt_out(bad)) if data.on_bad_row == "error" else None
+    if problem:
+        raise problem
+    if not items:
+        raise DataError(f"no record is left ({reasons(bad)}; first: {bad[0]})", where=data.path, do="correct the file")
+    note = f"{data.path}: {how}{said and ', '}{said}, {len(items)} records"
+    note += f", {len(bad)} dropped ({reasons(bad)})" if bad else ""
+    return _table(config, items, reader, [note, *reader.notes()])
+
+
+def _aside(config: WeakConfig) -> set[str]:
+    """Columns that are neither shown to functions nor written: votes, gold, and the label that is replaced."""
+    read = {name for source in config.sources for name in (source.votes, source.column) if name}
+    return {*read, _LABEL[config.kind]} | ({config.gold} if config.gold else set())
+
+
+def _format(config: WeakConfig, columns: set[str]) -> tuple[str, str]:
+    """Name of the file's format, and that in words. Raises: DataError if it does not fit, or a column is not there."""
+    data, auto, label = config.data, config.data.format == "auto", _LABEL[config.kind]
+    named = {name for source in config.sources for name in (source.votes, source.column, config.gold) if name}
+    missing = [
+        str(
+            DataError(
+                f"there is no column '{name}'",
+                found=f"columns {', '.join(sorted(columns))}",
+                where=data.path,
+                do="name one that is there",
+            )
+        )
+        for name in sorted(named - columns)
+    ]
+    problem = collect(DataError, missing)
+    if problem:
+        raise problem
+    known = columns | {"label"} if config.kind == "labelled" else columns
+    format = recognise(known, config.kind, data.path) if auto else data.format
+    check_format(format, known, config.kind, data.path)
+    how = describe(format, known - _aside(config) | ({"label"} & known), config.kind, recognised=auto)
+    return format, how + (f", '{label}' is replaced" if label in columns else "")
+
+
+class _Reader:
+    """Asks every source about one record after the other, and counts what people should know."""
+
+    def __init__(self, config: WeakConfig, functions: Mapping[str, Function]) -> None:
+        self.config, self.functions = config, functions
+        self.pairs = config.kind == "comparison"
+        self.ties, self.by_place = Counter[str](), Counter[str]()
+        names = [n for s in config.sources if (n := s.name or s.column or s.function)]
+        self.fixed = tuple(names)
+        for name, count in Counter(names).items():
+            if count > 1:
+                raise ConfigError(f"two sources are called '{name}'", where="sources", do="give one another name")
+
+    def ask(self, row: Mapping[str, Any], shown: Row, record: Comparison | Labelled) -> dict[str, str | None]:
+        """Source -> vote. `shown` is what functions see: no votes of others, no label, no gold.
+
+        Raises: BadRow for a vote that is none; DataError if a function fails; ConfigError for one name twice.
+        """
+        found: dict[str, str | None] = {}
+        for source in self.config.sources:
+            if source.votes:
+                for name, value in self._mapping(row.get(source.votes), source.votes, record.where).items():
+                    if name in self.fixed or name in found:
+                        do = "name the source or the annotator otherwise"
+                        raise ConfigError(f"two sources are called '{name}'", where=record.where, do=do)
+                    found[name] = self._cast(value, name, record.where)
+                continue
+            name = str(source.name or source.column or source.function)
+            if source.column:
+                found[name] = self._cast(row.get(source.column), name, record.where)
+            elif source.function:
+                found[name] = self._call(name, source.function, shown, record.where)
+            else:
+                found[name] = _rule(source, record)
+        return found
+
+    def read(self, value: Any, who: str, where: str) -> str | None:
+        """A class, or None. Raises: BadRow."""
+        if _is_nothing(value):
+            return None
+        if self.pairs:
+            key = str(value)
+            if isinstance(value, bool) or not isinstance(value, str | int | float) or key not in _PAIR_VOTES:
+                what = f"the vote of '{who}' on a pair is 'chosen', 'rejected' or 'tie' (1, 0, 0.5), or nothing"
+                raise BadRow("broken vote", what, found=f"{value!r:.40}", where=where)
+            return _PAIR_VOTES[key]
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            what = f"the vote of '{who}' is one label, text or a whole number, or nothing"
+            raise BadRow("broken vote", what, found=f"{value!r:.40}", where=where)
+        if self.config.labels and str(value) not in self.config.labels:
+            what = f"the vote of '{who}' is none of labels: {', '.join(self.config.labels)}"
+            raise BadRow("unknown label", what, found=f"{value!r:.40}", where=where)
+        return str(value)
+
+    def _cast(self, value: Any, who: str, where: str) -> str | None:
+        vote = self.read(value, who, where)
+        self.ties[who] += vote is None and not _is_nothing(value)
+        return vote
+
+    def _mapping(self, value: Any, column: str, where: str) -> Mapping[str, Any]:
+        if isinstance(value, str) and value.strip():
+            with contextlib.suppress(ValueError):  # said below
+                value = json.loads(value)
+        if _is_nothing(value):
+            return {}
+        if not isinstance(value, Mapping) or not all(isinstance(name, str) and name.strip() for name in value):
+            what = f"'{column}' must be a mapping annotator -> vote"
+            raise BadRow("broken votes", what, found=f"{value!r:.40}", where=where)
+        return value
+
+    def _call(self, name: str, function: str, shown: Row, where: str) -> str | None:
+        first = self._once(name, function, shown, where)
+        if not self.pairs:
+            return first
+        turned = self._once(name, function, shown | {"chosen": shown["rejected"], "rejected": shown["chosen"]}, where)
+        if turned == _MIRROR[first]:
+            return first
+        self.by_place[name] += 1
+        return None
+
+    def _once(self, name: str, function: str, shown: Row, where: str) -> str | None:
+        try:
+            value = self.functions[function](dict(shown))
+        except Exception as error:
+            raise DataError(
+                f"the labelling function '{name}' failed",
+                found=f"{type(error).__name__}: {error}",
+                where=where,
+                do="return a vote, or None to abstain, for every record",
+            ) from error
+        return self.read(value, name, where)
+
+    def notes(self) -> list[str]:
+        """What was not counted as a vote."""
+        said = [f"{n} ties of '{who}' count as abstentions" for who, n in sorted(self.ties.items()) if n]
+        for name, n in sorted(self.by_place.items()):
+            said.append(f"'{name}' votes otherwise when the responses change places, on {n} records: abstains there")
+        return said
+
+
+def _is_nothing(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _rule(source: VoteSource, record: Comparison | Labelled) -> str | None:
+    if isinstance(record, Labelled):
+        last = record.content if isinstance(record.content, str) else record.content[-1]["content"]
+        return source.vote if _holds(source, last, "") else None
+    a, b = _holds(source, record.chosen, record.rejected), _holds(source, record.rejected, record.chosen)
+    if a == b:
+        return None
+    return SIDES[a == (source.vote == "without")]
+
+
+def _holds(source: VoteSource, text: str, other: str) -> bool:
+    words = len(text.split())
+    if source.regex:
+        return re.search(source.regex, text) is not None
+    if source.keywords:
+        return any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) for word in source.keywords)
+    if source.words_over:
+        return words > source.words_over
+    if source.words_under:
+        return words < source.words_under
+    assert source.longer_by
+    return words - len(other.split()) >= source.longer_by
+
+
+def _table(config: WeakConfig, items: Sequence[Item], reader: _Reader, notes: list[str]) -> Ballots:
+    names = tuple(dict.fromkeys((*reader.fixed, *sorted({name for item in items for name in item.votes}))))
+    labels = SIDES if config.kind == "comparison" else config.labels
+    if not labels:
+        cast = {vote for item in items for vote in item.votes.values() if vote is not None}
+        labels = tuple(sorted(cast | {source.vote for source in config.sources if source.vote}))
+    if len(labels) < 2:
+        raise ConfigError(
+            "two classes are needed at least",
+            found=", ".join(labels) or "no vote",
+            where="labels",
+            do="check the votes, or name the classes in labels",
+        )
+    index: dict[str | None, int] = {None: -1} | {label: i for i, label in enumerate(labels)}
+    votes = [[index[item.votes.get(name)] for name in names] for item in items]
+    gold = [index.get(item.gold, -1) for item in items]
+    strange = sum(item.gold is not None and item.gold not in index for item in items)
+    if strange:
+        notes.append(f"the gold of {strange} records is a class that nobody can vote for: left out of the table")
+    return Ballots([item.row for item in items], names, labels, votes, gold, notes)

@@ -1,0 +1,155 @@
+"""Weak supervision: labels for pairs or classes out of the votes of rules, functions and annotators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from rlhf.config.labeling import WeakConfig
+from rlhf.console import Console
+from rlhf.data.write import refuse_existing, write_lines
+from rlhf.errors import DataError
+from rlhf.functional import dawid_skene, majority_vote, vote_accuracy, vote_shares
+from rlhf.labeling.votes import Ballots, read_ballots
+from rlhf.rollout.rewards import load_function
+
+FEWEST = 3  # sources; the accuracies of two cannot be told apart by how often they agree
+
+
+def run(config: WeakConfig, console: Console) -> None:
+    """Label, write the file, say how each source did.
+
+    Raises: ConfigError if the file exists or a function does not import; DataError for what cannot be read, for too
+        few sources, or if no record is left.
+    """
+    output = Path(config.output)
+    console.title(f"weak -> {output}")
+    refuse_existing(output)
+    named = [source.function for source in config.sources if source.function]
+    functions = {name: load_function(name, what="labelling function", where="sources") for name in named}
+    ballots = read_ballots(config, functions)
+    for note in ballots.notes:
+        console.note(note)
+    votes = torch.tensor(ballots.votes, dtype=torch.int64).reshape(len(ballots.rows), len(ballots.sources))
+    _check_votes(config, votes, ballots)
+    labels = _labels(config, votes, ballots, console)
+    written = (votes >= 0).any(dim=1) if config.no_votes == "drop" else torch.ones(len(votes), dtype=torch.bool)
+    count = write_lines(output, _rows(config, ballots, labels, written))
+    _say_sources(votes, ballots, labels, console)
+    silent = int((votes < 0).all(dim=1).sum())
+    console.note(
+        f"{count} records in {output}; {silent} without a vote "
+        + ("dropped (no_votes=keep keeps them)" if config.no_votes == "drop" else "kept")
+    )
+
+
+def _check_votes(config: WeakConfig, votes: Tensor, ballots: Ballots) -> None:
+    if not bool((votes >= 0).any()):
+        raise DataError(
+            "nobody votes on any record",
+            found=f"sources {', '.join(ballots.sources) or 'none'}",
+            where=config.data.path,
+            do="check sources: columns, rules and what the functions return",
+        )
+    active = int((votes >= 0).any(dim=0).sum())
+    together = int((votes >= 0).sum(dim=1).max())
+    if config.label_model.kind == "dawid-skene" and (active < FEWEST or together < 2):
+        raise DataError(
+            f"the accuracies of sources show only where {FEWEST} or more meet on the same records",
+            found=f"{active} that vote, at most {together} on one record",
+            where=config.data.path,
+            do="add sources, or set label_model.kind=majority",
+        )
+
+
+def _labels(config: WeakConfig, votes: Tensor, ballots: Ballots, console: Console) -> Tensor:
+    """[R, N]: P(class | votes)."""
+    settings, classes = config.label_model, len(ballots.labels)
+    if settings.kind == "majority":
+        return majority_vote(votes, classes=classes)
+    one = _one_accuracy(config, votes, ballots)
+    found = dawid_skene(
+        votes,
+        classes=classes,
+        symmetric=one,
+        smoothing=settings.smoothing,
+        tolerance=settings.tolerance,
+        max_iterations=settings.max_iterations,
+    )
+    ended = "converged" if found.converged else "STOPPED BEFORE IT CONVERGED (label_model.max_iterations)"
+    what = "one accuracy" if one else "a confusion matrix"
+    console.note(f"dawid-skene: {what} a source; {ended} after {len(found.objective)} iterations")
+    return found.posterior
+
+
+def _one_accuracy(config: WeakConfig, votes: Tensor, ballots: Ballots) -> bool:
+    """Whether a source has one accuracy instead of a matrix. Raises: DataError if a matrix would say nothing."""
+    if config.kind == "comparison" or config.label_model.accuracy == "one":
+        return True
+    one_sided = [
+        name for name, row in zip(ballots.sources, votes.T, strict=True) if len(set(row[row >= 0].tolist())) == 1
+    ]
+    if one_sided and config.label_model.accuracy == "per-class":
+        raise DataError(
+            f"'{one_sided[0]}' votes for one class only: a confusion matrix makes nothing of that",
+            where=config.data.path,
+            do="set label_model.accuracy=one",
+        )
+    return bool(one_sided)
+
+
+def _rows(config: WeakConfig, ballots: Ballots, labels: Tensor, written: Tensor) -> Iterator[dict[str, Any]]:
+    for row, values, wanted in zip(ballots.rows, labels.tolist(), written.tolist(), strict=True):
+        if not wanted:
+            continue
+        if config.kind == "comparison":
+            yield row | {"preference": round(values[0], 6)}
+        else:
+            yield row | {"label": {name: round(p, 6) for name, p in zip(ballots.labels, values, strict=True)}}
+
+
+def _say_sources(votes: Tensor, ballots: Ballots, labels: Tensor, console: Console) -> None:
+    """The table of sources; with gold also how often they, the labels and the majority are right."""
+    header = ["source", "coverage", "overlap", "conflict", "estimated accuracy"]
+    columns = [*vote_shares(votes), vote_accuracy(votes, labels)]
+    gold = torch.tensor(ballots.gold, dtype=torch.int64)
+    known = gold >= 0
+    if bool(known.any()):
+        header.append("true accuracy")
+        columns.append(vote_accuracy(votes[known], one_hot(gold[known], labels.shape[1])))
+    rows = [[name, *(_percent(float(column[s])) for column in columns)] for s, name in enumerate(ballots.sources)]
+    console.table("Sources", header, rows)
+    chance = 1 / labels.shape[1]
+    worse = [name for name, share in zip(ballots.sources, columns[3].tolist(), strict=True) if share < chance]
+    if worse:
+        console.note(
+            f"estimated worse than chance: {', '.join(worse)}. Either so, or most others err together: compare with "
+            "label_model.kind=majority and look at some records"
+        )
+    if bool(known.any()):
+        voted = known & (votes >= 0).any(dim=1)
+        majority = majority_vote(votes, classes=labels.shape[1])
+        console.text(
+            f"labels right: {_percent(right(labels[voted], gold[voted]))} (majority of the votes: "
+            f"{_percent(right(majority[voted], gold[voted]))}), of {int(voted.sum())} records with votes and gold"
+        )
+
+
+def right(labels: Tensor, gold: Tensor) -> float:
+    """Share of records whose likeliest class is the true one; a tie of k classes counts 1 / k if the truth is one.
+
+    Args:
+        labels: [R, N].
+        gold: [R].
+    """
+    best = (labels >= labels.amax(dim=1, keepdim=True) - 1e-12).double()
+    return float((best / best.sum(dim=1, keepdim=True)).gather(1, gold[:, None]).mean())
+
+
+def _percent(share: float) -> str:
+    return "–" if share != share else f"{100 * share:.1f} %"

@@ -1,0 +1,167 @@
+"""From configuration to the reward of PPO: load each part, settle its scale and its tokenizer, and say so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from rlhf.config.schema import PPOConfig
+from rlhf.config.sections import ModelSource
+from rlhf.console import Console
+from rlhf.data.render import Renderer, prepare_tokenizer, tokenizer_fingerprint
+from rlhf.errors import CheckpointError, ConfigError
+from rlhf.models import handover
+from rlhf.models.adapters import worn_method
+from rlhf.models.heads import score_head
+from rlhf.models.load import load_tokenizer, resolve
+from rlhf.models.reward_models import check_one_output, load_classifier, load_scorer
+from rlhf.models.shared_base import REWARD, put_on, why_apart
+from rlhf.rollout.rewards import EnsembleReward, FunctionReward, ModelReward, Reward, Rewards, load_function
+
+
+def build_rewards(config: PPOConfig, renderer: Renderer, console: Console, *, base: Any = None) -> Rewards:
+    """All parts of the reward, `reward_model` first with weight 1.
+
+    Args:
+        base: the policy, where models that are adapters of its base are to share it.
+    Raises: CheckpointError or ConfigError if a part cannot be loaded or lacks its scale.
+    """
+    stored = config.ppo.normalize_scores == "stored"
+    load = _Loader(config.policy, base)
+    parts: list[tuple[float, Reward]] = []
+    if config.reward_model is not None:
+        parts.append((1.0, _score(config.reward_model, load, renderer, stored, console)))
+    for source in config.rewards:
+        part: Reward
+        if source.model is not None:
+            part = _score(source.model, load, renderer, stored, console)
+        elif source.ensemble:
+            members = tuple(_score(m, load, renderer, True, console) for m in source.ensemble)  # one scale for all
+            penalty = 0.5 if source.uncertainty_penalty is None else source.uncertainty_penalty
+            part = EnsembleReward(members, source.combine, penalty)
+        elif source.classifier is not None:
+            assert source.label is not None
+            part = _probability(source.classifier, source.label, load, renderer, console)
+        else:
+            assert source.function is not None
+            part = FunctionReward(
+                source.function, load_function(source.function, what="reward function", where="rewards"), renderer
+            )
+        parts.append((source.weight, part))
+    if len(parts) > 1:
+        console.note("reward: " + " + ".join(f"{weight:g} x {part.name}" for weight, part in parts))
+    return Rewards(tuple(parts))
+
+
+def check_offload(config: PPOConfig, own: int) -> None:
+    """Refuse to offload reward models where all of them lie on the policy's base.
+
+    Args:
+        own: reward models with weights of their own.
+    Raises: ConfigError.
+    """
+    if "reward" in config.offload and not own:
+        raise ConfigError(
+            "there is no reward model to offload",
+            found="roles are shared: they are adapters on the policy's base",
+            where="offload",
+            do="take 'reward' out (an adapter costs little), or set roles=separate",
+        )
+
+
+def reward_deviation(config: PPOConfig) -> float:
+    """What the scores of `reward_model` are divided by."""
+    if config.reward_model is None or config.ppo.normalize_scores != "stored":
+        return 1.0
+    record = handover.read(resolve(config.reward_model))
+    return record.score_std if record is not None and record.score_std is not None else 1.0
+
+
+def same_tokenizer(source: ModelSource, renderer: Renderer) -> bool:
+    """Whether a model reads the tokens that `renderer` makes.
+
+    Raises: CheckpointError if its record says that it has the same tokenizer but other text-to-token settings.
+    """
+    record = handover.read(resolve(source))
+    ours = renderer.identity()
+    if record is None:  # a foreign model: the tokenizer in its folder is all there is to compare
+        return tokenizer_fingerprint(load_tokenizer(source)) == ours["tokenizer_sha256"]
+    if record.tokenizer_sha256 != ours["tokenizer_sha256"]:
+        return False
+    handover.verify(ours, record, where=source.path, role="the reward model")
+    return True
+
+
+def _reader(source: ModelSource, renderer: Renderer, console: Console) -> Renderer | None:
+    """The model's own renderer if it has another tokenizer than the policy."""
+    if same_tokenizer(source, renderer):
+        return None
+    tokenizer = load_tokenizer(source)
+    prepare_tokenizer(tokenizer)
+    console.note(
+        f"{source.path} has another tokenizer than the policy: responses are decoded, put into its chat template and "
+        "tokenised again"
+    )
+    return Renderer(tokenizer)
+
+
+class _Loader:
+    """Loads frozen scorers: onto the policy's base where they are adapters of it, else each by itself."""
+
+    def __init__(self, policy: ModelSource, base: Any) -> None:
+        self.policy, self.base, self.number = policy, base, 0
+
+    def __call__(self, source: ModelSource, alone: Callable[[ModelSource], Any]) -> Any:
+        if self.base is None or why_apart(self.policy, source, worn_method(self.base)) is not None:
+            return alone(source).requires_grad_(False)
+        self.number += 1
+        return put_on(self.base, source, f"{REWARD}_{self.number}")
+
+
+def _score(source: ModelSource, load: _Loader, renderer: Renderer, stored: bool, console: Console) -> ModelReward:
+    theirs = _reader(source, renderer, console)
+    model = load(source, load_scorer)
+    check_one_output(score_head(model).out_features, source.path)
+    part = ModelReward(source.path, model, renderer, theirs)
+    if not stored:
+        return part
+    record = handover.read(resolve(source))
+    if record is None or record.score_mean is None or record.score_std is None:
+        raise CheckpointError(
+            "the reward model carries no mean and deviation of its scores",
+            where=source.path,
+            do="train it with 'rlhf reward', or set ppo.normalize_scores=running or raw",
+        )
+    console.note(f"scores of {source.path}: (score - {record.score_mean:.3f}) / {record.score_std:.3f}")
+    return replace(part, scale=(record.score_mean, record.score_std))
+
+
+def _probability(
+    source: ModelSource, label: str | dict[str, float], load: _Loader, renderer: Renderer, console: Console
+) -> ModelReward:
+    model = load(source, load_classifier)
+    record = handover.read(resolve(source))
+    names = {str(name): int(index) for index, name in model.config.id2label.items()}
+    several = model.config.problem_type == "multi_label_classification"
+    if record is not None and record.labels is not None:  # an adapter's folder has no config.json to say it
+        names, several = {name: index for index, name in enumerate(record.labels)}, bool(record.several)
+    weights = label if isinstance(label, dict) else {label: 1.0}
+    unknown = [name for name in weights if name not in names]
+    if unknown:
+        raise CheckpointError(
+            f"the classifier has no label '{unknown[0]}'",
+            found=", ".join(names),
+            where=source.path,
+            do="name one of them as label",
+        )
+    theirs = _reader(source, renderer, console)
+    said = " + ".join(f"P({name})" if weight == 1.0 else f"{weight:g} P({name})" for name, weight in weights.items())
+    return ModelReward(
+        f"{said} of {source.path}",
+        model,
+        renderer,
+        theirs,
+        several=several,
+        labels=tuple((names[name], weight) for name, weight in weights.items()),
+    )

@@ -1,0 +1,214 @@
+"""What stages share: starting a run, loading and rendering data, saving a model with its hand-over record."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf.config.schema import Stage
+from rlhf.config.sections import Data, ModelSource, Optim
+from rlhf.console import Console
+from rlhf.data.render import CHATML, Renderer, prepare_tokenizer
+from rlhf.data.sources import RecordSet, load_records, split
+from rlhf.distributed.engine import bound_waiting, forget_accelerator, library_versions, quiet_libraries
+from rlhf.distributed.heartbeat import beat, watch
+from rlhf.distributed.launch_env import check_launch, is_main
+from rlhf.errors import ConfigError, DataError, RLHFError
+from rlhf.launch.rank_consistency import same_run
+from rlhf.models import handover
+from rlhf.models.load import count_parameters, load_tokenizer, resolve
+from rlhf.runs.run_dir import RunDir, fingerprint_path, plain
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a stage returns to the command line and the pipeline."""
+
+    path: Path
+    summary: dict[str, Any]
+    skipped: bool = False
+
+
+def begin(stage: str, config: Stage, console: Console) -> tuple[RunDir, str]:
+    """Check the output folder, seed everything, silence the libraries. Nothing is written yet.
+
+    Returns: the run directory and 'new', 'interrupted' or 'finished'; the same on every process.
+    """
+    console.title(f"{stage} -> {config.output_dir}")
+    run = RunDir(config.output_dir, main=is_main())
+    state, inputs, trouble = "", {}, None
+    try:
+        inputs = inputs_of(config)
+        state = run.check(stage, config, inputs)
+        if state != "finished":
+            check_launch(stage)
+    except RLHFError as error:
+        trouble = error
+    same_run(run, state, config, inputs, trouble)
+    if state == "finished":
+        console.note("already finished with this configuration: skipped")
+        return run, state
+    quiet_libraries(telemetry=config.telemetry)
+    forget_accelerator()
+    if processes() > 1:
+        bound_waiting()
+    optim = getattr(config, "optim", None)
+    if isinstance(optim, Optim):
+        optim.accumulation(processes())  # refuse a batch that cannot be shared, before anything is read or written
+    seed_everything(config.seed, deterministic=config.deterministic)
+    watch()
+    return run, state
+
+
+def inputs_of(config: Any) -> dict[str, str]:
+    """Fingerprints of every local file and folder that a configuration names under a `path` key."""
+    found: dict[str, str] = {}
+
+    def walk(value: Any) -> None:
+        if isinstance(value, dict):
+            path = value.get("path")
+            if isinstance(path, str) and Path(path).exists():
+                found[path] = fingerprint_path(Path(path))
+            for inner in value.values():
+                walk(inner)
+        elif isinstance(value, list | tuple):
+            for inner in value:
+                walk(inner)
+
+    walk(plain(config))
+    return found
+
+
+def seed_everything(seed: int, *, deterministic: bool) -> None:
+    """Seed Python, numpy and torch; ask for deterministic kernels where there are any."""
+    from transformers import set_seed
+
+    set_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        # Only a debugging aid for reads of uninitialised memory; it makes small models six times slower on a CPU.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def processes() -> int:
+    """World size as the launcher set it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(run: RunDir, stage: str, config: Stage) -> None:
+    """Make the run directory. Called once all inputs have been read and found good."""
+    beat()
+    run.start(
+        stage, config, seed=config.seed, processes=processes(), versions=library_versions(), inputs=inputs_of(config)
+    )
+
+
+def read_template(name: str | None) -> str | None:
+    """The chat template that a configuration asks for, or None for the tokenizer's own.
+
+    Raises: ConfigError if the file cannot be read.
+    """
+    if name is None:
+        return None
+    if name == "chatml":
+        return CHATML
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            "the chat template cannot be read", found=str(error), where="chat_template", do="give a file, or 'chatml'"
+        ) from None
+
+
+def open_tokenizer(source: ModelSource, console: Console, *, template: str | None = None) -> tuple[Any, Renderer]:
+    """Tokenizer and renderer of a model, with what had to be added said aloud.
+
+    Args:
+        template: replaces the tokenizer's chat template; the model's hand-over record is then no longer binding.
+    """
+    tokenizer = load_tokenizer(source)
+    for note in prepare_tokenizer(tokenizer, template):
+        console.note(f"tokenizer: {note}")
+    renderer = Renderer(tokenizer)
+    for note in renderer.notes:
+        console.note(f"template: {note}")
+    if template is None:
+        handover.verify(renderer.identity(), handover.read(resolve(source)), where=source.path, role="this model")
+    return tokenizer, renderer
+
+
+def read_data(
+    kind: Any, data: Data, seed: int, console: Console
+) -> tuple[Sequence[Any], Sequence[Any], dict[str, str]]:
+    """Training and validation records, and their fingerprints.
+
+    Raises: DataError.
+    """
+    options: dict[str, Any] = {"seed": seed, "on_bad_row": data.on_bad_row, "deduplicate": data.deduplicate}
+    train_set: RecordSet = load_records(kind, data.train, **options)
+    _say(train_set, console)
+    prints = {"train": train_set.fingerprint}
+    train: Sequence[Any] = train_set.records
+    validation: Sequence[Any] = ()
+    if data.validation:
+        held_out = load_records(kind, data.validation, **options)
+        _say(held_out, console)
+        validation, prints["validation"] = held_out.records, held_out.fingerprint
+    elif data.validation_fraction:
+        train, validation = split(train, data.validation_fraction, seed)
+        console.note(f"validation: {len(validation)} of {len(train_set.records)} records split off by prompt")
+    if not train:
+        raise DataError("no training record is left", where=", ".join(s.path for s in data.train))
+    return train, validation, prints
+
+
+def _say(records: RecordSet, console: Console) -> None:
+    for note in records.notes:
+        console.note(note)
+
+
+def check_context(length: int, context: int | None, where: str) -> None:
+    """Refuse sequences longer than the model's positions.
+
+    Raises: ConfigError.
+    """
+    if context is not None and length > context:
+        raise ConfigError(
+            f"sequences of {length} tokens do not fit the model's context of {context}",
+            where=where,
+            do=f"lower it to at most {context}",
+        )
+
+
+def say_model(model: Any, console: Console) -> None:
+    """Trainable and total parameters."""
+    trainable, total = count_parameters(model)
+    console.note(f"model: {total:,} parameters, {trainable:,} trainable ({100 * trainable / total:.1f} %)")
+
+
+def say_batch(processes: int, microbatch: int, accumulation: int, updates: int, what: str, console: Console) -> None:
+    """The batch arithmetic in words."""
+    size = processes * microbatch * accumulation
+    console.note(
+        f"batch: {processes} process{'es' if processes > 1 else ''} x {microbatch} {what} x {accumulation} accumulation"
+        f" = {size} {what} per update; {updates} updates"
+    )
+
+
+def seal(folder: Path, stage: str, renderer: Renderer, tokenizer: Any, **more: Any) -> None:
+    """Write tokenizer and hand-over record beside a model (main process)."""
+    tokenizer.save_pretrained(str(folder))
+    handover.make(stage, renderer.identity(), **more).write(folder)
+
+
+def stop_at(model: Any, renderer: Renderer) -> None:
+    """Make plain `generate` stop at the end token and pad with the pad token."""
+    model.generation_config.eos_token_id = renderer.end_id
+    model.generation_config.pad_token_id = renderer.pad_id
+    model.config.pad_token_id = renderer.pad_id

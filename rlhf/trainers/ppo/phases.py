@@ -1,0 +1,109 @@
+"""Phases of the two models that PPO trains: which weights learn in a step, in groups of the one optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from rlhf.config.schema import PPOConfig
+from rlhf.config.tuning import Selection, Steps
+from rlhf.distributed.zero_gather import forget_steps
+from rlhf.models.adapters import rate_factor
+from rlhf.models.heads import AdapterScorer, SharedValue
+from rlhf.models.parameter_selection import Layout, Place, layout
+from rlhf.trainers.phase_schedule import Group, Program, Stretch, ppo_program
+from rlhf.trainers.ppo.policy_value import PolicyAndValue
+from rlhf.trainers.supervised.phase_callback import begins
+
+
+def programs(config: PPOConfig, model: PolicyAndValue) -> tuple[Program, Program]:
+    """What is trained of the policy and of the value model, and when.
+
+    Raises: ConfigError for a selection that matches nothing, or if nothing is left to train.
+    """
+    o = config.optim
+    return (
+        _program(config, "policy", lambda: layout(model.policy), model.trained_policy(), o.learning_rate),
+        _program(config, "value_model", lambda: value_layout(model), model.trained_value(), o.value_learning_rate),
+    )
+
+
+def _program(config: PPOConfig, name: str, of: Any, trained: Iterable[str], rate: float) -> Program:
+    freeze: Selection = getattr(config.freeze, name)
+    unfreeze: Sequence[Steps] = getattr(config.unfreeze, name)
+    factors = {parameter: rate_factor(parameter, config.peft) for parameter in trained}
+    if not freeze.given and not unfreeze:  # any module will do: it need not be a transformer
+        return Program((Stretch(frozenset(factors), config.ppo.steps, rate),), factors)
+    return ppo_program(
+        of().only(factors),
+        freeze=freeze,
+        unfreeze=unfreeze,
+        steps=config.ppo.steps,
+        learning_rate=rate,
+        where=name,
+        factors=factors,
+    )
+
+
+def value_layout(model: PolicyAndValue) -> Layout:
+    """Places of the value model's weights by the names of `trained_value`: some may lie on the policy's base."""
+    value = model.value_model
+    if not isinstance(value, AdapterScorer | SharedValue):
+        return layout(value)
+    policy = layout(model.policy)
+    head = {name: Place(None, "score", policy.blocks + 1) for name, _ in value.named_parameters()}
+    on_policy = {name: policy.places[name] for name in model.trained_value() if name not in head}
+    return Layout(on_policy | head, policy.blocks, tied=False)
+
+
+class PairPhases:
+    """Follows the programs of policy and value model."""
+
+    def __init__(self, config: PPOConfig, model: PolicyAndValue) -> None:
+        """Freezes what is never trained."""
+        self.programs = programs(config, model)
+        self.parameters: tuple[dict[str, nn.Parameter], ...] = (model.trained_policy(), model.trained_value())
+        self.groups: list[tuple[int, Group]] = []
+        for i, (plan, named) in enumerate(zip(self.programs, self.parameters, strict=True)):
+            self.groups += [(i, group) for group in plan.groups()]
+            for name, parameter in named.items():
+                parameter.requires_grad_(name in plan.names)
+        model.keep(policy=self.programs[0].names, value=self.programs[1].names)
+
+    def optimizer_groups(self) -> list[dict[str, Any]]:
+        """For an optimizer of both models."""
+        return [
+            {"params": [self.parameters[i][n] for n in group.names], "lr": self.programs[i].stretches[0].learning_rate}
+            for i, group in self.groups
+        ]
+
+    def select(self, step: int) -> None:
+        """Let the weights that are trained in a step take gradients, and no others.
+
+        Before the step samples: torch multiplies by a weight that takes gradients in another way, also where none are
+        asked for, so that a step which is done again would draw from probabilities that differ in the last digit.
+        """
+        for i, plan in enumerate(self.programs):
+            trained = plan.stretches[plan.now(step).phase].names
+            for name in plan.names:
+                self.parameters[i][name].requires_grad_(name in trained)
+
+    def enter(self, step: int, optimizer: Any) -> None:
+        """Before the first update of a step: weights that learn from now on begin without a history."""
+        fresh: list[int] = []
+        for i, plan in enumerate(self.programs):
+            now = plan.now(step)
+            if step == now.begun:
+                own = [number for number, (owner, _) in enumerate(self.groups) if owner == i]
+                fresh += [own[k] for k in begins([self.groups[number][1] for number in own], now.phase)]
+        forget_steps(optimizer, fresh)
+
+    def set_rates(self, optimizer: Any, step: int, policy: float, value: float) -> None:
+        """Learning rates of a step; `policy` and `value` multiply those of the phases."""
+        for (i, group), target in zip(self.groups, optimizer.param_groups, strict=True):
+            plan = self.programs[i]
+            phase = plan.now(step).phase
+            rate = plan.stretches[phase].learning_rate * group.factor if group.phases[phase] else 0.0
+            target["lr"] = rate * (policy, value)[i]

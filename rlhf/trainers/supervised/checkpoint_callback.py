@@ -1,0 +1,135 @@
+"""Checkpoints of a transformers Trainer: verified before use, sealed when whole, one more when it is told to end."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from rlhf.checkpointing.files import MANIFEST, Checkpoint, forget_after, newest, prune, room, seal, size_of
+from rlhf.checkpointing.interval import Pace
+from rlhf.checkpointing.parameters_and_adam import read_trained, size_of_trained, write_trained
+from rlhf.config.sections import Saving
+from rlhf.distributed.engine import any_process, engine_loads_with
+from rlhf.distributed.zero_gather import numel
+from rlhf.runs import preemption
+from rlhf.runs.metrics import MetricsWriter
+from rlhf.runs.run_dir import RunDir
+from rlhf.trainers.phase_schedule import Program
+
+PREFIX = "checkpoint"
+SCHEDULER = "scheduler.pt"
+
+
+def last_checkpoint(run: RunDir, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest whole checkpoint of an interrupted run, whose best one so far is whole too.
+
+    Raises: CheckpointError for one that another version wrote.
+    """
+    return newest(run.checkpoints, PREFIX, say)
+
+
+class Seals(TrainerCallback):
+    """Seals each checkpoint, removes the oldest, and ends a run that was told to end."""
+
+    def __init__(self, run: RunDir, saving: Saving, writer: MetricsWriter) -> None:
+        self.run, self.saving, self.writer = run, saving, writer
+        self.trainer: Any = None
+        self.ending = False
+        self.pace = Pace(saving.share)
+
+    def attach(self, trainer: Any) -> None:
+        """Follow a Trainer; what it writes as a checkpoint is watched for a full disk."""
+        self.trainer, save = trainer, trainer._save_checkpoint
+
+        def guarded(*args: Any, **kwargs: Any) -> None:
+            folder = self.run.checkpoints / f"{PREFIX}-{trainer.state.global_step}"
+            with self.pace.saving(), room(self.run.checkpoints, self._needed(), PREFIX):
+                try:
+                    if self.run.main:
+                        (folder / MANIFEST).unlink(missing_ok=True)
+                    save(*args, **kwargs)
+                except BaseException:
+                    if self.run.main:
+                        shutil.rmtree(folder, ignore_errors=True)
+                    raise
+
+        trainer._save_checkpoint = guarded
+        trainer.add_callback(self)
+
+    def _needed(self) -> int:
+        """Bytes of the next checkpoint: those of the last, or weights and optimizer state."""
+        written = [size_of(path) for path in self.run.checkpoints.glob(f"{PREFIX}-*")]
+        if written:
+            return max(written)
+        adapter = hasattr(self.trainer.model, "peft_config")
+        parameters = list(self.trainer.model.parameters())
+        saved = sum(numel(p) * p.element_size() for p in parameters if p.requires_grad or not adapter)
+        return saved + size_of_trained({str(i): p for i, p in enumerate(parameters) if p.requires_grad})
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Save in between if it is cheap, and if told to end: after an update that is logged anyway, so that no number
+        of the run changes. Or after any, if there is no time to wait for that."""
+        logged = state.global_step % args.logging_steps == 0 or control.should_save
+        if logged and any_process(self.pace.due(), self.trainer.accelerator):
+            control.should_save = True
+        if any_process(preemption.asked() and (logged or preemption.urgent()), self.trainer.accelerator):
+            self.ending = control.should_save = control.should_log = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """All processes have written their part: the manifest makes it a checkpoint."""
+        self.trainer.accelerator.wait_for_everyone()
+        if self.run.main:
+            name = f"{PREFIX}-{state.global_step}"
+            self.writer.sync()
+            best = state.best_model_checkpoint  # restored at the end
+            seal(
+                self.run.checkpoints / name,
+                step=state.global_step,
+                lines=self.writer.lines,
+                needs=Path(best).name if best else None,
+            )
+            forget_after(self.run.checkpoints, PREFIX, name)
+            prune(self.run.checkpoints, PREFIX, self.saving.keep)
+        self.trainer.accelerator.wait_for_everyone()
+        if self.ending:
+            raise preemption.Stopped(f"after update {state.global_step}")
+
+
+@contextmanager
+def by_name(trainer: Any, plan: Program) -> Iterator[None]:
+    """Have a Trainer keep what it has trained, and the optimizer's state, in files that any engine reads.
+
+    Its own ones hold one process's part each under DeepSpeed, and are of no use to another number of processes. (FSDP,
+    which runs on GPUs only, keeps its own.)
+    """
+    if trainer.is_fsdp_enabled:
+        yield
+        return
+
+    def named() -> dict[str, Any]:
+        return {name: p for name, p in trainer.model.named_parameters() if name in plan.names}
+
+    def save(folder: str) -> None:
+        main = trainer.accelerator.is_main_process
+        write_trained(Path(folder) if main else None, named(), trainer.optimizer)
+        if main:
+            torch.save(trainer.lr_scheduler.state_dict(), Path(folder) / SCHEDULER)
+
+    def load(folder: str) -> None:
+        read_trained(Path(folder), named(), trainer.optimizer)
+
+    def load_all(folder: str | None) -> None:
+        if folder is not None:
+            if not trainer.is_deepspeed_enabled:  # else it has been done, with the engine's weights
+                load(folder)
+            trainer.lr_scheduler.load_state_dict(torch.load(Path(folder) / SCHEDULER, weights_only=True))
+
+    trainer._save_optimizer_and_scheduler, trainer._load_optimizer_and_scheduler = save, load_all
+    with engine_loads_with(load):
+        yield

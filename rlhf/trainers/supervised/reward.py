@@ -1,0 +1,107 @@
+"""Reward model: rendered pairs into trl.RewardTrainer, with our loss and honest counting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from trl import RewardTrainer
+
+from rlhf.data.collate import PairCollator
+from rlhf.distributed.engine import real_rows
+from rlhf.errors import TrainingError
+from rlhf.functional import bradley_terry_loss
+from rlhf.trainers.supervised.base import Report, StopOnBadLoss, order_rows
+
+Pair = dict[str, Any]  # chosen_ids, rejected_ids, preference, and margin if the data has one
+
+
+class PairTrainer(RewardTrainer):
+    """trl.RewardTrainer with soft labels. Accuracy counts decided pairs only and sums over batches and processes."""
+
+    center = 0.0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._sums: dict[str, torch.Tensor] = {}
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["chosen_ids", "rejected_ids", "preference", "margin"]
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Mean Bradley-Terry loss of a batch; the chosen rows come first. Held-out pairs count once."""
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+        scores = outputs.logits.squeeze(-1).float()
+        pairs = len(scores) // 2
+        real = pairs if model.training else real_rows(self.accelerator, pairs)
+        chosen, rejected = (side[:real] for side in scores.chunk(2))
+        preference, margin = inputs["preference"][:real], inputs.get("margin")
+        margin = None if margin is None else margin[:real]
+        loss = bradley_terry_loss(chosen, rejected, preference=preference, margin=margin)
+        if self.center:
+            loss = loss + self.center * (chosen + rejected).square()
+        loss = loss.sum() / max(real, 1)
+        self._count("train" if model.training else "eval", chosen.detach(), rejected.detach(), preference)
+        return (loss, outputs) if return_outputs else loss
+
+    def _count(self, mode: str, chosen: torch.Tensor, rejected: torch.Tensor, preference: torch.Tensor) -> None:
+        decided = preference != 0.5
+        right = ((chosen > rejected) == (preference > 0.5)) & (chosen != rejected) & decided
+        margin = (chosen - rejected).sum()
+        sums = torch.stack([right.sum(), decided.sum(), margin, torch.full_like(margin, len(chosen))]).double()
+        self._sums[mode] = self._sums.get(mode, torch.zeros_like(sums)) + sums
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add accuracy and margin over everything seen since the last log line."""
+        prefix = next((p for p in ("eval_", "ood_") if any(k.startswith(p) for k in logs)), "")
+        mode = "eval" if prefix else "train"
+        sums = self._sums.pop(mode, None)
+        if sums is not None:
+            right, decided, margin, pairs = self.accelerator.reduce(sums, "sum").tolist()
+            logs[f"{prefix}accuracy"] = right / max(decided, 1.0)
+            logs[f"{prefix}margin"] = margin / max(pairs, 1.0)
+        super().log(logs, start_time)
+
+
+def build(
+    model: Any,
+    tokenizer: Any,
+    train: Sequence[Pair],
+    validation: Sequence[Pair],
+    arguments: dict[str, Any],
+    report: Report,
+    *,
+    center: float,
+) -> PairTrainer:
+    """The trainer; keeps the checkpoint of the best held-out accuracy.
+
+    Raises: TrainingError if the score head would not be trained (a frozen random head gives random rewards).
+    """
+    from datasets import Dataset
+    from trl import RewardConfig
+
+    if not any(p.requires_grad for name, p in model.named_parameters() if "score" in name.split(".")):
+        raise TrainingError(
+            "the score head is frozen at random values", where="reward", do="train it (LoRA: modules_to_save)"
+        )
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_accuracy", "greater_is_better": True}
+    args = RewardConfig(**arguments | (best if validation else {}), max_length=None)
+    trainer = PairTrainer(
+        model=model,
+        args=args,
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_list(list(train)),
+        eval_dataset=Dataset.from_list(sorted(validation, key=_length)) if validation else None,
+        data_collator=PairCollator(tokenizer.pad_token_id),
+        callbacks=[report, StopOnBadLoss()],
+    )
+    trainer.center = center
+    order_rows(trainer, [_length(pair) for pair in train])
+    return trainer
+
+
+def _length(pair: Pair) -> int:
+    return max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))

@@ -1,0 +1,91 @@
+"""Supervised fine-tuning and pretraining: rendered columns into trl.SFTTrainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import Trainer
+from trl import SFTTrainer
+
+from rlhf.data.collate import DemonstrationCollator
+from rlhf.data.render import Rendered
+from rlhf.trainers.supervised.base import Report, StopOnBadLoss, order_rows
+from rlhf.trainers.supervised.eval_loss import TokenMean
+
+
+class DocumentTrainer(TokenMean, Trainer):
+    """A plain transformers.Trainer: every token counts, so TRL has nothing to add."""
+
+
+class DemonstrationTrainer(TokenMean, SFTTrainer):
+    """trl.SFTTrainer, but for the held-out loss."""
+
+
+def to_dataset(rows: Sequence[Rendered]) -> Any:
+    """Columns `input_ids` and `labels` (-100 where the mask is False), which TRL uses as they are."""
+    from datasets import Dataset
+
+    labels = [[i if m else -100 for i, m in zip(r.ids, r.mask, strict=True)] for r in rows]
+    return Dataset.from_dict({"input_ids": [r.ids for r in rows], "labels": labels})
+
+
+def _by_length(rows: Sequence[Rendered]) -> Any:
+    return to_dataset(sorted(rows, key=lambda row: len(row.ids))) if rows else None
+
+
+def build_lm(
+    model: Any,
+    tokenizer: Any,
+    train: Sequence[Rendered],
+    validation: Sequence[Rendered],
+    arguments: dict[str, Any],
+    report: Report,
+) -> Any:
+    """A trainer on every token of documents."""
+    from transformers import TrainingArguments
+
+    args = TrainingArguments(**arguments)
+    trainer = DocumentTrainer(
+        model=model,
+        args=args,
+        processing_class=tokenizer,
+        train_dataset=to_dataset(train),
+        eval_dataset=_by_length(validation),
+        callbacks=[report, StopOnBadLoss()],
+        data_collator=DemonstrationCollator(tokenizer.pad_token_id),
+    )
+    order_rows(trainer, [len(row.ids) for row in train])
+    return trainer
+
+
+def build(
+    model: Any,
+    tokenizer: Any,
+    train: Sequence[Rendered],
+    validation: Sequence[Rendered],
+    arguments: dict[str, Any],
+    report: Report,
+    *,
+    packing: int | None = None,
+) -> Any:
+    """A trl.SFTTrainer on rendered rows.
+
+    Args:
+        packing: fill sequences of this many tokens with several rows (attention stays within a row); None = off.
+    """
+    from trl import SFTConfig
+
+    args = SFTConfig(**arguments, packing=packing is not None, max_length=packing, eval_packing=False)
+    trainer = DemonstrationTrainer(
+        model=model,
+        args=args,
+        processing_class=tokenizer,
+        train_dataset=to_dataset(train),
+        eval_dataset=_by_length(validation),
+        callbacks=[report, StopOnBadLoss()],
+    )
+    # Packed sequences are as long as each other: any order will do, as long as it is ours.
+    lengths = [len(row.ids) for row in train] if packing is None else [packing] * len(trainer.train_dataset)
+    order_rows(trainer, lengths, pool=50 if packing is None else 1)
+    return trainer

@@ -1,0 +1,132 @@
+"""What several machines need beyond one: the way to each other, and messages that hold on each of them."""
+
+from __future__ import annotations
+
+import ipaddress
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.distributed.heartbeat import Sign
+from rlhf.launch import launcher, network
+from rlhf.launch.launcher import INTERFACE, Options
+from rlhf.launch.supervisor import Ended, report, supervise
+
+HAS = [("lo", "127.0.0.1"), ("eth0", "10.0.0.1"), ("eth1", "192.168.0.1"), ("eth1", "fe80::1")]
+WAYS = {"10.0.0.2": "10.0.0.1", "10.0.0.1": "10.0.0.1", "127.0.0.1": "127.0.0.1", network.ANYWHERE: "192.168.0.1"}
+
+
+class Probe:
+    """A socket that knows from which address a way begins."""
+
+    def __init__(self, *_: Any) -> None:
+        self.ours = ""
+
+    def __enter__(self) -> Probe:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def connect(self, to: tuple[str, int]) -> None:
+        if to[0] not in WAYS:
+            raise OSError("Network is unreachable")
+        self.ours = WAYS[to[0]]
+
+    def getsockname(self) -> tuple[str, int]:
+        return self.ours, 40000
+
+
+@pytest.mark.parametrize(
+    ("address", "name"),
+    [("10.0.0.2", "eth0"), ("10.0.0.1", "eth0"), ("127.0.0.1", "eth1"), ("10.9.9.9", "eth1")],
+    ids=["another machine", "this machine", "its name means the loopback", "no way"],
+)
+def test_the_interface_is_the_one_that_leads_there(address: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network.socket, "socket", Probe)
+    monkeypatch.setattr(network, "_addresses", lambda: [(n, ipaddress.ip_address(a)) for n, a in HAS])
+    assert network.interface_towards(address) == name
+    monkeypatch.setattr(network, "_addresses", list)
+    assert network.interface_towards(address) is None
+
+
+def test_this_machines_interfaces_are_listed_with_their_addresses() -> None:
+    found = {str(address): name for name, address in network._addresses()}
+    assert found["127.0.0.1"] in found.values()
+    assert found.get("::1", found["127.0.0.1"]) == found["127.0.0.1"]
+
+
+def started(
+    options: Options, monkeypatch: pytest.MonkeyPatch, capsys: Any, ended: Ended, run: Path | None = None
+) -> tuple[list[str], Mapping[str, str], str]:
+    """The command, its environment and what is said when it has failed."""
+    seen: list[Any] = []
+    monkeypatch.setattr(launcher, "interface_towards", lambda address: f"way-to-{address}")
+    monkeypatch.setattr(
+        launcher, "supervise", lambda command, environment, *_: seen.append((command, environment)) or ended
+    )
+    assert launcher.launch(options, "ppo", ["c.yaml"], output=str(run)) == ended.code
+    return *seen[0], capsys.readouterr().err
+
+
+def test_the_command_to_resume_is_whole_where_the_environment_said_which_machine(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
+) -> None:
+    for name, value in {"NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "7"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(INTERFACE, raising=False)
+    stuck = Ended(1, Sign(3, 99, "b", 0.0, "stuck", 5, "no step was finished for 20 s"))
+    options = Options("zero3", processes=4, machines=2, timeout=20)
+    command, environment, said = started(options, monkeypatch, capsys, stuck, tmp_path)
+    assert environment[INTERFACE] == "way-to-10.0.0.1"
+    assert command[command.index("--rdzv_conf") + 1] == "timeout=60"
+    assert "rank 3 (process 99 on b) stuck: no step was finished for 20 s" in said
+    assert "waits for another process in vain: that one hangs or is gone, or its machine or the link to it" in said
+    assert "last good checkpoint: none on this machine's disk; machine 0 writes them" in said
+    resume = "rlhf ppo c.yaml --launcher zero3 --num-processes 4 --num-machines 2 --machine-rank 1"
+    assert f"to resume: {resume} --main-process-ip 10.0.0.1 --main-process-port 7 --timeout 20\n" in said
+
+
+def test_what_the_user_says_about_the_network_counts(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv(INTERFACE, "ib0")
+    options = Options("zero3", machines=2, machine_rank=0, ip="10.0.0.1")
+    assert started(options, monkeypatch, capsys, Ended(130))[1][INTERFACE] == "ib0"
+    monkeypatch.delenv(INTERFACE)
+    assert INTERFACE not in started(Options("zero3"), monkeypatch, capsys, Ended(130))[1]
+
+
+def test_machines_that_did_not_find_each_other(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> None:
+    options = Options("zero3", machines=2, machine_rank=0, ip="10.0.0.1", port=7)
+    _, _, said = started(options, monkeypatch, capsys, Ended(1), tmp_path)
+    assert "were all machines started, and do they reach machine 0 at 10.0.0.1:7?" in said
+    assert "last good checkpoint: none yet; it starts over" in said
+    assert "all machines" not in started(Options("zero3"), monkeypatch, capsys, Ended(1), tmp_path)[2]
+
+
+def test_a_launcher_that_finds_nobody_is_not_waited_for() -> None:
+    begun = time.monotonic()
+    waits = [sys.executable, "-c", "import time; time.sleep(600)"]
+    assert supervise(waits, {}, 60.0, 0.5) == Ended(1)
+    assert time.monotonic() - begun < 20
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "RuntimeError: [...unbound_buffer.cc:129] Timed out waiting 20000ms for send operation to complete",
+        "RuntimeError: Application timeout caused pair closure",
+        "RuntimeError: Gloo connectFullMesh failed with [...] timed out connecting: SO_ERROR: Connection refused",
+        "RuntimeError: [...pair.cc:547] Connection closed by peer [10.0.0.2]:5345",
+        "DistBackendError: NCCL error: remote process exited or there was a network error",
+        "DistBackendError: [Rank 0] Watchdog caught collective operation timeout: WorkNCCL(...)",
+    ],
+)
+def test_the_words_of_libraries_for_a_lost_process_are_explained(words: str, capsys: Any) -> None:
+    report(Ended(1, Sign(0, 1, "a", 0.0, "failed", 5, words)), None, "rlhf", restarts_left=0)
+    assert "waits for another process in vain: that one hangs or is gone\n" in capsys.readouterr().err
+    report(Ended(1, Sign(0, 1, "a", 0.0, "failed", 5, "ValueError: 3")), None, "rlhf", restarts_left=0)
+    assert "in vain" not in capsys.readouterr().err

@@ -1,0 +1,74 @@
+"""What a stage tells the next one about text and tokens, and that a difference is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.data.render import Renderer
+from rlhf.errors import CheckpointError
+from rlhf.models import handover
+
+
+@pytest.fixture(scope="module")
+def identity(tiny_tokenizer: Any) -> dict[str, Any]:
+    """Of the tiny tokenizer."""
+    return Renderer(tiny_tokenizer).identity()
+
+
+def test_a_record_survives_writing_and_reading(identity: dict[str, Any], tmp_path: Path) -> None:
+    made = handover.make("reward", identity, score_mean=0.5, score_std=2.0, head_dtype="float32")
+    made.write(tmp_path)
+    assert handover.read(tmp_path) == made
+    assert (made.stage, made.score_mean, made.vocab_size) == ("reward", 0.5, identity["vocab_size"])
+    handover.verify(identity, handover.read(tmp_path), where="x", role="the reward model")
+
+
+def test_a_classifiers_labels_keep_their_order(identity: dict[str, Any], tmp_path: Path) -> None:
+    handover.make("classify", identity, labels=["short", "kind"], several=False).write(tmp_path)
+    record = handover.read(tmp_path)
+    assert record is not None
+    assert (record.labels, record.several) == (["short", "kind"], False)
+
+
+def test_a_record_from_before_there_were_labels_is_read(identity: dict[str, Any], tmp_path: Path) -> None:
+    handover.make("reward", identity, score_mean=0.0, score_std=1.0).write(tmp_path)
+    path = tmp_path / handover.FILE
+    old = {name: value for name, value in json.loads(path.read_text()).items() if name not in ("labels", "several")}
+    path.write_text(json.dumps(old))
+    record = handover.read(tmp_path)
+    assert record is not None
+    assert (record.labels, record.several, record.score_std) == (None, None, 1.0)
+
+
+def test_a_model_that_no_stage_of_ours_made_passes(identity: dict[str, Any], tmp_path: Path) -> None:
+    assert handover.read(tmp_path) is None
+    handover.verify(identity, None, where="x", role="the reward model")
+
+
+@pytest.mark.parametrize("name", list(handover.MUST_AGREE))
+def test_each_difference_is_named_with_both_values(identity: dict[str, Any], name: str) -> None:
+    other = [7, 7] if name == "tail_ids" else "other" if name.endswith("sha256") else 7
+    theirs = handover.make("reward", identity | {name: other})
+    with pytest.raises(CheckpointError) as caught:
+        handover.verify(identity, theirs, where="runs/rm", role="the reward model")
+    message = str(caught.value)
+    assert message.startswith("runs/rm: the reward model was trained with other text-to-token settings")
+    assert f"{handover.MUST_AGREE[name]} ({name} {other!r} there, {identity[name]!r} here)" in message
+    assert sum(f"{words} (" in message for words in handover.MUST_AGREE.values()) == 1
+
+
+def test_all_differences_at_once(identity: dict[str, Any]) -> None:
+    theirs = handover.make("reward", identity | {"end_id": 7, "pad_id": 8})
+    with pytest.raises(CheckpointError, match=r"the end token .*; the pad token"):
+        handover.verify(identity, theirs, where="x", role="this model")
+
+
+@pytest.mark.parametrize(("text", "message"), [('{"stage"', "damaged JSON"), ('{"stage": "sft"}', "does not fit")])
+def test_a_damaged_record_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / handover.FILE).write_text(text, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=message):
+        handover.read(tmp_path)

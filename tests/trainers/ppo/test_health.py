@@ -1,0 +1,318 @@
+"""What a run checks about itself: a sound run passes, and each planted fault stops it at the first step, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from rlhf.errors import TrainingError
+from rlhf.functional import masked_whiten
+from rlhf.generation import native as sampling
+from rlhf.models import packed_batch
+from rlhf.models.reward_models import load_scorer
+from rlhf.rollout import score as scoring
+from rlhf.runs.metrics import METRICS
+from rlhf.trainers.ppo.health import VITAL, Unhealthy, unhealthy
+from rlhf.trainers.ppo.trainer import PPOTrainer
+from tests.models import tiny
+from tests.trainers.setup import make, memory, sometimes_ending, spiked
+
+STOP = {"broken": "stop"}
+
+
+def sound(reward_folder: str, **options: Any) -> PPOTrainer:
+    """A trainer whose policy starts as its reference, so that every invariant holds."""
+    policy, reference = sometimes_ending(tiny.new(1)), sometimes_ending(tiny.new(1)).requires_grad_(False)
+    return make(reward_folder, policy=policy, reference=reference, **{"watch": STOP} | options)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"sampling": {"top_k": 20}},
+        {"sampling": {"top_p": 0.8, "temperature": 0.7}},
+        {"sampling": {"min_new_tokens": 4}},
+        {"ppo": {"whiten_advantages": False}},
+        {"ppo": {"normalize_scores": "running", "score_clip": 0.5, "missing_end_score": -1.0}},
+    ],
+)
+def test_a_sound_run_breaks_nothing(reward_folder: str, changes: dict[str, Any]) -> None:
+    trainer = sound(reward_folder, **changes)
+    trainer.train()
+    assert trainer.step == 2
+
+
+def other_temperature(trainer: PPOTrainer, _: pytest.MonkeyPatch) -> None:
+    """Rollouts are drawn at another temperature than they are scored at."""
+    original, config = trainer.sample, trainer.config
+
+    def sample() -> Any:
+        trainer.config = config.model_copy(update={"sampling": config.sampling.model_copy(update={"temperature": 0.6})})
+        try:
+            return original()
+        finally:
+            trainer.config = config
+
+    trainer.sample = sample  # type: ignore[method-assign]
+
+
+def hidden_filter(_: PPOTrainer, patch: pytest.MonkeyPatch) -> None:
+    """A top-k that shapes the draws but is not told to the log-probs."""
+    original = sampling.pick
+
+    def pick(logits: Any, uniform: Any, temperature: float) -> Any:
+        least = logits.topk(5).values[:, -1:]
+        return original(logits.masked_fill(logits < least, -torch.inf), uniform, temperature)
+
+    patch.setattr(sampling, "pick", pick)
+
+
+def dropout_left_on(trainer: PPOTrainer, _: pytest.MonkeyPatch) -> None:
+    for layer in trainer.model.policy.model.layers:
+        layer.self_attn.attention_dropout = 0.3
+
+
+def shifted_mask(_: PPOTrainer, patch: pytest.MonkeyPatch) -> None:
+    """Log-probs are read one position off."""
+    original = scoring.token_logprobs
+    patch.setattr(scoring, "token_logprobs", lambda logits, ids, **k: original(logits, ids.roll(1), **k))
+
+
+def score_on_a_pad(_: PPOTrainer, patch: pytest.MonkeyPatch) -> None:
+    """One past the last token where there is room: what several code bases do."""
+
+    def shaped(scores: Any, kl: Any, mask: Any, coef: float) -> Any:
+        rewards = -coef * kl * mask
+        at = mask.sum(dim=1).clamp_max(mask.shape[1] - 1)
+        rewards[torch.arange(len(mask)), at] += scores
+        return rewards
+
+    patch.setattr(scoring, "shaped_rewards", shaped)
+
+
+def whitening_by_rank(_: PPOTrainer, patch: pytest.MonkeyPatch) -> None:
+    def by_rank(x: Any, mask: Any) -> Any:
+        halves = [masked_whiten(a, m) for a, m in zip(x.chunk(2), mask.chunk(2), strict=True)]
+        return torch.cat(halves)
+
+    patch.setattr(scoring, "masked_whiten", by_rank)
+
+
+def another_reference(trainer: PPOTrainer, _: pytest.MonkeyPatch) -> None:
+    trainer.reference = tiny.new(2).requires_grad_(False)
+
+
+class Noisy(nn.Module):
+    """A score head with dropout before it."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head, self.dropout = head, nn.Dropout(0.3)
+
+    def forward(self, hidden: Any) -> Any:
+        return self.head(self.dropout(hidden))
+
+
+def reward_model_in_training_mode(trainer: PPOTrainer, _: pytest.MonkeyPatch) -> None:
+    model = trainer.rewards.parts[0][1].model  # type: ignore[union-attr]
+    model.score = Noisy(model.score)
+    model.train()
+
+
+def padding_in_the_score(trainer: PPOTrainer, _: pytest.MonkeyPatch) -> None:
+    """The reward model attends to padding."""
+    model = trainer.rewards.parts[0][1].model  # type: ignore[union-attr]
+    original = model.model.forward
+
+    def forward(*args: Any, **kw: Any) -> Any:
+        return original(*args, **kw | {"attention_mask": torch.ones_like(kw["attention_mask"])})
+
+    model.model.forward = forward
+
+
+def packed_rows_that_leak(_: PPOTrainer, patch: pytest.MonkeyPatch) -> None:
+    """Sequences in one row see each other."""
+    original = packed_batch.pack
+
+    def leaking(ids: torch.Tensor, mask: torch.Tensor) -> packed_batch.Packing:
+        made = original(ids, mask)
+        return replace(made, positions=torch.arange(made.ids.shape[1]).expand_as(made.ids))
+
+    patch.setattr(packed_batch, "pack", leaking)
+
+
+FAULTS: list[tuple[Callable[[PPOTrainer, pytest.MonkeyPatch], None], str]] = [
+    (other_temperature, "log-probs while sampling differ from teacher-forced ones"),
+    (hidden_filter, "log-probs while sampling differ from teacher-forced ones"),
+    (shifted_mask, "log-probs while sampling differ from teacher-forced ones"),
+    (dropout_left_on, "the first importance ratio is not 1"),
+    (score_on_a_pad, "the score does not lie, whole, on the last real token"),
+    (whitening_by_rank, "whitened over all processes together"),
+    (another_reference, "the KL of a fresh policy is not 0"),
+    (reward_model_in_training_mode, "it is in training mode"),
+    (padding_in_the_score, "the reward model's score depends on padding"),
+    (packed_rows_that_leak, "the reward model's score depends on padding"),
+]
+
+
+@pytest.mark.parametrize(("plant", "words"), FAULTS, ids=lambda x: getattr(x, "__name__", ""))
+def test_a_planted_fault_stops_the_first_step_before_anything_moves(
+    reward_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plant: Any, words: str
+) -> None:
+    trainer = sound(reward_folder, folder=tmp_path)
+    before = tiny.snapshot(trainer.model)
+    plant(trainer, monkeypatch)
+    with pytest.raises(TrainingError, match=r"^step 0, before the update: ") as caught:
+        trainer.train()
+    assert words in str(caught.value)
+    saved = next(tmp_path.glob("trouble_step0.pt"))
+    assert str(saved) in str(caught.value)
+    assert len(torch.load(saved, weights_only=True)["response_ids"]) == 12
+    moved = tiny.moved(trainer.model, {k: v for k, v in before.items() if k in dict(trainer.model.named_parameters())})
+    assert not moved
+
+
+def test_to_continue_says_it_once_and_goes_on(reward_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    trainer = sound(reward_folder, watch={"broken": "continue"}, say=said.append)
+    hidden_filter(trainer, monkeypatch)
+    trainer.train()
+    assert trainer.step == 2
+    assert sum("while sampling" in line for line in said) == 2  # the words name the size of the gap, which differs
+
+
+# Health
+
+
+def test_every_vital_number_has_a_range_and_is_seen_outside_it() -> None:
+    for name in VITAL:
+        metric = METRICS[name]
+        outside = metric.high + 1 if metric.high < 1e9 else metric.low - 1
+        assert len(unhealthy({name: outside})) == 1
+        assert name in unhealthy({name: outside})[0]
+        assert unhealthy({name: float("nan")})
+    assert unhealthy({"kl": 3.0, "entropy": 1.0, "finished": 0.9}) == []
+
+
+def test_a_fresh_value_model_may_explain_nothing() -> None:
+    stats = {"explained_variance": -50.0, "kl": 99.0}
+    assert len(unhealthy(stats)) == 2
+    assert len(unhealthy(stats, fresh=True)) == 1
+
+
+def test_a_rollback_returns_to_the_last_good_step_with_a_smaller_rate(reward_folder: str) -> None:
+    kept, save, load = memory()
+    said: list[str] = []
+    steps: list[int] = []
+    trainer = sound(
+        reward_folder,
+        watch={"broken": "stop", "unhealthy": "rollback", "rate_factor": 0.25, "kl_factor": 2.0},
+        ppo={"steps": 4},
+        checkpoint=save,
+        restore=load,
+        say=said.append,
+        report=lambda step, *_: steps.append(step),
+        optim={"learning_rate": 1e-4, "value_learning_rate": 1e-3},
+        kl={"coef": 0.1, "target": None},
+        sampling={"max_new_tokens": 60},
+    )
+    spiked(trainer, at=2, size=3e4)
+    trainer.train()
+    assert steps == [1, 2, 3, 4]
+    assert trainer.rollbacks == 1
+    assert trainer.rate == 0.25
+    assert trainer.kl_coef == pytest.approx(0.2)
+    assert len(said) == 1
+    assert "Rolled back from step 2 to step 2" in said[0] or "Rolled back from step 3 to step 2" in said[0]
+    assert kept["state"]["rollbacks"] == 1
+
+
+def test_each_rollback_raises_the_kl_coefficient_once(reward_folder: str) -> None:
+    """Whether the checkpoint is older than the earlier rollback or already holds it."""
+    for held in (0, 1):
+
+        def restore(trainer: PPOTrainer, held: int = held) -> bool:
+            trainer.rollbacks, trainer.kl_coef = held, 0.1 * 2.0**held
+            return True
+
+        trainer = sound(reward_folder, watch={"unhealthy": "rollback", "kl_factor": 2.0}, restore=restore)
+        trainer.rollbacks = 1
+        trainer.roll_back(Unhealthy("planted"))
+        assert trainer.rollbacks == 2
+        assert trainer.kl_coef == pytest.approx(0.4)
+
+
+def test_too_many_rollbacks_end_the_run(reward_folder: str) -> None:
+    _, save, load = memory()
+    trainer = sound(
+        reward_folder,
+        watch={"unhealthy": "rollback", "rollbacks": 2},
+        checkpoint=save,
+        restore=load,
+        ppo={"steps": 3},
+        optim={"learning_rate": 10.0},
+    )
+    with pytest.raises(TrainingError, match="outside"):
+        trainer.train()
+    assert trainer.rollbacks == 2
+
+
+def test_unhealthy_numbers_can_stop_a_run_or_be_said(reward_folder: str) -> None:
+    with pytest.raises(TrainingError, match=r"outside .*lower optim.learning_rate"):
+        sound(reward_folder, watch={"unhealthy": "stop"}, optim={"learning_rate": 10.0}).train()
+    said: list[str] = []
+    sound(reward_folder, watch={"unhealthy": "continue"}, optim={"learning_rate": 10.0}, say=said.append).train()
+    assert any("outside" in line for line in said)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_batch(
+    reward_folder: str, tmp_path: Path
+) -> None:
+    trainer = sound(reward_folder, folder=tmp_path)
+    e = trainer.score(trainer.sample())
+    with pytest.raises(TrainingError, match=r"before the optimizer step: the loss is nan .*|the loss is nan") as caught:
+        trainer.update(replace(e, returns=e.returns * float("nan")))
+    assert "trouble_step0.pt" in str(caught.value)
+    assert not trainer.optimizer.state_dict()["state"]
+
+
+def test_a_gradient_that_is_not_finite_is_rolled_back_if_that_is_wanted(reward_folder: str) -> None:
+    _, save, load = memory()
+    said: list[str] = []
+    trainer = sound(
+        reward_folder,
+        watch={"unhealthy": "rollback"},
+        checkpoint=save,
+        restore=load,
+        say=said.append,
+        ppo={"steps": 2},
+        sampling={"max_new_tokens": 60},
+        optim={"learning_rate": 1e-4, "value_learning_rate": 1e-3},
+    )
+    original, poisoned = trainer.accumulate, []
+
+    def accumulate(*args: Any) -> float:
+        error = original(*args)
+        if trainer.step == 1 and not poisoned:
+            poisoned.append(True)
+            next(trainer.model.parameters()).grad[0] = torch.inf  # type: ignore[index]
+        return error
+
+    trainer.accumulate = accumulate  # type: ignore[method-assign]
+    trainer.train()
+    assert (trainer.step, trainer.rollbacks) == (2, 1)
+    assert "the gradient norm is" in said[0]
+    assert all(bool(p.isfinite().all()) for p in trainer.model.parameters())
+
+
+def test_the_scorer_in_the_faults_above_is_sound_without_them(reward_folder: str) -> None:
+    model = load_scorer(tiny.source(reward_folder)).eval()
+    trainer = sound(reward_folder, reward_model=model)
+    trainer.score(trainer.sample())

@@ -1,0 +1,142 @@
+"""Freezing and unfreezing inside PPO, of policy and value model each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf.errors import ConfigError
+from rlhf.models.shared_base import VALUE
+from tests.models import tiny
+from tests.trainers.ppo.test_shared_base import trainer as shared_trainer
+from tests.trainers.setup import make, saved
+
+HEAD_FIRST = {"value_model": [{"train": {"parts": ["score"]}, "steps": 1}, {"train": "all"}]}
+LAST_FIRST = {"policy": [{"train": {"last": 1}, "steps": 1, "learning_rate": 0.02}, {"train": "all"}]}
+
+
+def test_what_is_frozen_never_moves_and_the_rest_does(reward_folder: str) -> None:
+    trainer = make(reward_folder, freeze={"policy": {"first": "50%", "parts": ["embeddings"]}}, ppo={"steps": 2})
+    before = tiny.snapshot(trainer.model)
+    trainer.train()
+    moved = tiny.moved(trainer.model, before)
+    frozen = {n for n in before if n.startswith("policy.") and (".layers.0." in n or "embed" in n)}
+    assert frozen
+    assert set(before) - moved == frozen
+
+
+def test_a_value_head_warms_up_on_a_frozen_trunk(reward_folder: str) -> None:
+    trainer = make(reward_folder, unfreeze=HEAD_FIRST, ppo={"steps": 2})
+    before = tiny.snapshot(trainer.model)
+    trainer.one_step()
+    moved = tiny.moved(trainer.model, before)
+    assert {name for name in moved if name.startswith("value_model.")} == {"value_model.score.weight"}
+    assert {name for name in before if name.startswith("policy.")} <= moved
+    trainer.one_step()
+    assert tiny.moved(trainer.model, before) == set(before)
+
+
+def test_a_step_samples_in_the_phase_that_it_trains_in(reward_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed step has no step before it; what takes gradients changes the last digit of a product."""
+    trainer = make(reward_folder, unfreeze=LAST_FIRST, ppo={"steps": 2})
+    real, seen = trainer.sample, []
+
+    def sample() -> Any:
+        seen.append({n.split(".layers.")[-1][0] for n, p in trainer.model.policy.named_parameters() if p.requires_grad})
+        return real()
+
+    monkeypatch.setattr(trainer, "sample", sample)
+    trainer.train()
+    assert seen[0] == {"1"}
+    assert {"0", "1"} < seen[1]
+
+
+def test_each_phase_of_each_model_has_its_rate(reward_folder: str) -> None:
+    trainer = make(
+        reward_folder,
+        unfreeze=LAST_FIRST | HEAD_FIRST,
+        ppo={"steps": 2},
+        optim={"learning_rate": 0.01, "value_learning_rate": 0.03, "schedule": "constant"},
+    )
+    rates: list[set[tuple[str, float]]] = []
+    for trainer.step in range(2):
+        trainer.set_learning_rates(0)
+        named = {id(p): n for n, p in trainer.model.named_parameters()}
+        rates.append({(named[id(p)], g["lr"]) for g in trainer.optimizer.param_groups for p in g["params"]})
+    first, second = (dict(found) for found in rates)
+    assert first["policy.model.layers.1.mlp.up_proj.weight"] == 0.02
+    assert first["policy.model.layers.0.mlp.up_proj.weight"] == 0.0
+    assert first["value_model.score.weight"] == 0.03
+    assert first["value_model.model.layers.1.mlp.up_proj.weight"] == 0.0
+    assert {rate for name, rate in second.items() if name.startswith("policy.")} == {0.01}
+    assert {rate for name, rate in second.items() if name.startswith("value_model.")} == {0.03}
+
+
+def test_phases_that_train_everything_change_nothing(reward_folder: str) -> None:
+    plain = make(reward_folder, ppo={"steps": 3})
+    phased = make(reward_folder, ppo={"steps": 3}, unfreeze={"policy": [{"steps": 1}, {"steps": 1}, {}]})
+    plain.train()
+    phased.train()
+    assert not tiny.moved(phased.model, tiny.snapshot(plain.model))
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_a_resumed_run_is_in_the_phase_of_the_uninterrupted_one(after: int, reward_folder: str, tmp_path: Path) -> None:
+    """At the unfreeze and after it, with averaged weights."""
+    settings: dict[str, Any] = {"unfreeze": LAST_FIRST | HEAD_FIRST, "ppo": {"steps": 3, "ema": 0.5}}
+    one = make(reward_folder, **settings)
+    while one.step < 3:
+        one.one_step()
+        saved(one, tmp_path / str(one.step))
+    two = make(reward_folder, **settings)
+    two.load(tmp_path / str(after))
+    two.train()
+    assert not tiny.moved(two.model, tiny.snapshot(one.model))
+    assert one.average is not None
+    assert two.average is not None
+    assert one.average.weights.keys() == dict(one.model.policy.named_parameters()).keys()
+    assert all(torch.equal(two.average.weights[name], value) for name, value in one.average.weights.items())
+
+
+def test_a_value_model_on_the_policys_base_has_phases_of_its_own(adapter_folder: str, rewarder: str) -> None:
+    trainer = shared_trainer(
+        adapter_folder,
+        rewarder,
+        shared=True,
+        unfreeze=HEAD_FIRST,
+        ppo={"steps": 2},
+        freeze={"policy": {"layers": "0"}},
+    )
+    before = tiny.snapshot(trainer.model)
+    trainer.one_step()
+    moved = tiny.moved(trainer.model, before)
+    assert "value_model.score.weight" in moved
+    assert not [name for name in moved if f".{VALUE}." in name]
+    assert not [name for name in moved if ".layers.0." in name]
+    trainer.one_step()
+    moved = tiny.moved(trainer.model, before)
+    assert [name for name in moved if f".{VALUE}." in name and ".layers.0." in name]
+    assert not [name for name in moved if ".default." in name and ".layers.0." in name]
+
+
+def test_a_selection_that_matches_nothing_is_an_error(reward_folder: str) -> None:
+    with pytest.raises(ConfigError, match=r"freeze\.value_model\.names: no weight has a name like this"):
+        make(reward_folder, freeze={"value_model": {"names": ["*.nothing.*"]}})
+    with pytest.raises(ConfigError, match=r"unfreeze\.policy\[0\]\.train\.parts: the model has no score"):
+        make(reward_folder, unfreeze={"policy": [{"train": {"parts": ["score"]}}]})
+
+
+def test_lora_plus_trains_b_faster(adapter_folder: str, rewarder: str) -> None:
+    trainer = shared_trainer(
+        adapter_folder, rewarder, shared=True, peft=tiny.LORA.model_copy(update={"lora_plus": 16.0})
+    )
+    trainer.set_learning_rates(0)
+    named = {id(p): n for n, p in trainer.model.named_parameters()}
+    rates = {named[id(p)]: g["lr"] for g in trainer.optimizer.param_groups for p in g["params"]}
+    for adapter in ("default", VALUE):
+        a, b = ({r for n, r in rates.items() if f".lora_{part}.{adapter}." in n} for part in "AB")
+        assert len(a) == len(b) == 1
+        assert max(b) == pytest.approx(16.0 * max(a))

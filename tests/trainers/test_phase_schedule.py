@@ -1,0 +1,190 @@
+"""The program of a run: when a phase ends, what it trains, at which rate. No model is trained here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from rlhf.config.sections import Optim
+from rlhf.config.tuning import NOTHING, Phase, Selection, Steps
+from rlhf.errors import ConfigError
+from rlhf.models.parameter_selection import Layout, Place
+from rlhf.trainers.lr_schedule import rate_factor
+from rlhf.trainers.phase_schedule import Program, Stretch, ppo_program, program, rate_factors, table
+
+BLOCKS = 3
+PLACES = {
+    "embed": Place(None, "embeddings", 0),
+    **{f"b{i}": Place(i, "mlp", i + 1) for i in range(BLOCKS)},
+    "norm": Place(None, "norms", BLOCKS + 1),
+    "score": Place(None, "score", BLOCKS + 1),
+}
+OF = Layout(PLACES, BLOCKS, tied=False)
+HEAD, LAST, ALL = frozenset({"score"}), frozenset({"score", "b2"}), frozenset(PLACES)
+
+
+def stretches(*lengths: int, patience: int | None = None) -> Program:
+    return Program(tuple(Stretch(ALL, n, 1.0, patience=patience) for n in lengths), {})
+
+
+def made(unfreeze: Sequence[Phase] = (), freeze: Selection = NOTHING, per_epoch: int = 10, **optim: Any) -> Program:
+    settings = Optim(**{"learning_rate": 0.1, "schedule": "constant"} | optim)
+    factors = rate_factors(OF, layer_decay=settings.layer_decay, head_factor=settings.head_factor)
+    return program(OF, settings, freeze=freeze, unfreeze=unfreeze, per_epoch=per_epoch, factors=factors)
+
+
+def test_phases_follow_one_another() -> None:
+    plan = stretches(3, 2, 4)
+    places = [plan.now(done) for done in range(10)]
+    assert [now.phase for now in places] == [0, 0, 0, 1, 1, 2, 2, 2, 2, 2]
+    assert [now.begun for now in places] == [0, 0, 0, 3, 3, 5, 5, 5, 5, 9]
+    assert [now.over for now in places] == [False] * 9 + [True]
+
+
+LOSSES = [(2, 3.0), (4, 2.0), (6, 2.5), (8, 2.0), (10, 1.0), (12, 0.9), (14, 1.5), (16, 1.5), (18, 1.5)]
+"""With patience 2 the first phase ends after 8 updates; in the second the losses begin anew and end it after 16."""
+
+
+def test_patience_ends_a_phase_and_the_next_one_has_its_own() -> None:
+    plan = stretches(100, 100, patience=2)
+    wanted = {7: (0, 0), 8: (1, 8), 12: (1, 8), 15: (1, 8)}
+    assert {d: (plan.now(d, LOSSES).phase, plan.now(d, LOSSES).begun) for d in wanted} == wanted
+    assert plan.now(16, LOSSES).over
+
+
+def test_what_is_known_later_does_not_change_where_a_run_was() -> None:
+    """Resuming is exact: at any update the phase follows from the evaluations until then."""
+    plan = stretches(5, 100, 100, patience=2)
+    for done in range(20):
+        known = [line for line in LOSSES if line[0] <= done]
+        assert plan.now(done, known) == plan.now(done, LOSSES)
+
+
+def test_an_equal_loss_is_no_lower_loss() -> None:
+    plan = stretches(100, patience=2)
+    assert plan.now(6, [(2, 1.0), (4, 1.0), (6, 1.0)]).over
+    assert not plan.now(6, [(2, 1.0), (4, 0.9), (6, 0.9)]).over
+
+
+def test_a_loss_that_is_no_number_is_no_improvement() -> None:
+    assert stretches(100, patience=2).now(4, [(2, math.nan), (4, math.nan)]).over
+
+
+def test_a_run_without_phases_is_one() -> None:
+    plan = made(epochs=2, patience=3)
+    assert [(s.names, s.length, s.patience) for s in plan.stretches] == [(ALL, 20, 3)]
+    assert made(epochs=0.01).updates == 1
+    assert made(epochs=2, max_updates=5).updates == 5
+
+
+def test_probe_then_fine_tune() -> None:
+    plan = made(
+        [
+            Phase(
+                train=Selection(parts=("score",)), epochs=3, learning_rate=1.0, warmup_fraction=0.5, schedule="linear"
+            ),
+            Phase(train="all", updates=7),
+        ],
+    )
+    probe, tune = plan.stretches
+    assert (probe.names, probe.length, probe.learning_rate, probe.warmup, probe.schedule) == (
+        HEAD,
+        30,
+        1.0,
+        15,
+        "linear",
+    )
+    assert (tune.names, tune.length, tune.learning_rate, tune.schedule) == (ALL, 7, 0.1, "constant")
+
+
+def test_top_down_ends_with_everything_and_never_freezes_again() -> None:
+    plan = made([Phase(train="top-down", updates=2)])
+    assert [len(s.names) for s in plan.stretches] == [3, 4, 5, 6]
+    assert plan.stretches[0].names == {"score", "norm", "b2"}
+    assert all(before.names < after.names for before, after in pairwise(plan.stretches))
+
+
+def test_what_is_frozen_is_in_no_phase() -> None:
+    plan = made([Phase(train="top-down", updates=2)], Selection(parts=("embeddings",), layers="0"))
+    assert plan.names == ALL - {"embed", "b0"}
+
+
+def test_nothing_left_to_train() -> None:
+    with pytest.raises(ConfigError, match=r"nothing is left to train \(found: 6 of 6"):
+        made(freeze=Selection(names=("*",)))
+    with pytest.raises(ConfigError, match=r"unfreeze\[1\]: nothing is left"):
+        made([Phase(updates=1), Phase(train=Selection(parts=("score",)), updates=1)], Selection(parts=("score",)))
+
+
+def test_layer_decay_falls_towards_the_input() -> None:
+    factors = rate_factors(OF, layer_decay=0.5, head_factor=10.0)
+    assert factors == {"embed": 1 / 16, "b0": 1 / 8, "b1": 1 / 4, "b2": 1 / 2, "norm": 1.0, "score": 10.0}
+    assert set(rate_factors(OF, layer_decay=1.0, head_factor=1.0).values()) == {1.0}
+
+
+def test_groups_hold_together_what_begins_and_ends_together_and_waits_with_rate_0() -> None:
+    plan = made(
+        [Phase(train=Selection(parts=("score",)), updates=2, learning_rate=1.0), Phase(train="all", updates=2)],
+        layer_decay=0.5,
+    )
+    groups = plan.groups(frozenset({"norm"}))
+    assert sorted(name for group in groups for name in group.names) == sorted(ALL)
+    assert groups[0].names == ("score",)
+    assert [group.names for group in groups if not group.decays] == [("norm",)]
+    probe, tune = (plan.rates(groups, done, plan.now(done)) for done in (0, 2))
+    assert [rate > 0 for rate in probe] == [group.names == ("score",) for group in groups]
+    assert all(rate > 0 for rate in tune)
+    by_name = {name: rate for group, rate in zip(groups, tune, strict=True) for name in group.names}
+    assert by_name["b2"] / by_name["b1"] == 2.0
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_each_phase_has_a_schedule_of_its_own(schedule: Any) -> None:
+    phase = {"schedule": schedule, "warmup_fraction": 0.2, "updates": 10}
+    plan = made([Phase(**phase, learning_rate=1.0), Phase(**phase, learning_rate=0.5)])
+    groups = plan.groups()
+    rates = [plan.rates(groups, done, plan.now(done))[0] for done in range(20)]
+    assert rates[10:] == [0.5 * rate for rate in rates[:10]]
+    assert rates[0] == 0.5
+    assert max(rates[:10]) == rates[1] == 1.0
+    assert (rates[9] < 0.2) is (schedule != "constant")
+
+
+def test_the_factor_of_a_rate() -> None:
+    assert [rate_factor("linear", 0, u, 4) for u in range(4)] == [1.0, 0.75, 0.5, 0.25]
+    assert rate_factor("cosine", 0, 2, 4) == pytest.approx(0.5)
+    assert [rate_factor("constant", 4, u, 8) for u in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+def test_the_phases_of_ppo_and_the_rest_of_the_run() -> None:
+    phases = [Steps(train=Selection(last=1), steps=2, learning_rate=3.0), Steps()]
+    plan = ppo_program(OF, freeze=NOTHING, unfreeze=phases, steps=5, learning_rate=1.0, where="policy", factors={})
+    assert [plan.now(step).phase for step in range(5)] == [0, 0, 1, 1, 1]
+    assert [s.learning_rate for s in plan.stretches] == [3.0, 1.0]
+    short = ppo_program(
+        OF, freeze=NOTHING, unfreeze=[Steps(steps=2)], steps=5, learning_rate=1.0, where="policy", factors={}
+    )
+    assert short.now(4).phase == 0  # a run longer than its phases stays in the last
+    with pytest.raises(ConfigError, match=r"freeze\.policy: nothing is left"):
+        ppo_program(
+            OF, freeze=Selection(names=("*",)), unfreeze=(), steps=1, learning_rate=1.0, where="policy", factors={}
+        )
+
+
+def test_the_table_says_what_is_trained_when_and_how_fast() -> None:
+    plan = made(
+        [Phase(train=Selection(parts=("score",)), updates=2, learning_rate=1.0), Phase(train="all", updates=2)],
+        Selection(parts=("embeddings",)),
+    )
+    header, rows = table(OF, dict.fromkeys(PLACES, 1000), plan)
+    assert header == ["weights", "tensors", "parameters", "trained", "in phases", "peak rate"]
+    assert rows == [
+        ["embeddings", "1", "1,000", "0", "never", "-"],
+        ["blocks 0 to 2, each", "1", "1,000", "1,000", "2", "0.1"],
+        ["norms", "1", "1,000", "1,000", "2", "0.1"],
+        ["score", "1", "1,000", "1,000", "1-2", "0.1 to 1"],
+    ]
