@@ -50,7 +50,7 @@ class TrainingError(RLHFError):
     """An invariant broke while training (non-finite loss, wrong world size, ...)."""
 
 
-def collect(kind: type[RLHFError], problems: Iterable[str]) -> RLHFError | None:
+def combine_errors(kind: type[RLHFError], problems: Iterable[str]) -> RLHFError | None:
     """One error for several independent problems, or None if there is none."""
     found = list(problems)
     if not found:

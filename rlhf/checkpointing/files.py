@@ -19,17 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import CheckpointError
-from rlhf.runs.run_dir import read_json, sync, write_json
+from rlhf.runs.run_dir import fsync_path, read_json, write_json
 
-SCHEMA = 2
+CHECKPOINT_FORMAT = 2
 """Of the layout of a checkpoint. Raise it when an older one can no longer be read."""
 MANIFEST = "manifest.json"
-UNSEALED = "manifest.damaged.json"
-UNFINISHED = ".tmp"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DAMAGED_MANIFEST = "manifest.damaged.json"
+UNFINISHED_SUFFIX = ".tmp"
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class Damaged(CheckpointError):
+class DamagedCheckpoint(CheckpointError):
     """A checkpoint that is not what was written: unfinished, cut, changed or with a part missing."""
 
 
@@ -41,7 +41,7 @@ class Checkpoint:
     about: dict[str, Any]
 
 
-def seal(folder: Path, **about: Any) -> None:
+def write_manifest(folder: Path, **about: Any) -> None:
     """Make a folder a checkpoint: sync its files, then write the manifest.
 
     Args:
@@ -51,37 +51,37 @@ def seal(folder: Path, **about: Any) -> None:
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            sync(path)
-            files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": digest(path)}
+            fsync_path(path)
+            files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     for path in (*(p for p in folder.rglob("*") if p.is_dir()), folder):
-        sync(path)
-    write_json(folder / MANIFEST, {"schema": SCHEMA, "about": about, "files": files})
-    sync(folder)
+        fsync_path(path)
+    write_json(folder / MANIFEST, {"schema": CHECKPOINT_FORMAT, "about": about, "files": files})
+    fsync_path(folder)
 
 
-def digest(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def verify(folder: Path) -> Checkpoint:
+def verify_checkpoint(folder: Path) -> Checkpoint:
     """Compare a checkpoint with its manifest, every byte.
 
     Raises: Damaged; CheckpointError if another version of this program wrote it.
     """
     if not (folder / MANIFEST).is_file():
-        raise Damaged("the checkpoint was never finished", found=f"no {MANIFEST}", where=str(folder))
+        raise DamagedCheckpoint("the checkpoint was never finished", found=f"no {MANIFEST}", where=str(folder))
     try:
         manifest = read_json(folder / MANIFEST)
         schema, about, files = manifest["schema"], manifest["about"], manifest["files"]
     except (CheckpointError, TypeError, KeyError) as error:
-        raise Damaged("the checkpoint is damaged", found=f"{MANIFEST}: {error}", where=str(folder)) from None
-    if schema != SCHEMA:
+        raise DamagedCheckpoint("the checkpoint is damaged", found=f"{MANIFEST}: {error}", where=str(folder)) from None
+    if schema != CHECKPOINT_FORMAT:
         raise _other_schema(folder, schema)
     wrong = [problem for name, facts in files.items() if (problem := _wrong(folder / name, facts))]
     if wrong:
-        raise Damaged("the checkpoint is damaged", found="; ".join(wrong[:3]), where=str(folder))
+        raise DamagedCheckpoint("the checkpoint is damaged", found="; ".join(wrong[:3]), where=str(folder))
     return Checkpoint(folder, about)
 
 
@@ -90,19 +90,19 @@ def _wrong(path: Path, facts: dict[str, Any]) -> str:
         return f"{path.name} is missing"
     if (size := path.stat().st_size) != facts["bytes"]:
         return f"{path.name} has {size} bytes instead of {facts['bytes']}"
-    return "" if digest(path) == facts["sha256"] else f"{path.name} has another content than was written"
+    return "" if file_sha256(path) == facts["sha256"] else f"{path.name} has another content than was written"
 
 
 def _other_schema(folder: Path, schema: Any) -> CheckpointError:
     return CheckpointError(
         "the checkpoint has another layout than this version reads",
-        found=f"schema {schema}, not {SCHEMA}",
+        found=f"schema {schema}, not {CHECKPOINT_FORMAT}",
         where=str(folder),
         do="go on with the version of rlhf that wrote it, or delete the checkpoints to start over",
     )
 
 
-def refuse_old(path: Path) -> None:
+def refuse_format_without_manifest(path: Path) -> None:
     """Refuse a file of the time before there were manifests.
 
     Raises: CheckpointError.
@@ -115,60 +115,60 @@ def _number(path: Path) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", path.name)))
 
 
-def listed(folder: Path, prefix: str) -> list[Path]:
+def list_checkpoints(folder: Path, prefix: str) -> list[Path]:
     """Folders that may be checkpoints, oldest first. One that was sealed and not yet renamed is as good as renamed."""
     found = []
     for path in folder.glob(f"{prefix}-*"):
-        name = path.name.removesuffix(UNFINISHED)
+        name = path.name.removesuffix(UNFINISHED_SUFFIX)
         sealed = name == path.name or (path / MANIFEST).is_file()
         if path.is_dir() and sealed and re.fullmatch(rf"{re.escape(prefix)}(-\d+)+", name):
             found.append(path)
     return sorted(found, key=lambda path: (_number(path), path.name))
 
 
-def newest(folder: Path, prefix: str, say: Callable[[str], None]) -> Checkpoint | None:
+def find_newest_checkpoint(folder: Path, prefix: str, say: Callable[[str], None]) -> Checkpoint | None:
     """The newest whole checkpoint, with the one that it needs; those that are not are named.
 
     Raises: CheckpointError for one that another version wrote.
     """
-    candidates = listed(folder, prefix)
+    candidates = list_checkpoints(folder, prefix)
     for path in reversed(candidates):
         try:
-            found = verify(path)
+            found = verify_checkpoint(path)
             if found.about.get("needs") not in (None, path.name):
-                verify(folder / found.about["needs"])
-        except Damaged as trouble:
+                verify_checkpoint(folder / found.about["needs"])
+        except DamagedCheckpoint as trouble:
             before = candidates.index(path) > 0
             say(f"{trouble}; {'trying the one before it' if before else 'no older one is left: starting over'}")
             with suppress(OSError):  # its files stay for who wants to look, until the next checkpoint is whole
-                os.replace(path / MANIFEST, path / UNSEALED)
+                os.replace(path / MANIFEST, path / DAMAGED_MANIFEST)
             continue
         return found
     return None
 
 
-def prune(folder: Path, prefix: str, keep: int) -> None:
+def remove_old_checkpoints(folder: Path, prefix: str, keep: int) -> None:
     """After one has been written: remove all but the newest `keep` whole ones and what they need, and what is left of
     others."""
-    for path in folder.glob(f"{prefix}-*{UNFINISHED}"):
+    for path in folder.glob(f"{prefix}-*{UNFINISHED_SUFFIX}"):
         shutil.rmtree(path, ignore_errors=True)
-    kept = [path for path in listed(folder, prefix) if (path / MANIFEST).is_file()][-keep:]
+    kept = [path for path in list_checkpoints(folder, prefix) if (path / MANIFEST).is_file()][-keep:]
     needed = {read_json(path / MANIFEST)["about"].get("needs") for path in kept}
-    for path in listed(folder, prefix):
+    for path in list_checkpoints(folder, prefix):
         if path not in kept and path.name not in needed:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def forget_after(folder: Path, prefix: str, name: str) -> None:
+def remove_checkpoints_after(folder: Path, prefix: str, name: str) -> None:
     """Remove checkpoints that are later than one that has just been written: damaged ones, of a future that this run
     has taken back."""
-    for path in listed(folder, prefix):
+    for path in list_checkpoints(folder, prefix):
         if _number(path) > _number(Path(name)):
             shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
-def writing(folder: Path, name: str, *, needed: int, keep: int, about: dict[str, Any]) -> Iterator[Path]:
+def new_checkpoint_folder(folder: Path, name: str, *, needed: int, keep: int, about: dict[str, Any]) -> Iterator[Path]:
     """A folder to write a checkpoint into; it gets its name when it is whole. Then the oldest are removed.
 
     Args:
@@ -177,25 +177,25 @@ def writing(folder: Path, name: str, *, needed: int, keep: int, about: dict[str,
     Raises: CheckpointError if the disk is full.
     """
     prefix = name.split("-")[0]
-    temporary = folder / (name + UNFINISHED)
-    with room(folder, needed, prefix):
+    temporary = folder / (name + UNFINISHED_SUFFIX)
+    with reserve_disk_space(folder, needed, prefix):
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             yield temporary
-            seal(temporary, **about)
+            write_manifest(temporary, **about)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
     shutil.rmtree(folder / name, ignore_errors=True)  # only ever a damaged one, or of a future taken back
     os.replace(temporary, folder / name)
-    sync(folder)
-    forget_after(folder, prefix, name)
-    prune(folder, prefix, keep)
+    fsync_path(folder)
+    remove_checkpoints_after(folder, prefix, name)
+    remove_old_checkpoints(folder, prefix, keep)
 
 
 @contextmanager
-def room(folder: Path, needed: int, prefix: str) -> Iterator[None]:
+def reserve_disk_space(folder: Path, needed: int, prefix: str) -> Iterator[None]:
     """Around writing a checkpoint: refuse to begin without room, and say what is missing if it runs out.
 
     Raises: CheckpointError.
@@ -205,7 +205,7 @@ def room(folder: Path, needed: int, prefix: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if is_full(error) or free_bytes(folder) < needed:  # some libraries hide the reason
+        if is_disk_full_error(error) or free_bytes(folder) < needed:  # some libraries hide the reason
             raise _full(folder, needed, prefix) from error
         raise
 
@@ -216,17 +216,17 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def is_full(error: BaseException | None) -> bool:
+def is_disk_full_error(error: BaseException | None) -> bool:
     """Whether an error, or one behind it, says that a disk, quota or file-size limit is reached."""
     while error is not None:
-        if (isinstance(error, OSError) and error.errno in FULL) or "No space left on device" in str(error):
+        if (isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS) or "No space left on device" in str(error):
             return True
         error = error.__cause__ or error.__context__
     return False
 
 
 def _full(folder: Path, needed: int, prefix: str) -> CheckpointError:
-    whole = [path for path in listed(folder, prefix) if (path / MANIFEST).is_file()]
+    whole = [path for path in list_checkpoints(folder, prefix) if (path / MANIFEST).is_file()]
     before = f"{whole[-1].name} is untouched" if whole else "there was none before"
     return CheckpointError(
         "no room for a checkpoint",
@@ -236,6 +236,6 @@ def _full(folder: Path, needed: int, prefix: str) -> CheckpointError:
     )
 
 
-def size_of(folder: Path) -> int:
+def folder_size(folder: Path) -> int:
     """Bytes of all files below a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
-class Pace:
+class CheckpointInterval:
     """Keeps the time spent on checkpoints below a share of the run's: after one that took c seconds, c / share pass.
 
     When one is due depends on the clock, so nothing that a run computes may depend on it.

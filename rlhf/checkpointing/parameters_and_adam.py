@@ -15,28 +15,28 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rlhf.distributed.zero_gather import WEIGHT, adam_state, flat_groups, numel, set_adam_state
+from rlhf.distributed.zero_gather import WEIGHT, adam_state, flat_partitions, full_numel, set_adam_state
 from rlhf.errors import CheckpointError
 
-FILES = "trained-*.safetensors"
-SHARD = 2**31
+FILE_PATTERN = "trained-*.safetensors"
+BYTES_PER_FILE = 2**31
 """Bytes a file; the main process holds about one file's worth in memory."""
 
 
-def write_trained(folder: Path | None, named: Mapping[str, nn.Parameter], optimizer: Any) -> None:
+def save_parameters_and_adam(folder: Path | None, named: Mapping[str, nn.Parameter], optimizer: Any) -> None:
     """Write every named parameter with its state, a file after the other. Collective.
 
     Args:
         folder: on the main process; None on the others.
     """
-    flat = flat_groups(optimizer)
+    flat = flat_partitions(optimizer)
     waiting: dict[str, Tensor] = {}
     files = 0
 
     def flush() -> None:
         nonlocal files
         if folder is not None and waiting:
-            save_file(waiting, str(folder / FILES.replace("*", f"{files:05}")))
+            save_file(waiting, str(folder / FILE_PATTERN.replace("*", f"{files:05}")))
         files += 1
         waiting.clear()
 
@@ -44,23 +44,23 @@ def write_trained(folder: Path | None, named: Mapping[str, nn.Parameter], optimi
         values = adam_state(parameter, optimizer, flat)
         if folder is not None:
             waiting |= {f"{name}:{key}": value.detach().cpu().clone() for key, value in values.items()}
-        if sum(value.nbytes for value in waiting.values()) > SHARD:
+        if sum(value.nbytes for value in waiting.values()) > BYTES_PER_FILE:
             flush()
     flush()
 
 
-def read_trained(folder: Path, named: Mapping[str, nn.Parameter], optimizer: Any) -> None:
+def load_parameters_and_adam(folder: Path, named: Mapping[str, nn.Parameter], optimizer: Any) -> None:
     """Put back what `write_trained` has written. Collective; every process reads.
 
     Raises: CheckpointError if the files are of other weights, or of weights of other shapes.
     """
     with ExitStack() as stack:
         where: dict[str, Any] = {}
-        for path in sorted(folder.glob(FILES)):
+        for path in sorted(folder.glob(FILE_PATTERN)):
             file = stack.enter_context(safe_open(str(path), framework="pt"))
             where |= dict.fromkeys(file.keys(), file)
         _check(folder, where, named)
-        flat = flat_groups(optimizer, filled=True)
+        flat = flat_partitions(optimizer, filled=True)
         for name, parameter in named.items():
             values = {key: where[f"{name}:{key}"].get_tensor(f"{name}:{key}") for key in _keys(name, where)}
             set_adam_state(parameter, values, optimizer, flat)
@@ -75,7 +75,7 @@ def _check(folder: Path, where: Mapping[str, Any], named: Mapping[str, nn.Parame
     wrong = sorted(saved ^ named.keys())
     for name in sorted(saved & named.keys()):
         shape = where[f"{name}:{WEIGHT}"].get_slice(f"{name}:{WEIGHT}").get_shape()
-        wrong += [name] if math.prod(shape) != numel(named[name]) else []
+        wrong += [name] if math.prod(shape) != full_numel(named[name]) else []
     if wrong:
         raise CheckpointError(
             "the checkpoint is of other weights",
@@ -85,6 +85,6 @@ def _check(folder: Path, where: Mapping[str, Any], named: Mapping[str, nn.Parame
         )
 
 
-def size_of_trained(named: Mapping[str, nn.Parameter]) -> int:
+def parameters_and_adam_size(named: Mapping[str, nn.Parameter]) -> int:
     """Bytes that `write_trained` will write, float32."""
-    return sum(12 * numel(parameter) + 512 for parameter in named.values())
+    return sum(12 * full_numel(parameter) + 512 for parameter in named.values())

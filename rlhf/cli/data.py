@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from rlhf.cli.options import ConfigArg, JsonOpt, OverridesArg, QuietOpt
-from rlhf.cli.output import console
+from rlhf.cli.output import make_console
 
 data = typer.Typer(
     name="data",
@@ -70,10 +70,10 @@ def data_weak(
 
     Writes a file that 'rlhf reward' (pairs) or 'rlhf classify' (classes) reads, and prints a table of the sources.
     """
-    from rlhf.config.load import load
-    from rlhf.config.schema import WeakConfig
+    from rlhf.config.load import load_stage_config
+    from rlhf.config.schema import WeakLabelConfig
 
-    loaded = load(WeakConfig, config, overrides or [])
-    from rlhf.labeling.weak_labels import run as run_weak
+    loaded = load_stage_config(WeakLabelConfig, config, overrides or [])
+    from rlhf.labeling.weak_labels import make_weak_labels as run_weak
 
-    run_weak(loaded.config, console(quiet, as_json))
+    run_weak(loaded.config, make_console(quiet, as_json))

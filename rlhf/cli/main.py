@@ -12,7 +12,7 @@ import typer
 from rlhf import __version__
 from rlhf.cli import options as opt
 from rlhf.cli.data import data
-from rlhf.cli.output import console
+from rlhf.cli.output import make_console, print_ending
 from rlhf.errors import ConfigError, RLHFError
 from rlhf.runs import preemption
 
@@ -32,7 +32,6 @@ app = typer.Typer(
     "\b\n  accelerate launch --config_file configs/accelerate/ddp.yaml -m rlhf sft configs/demo/sft.yaml",
 )
 
-INTERRUPTED = 130  # exit code after Ctrl-C, which typer uses too
 UNFORESEEN = 70  # exit code after an error that no check foresaw (sysexits.h: an internal software error)
 
 
@@ -41,17 +40,17 @@ def _stage(
 ) -> None:
     from importlib import import_module
 
-    from rlhf.config.load import load
+    from rlhf.config.load import load_stage_config
     from rlhf.config.schema import STAGES
-    from rlhf.launch.launcher import Options, check_stage, launch, resolve_launch
+    from rlhf.launch.launcher import LaunchOptions, check_stage_launch, launch_stage, resolve_launch
 
-    loaded, options = load(STAGES[name], config, overrides or []), Options(*how)
+    loaded, options = load_stage_config(STAGES[name], config, overrides or []), LaunchOptions(*how)
     if options.launcher is not None:
-        check_stage(name, loaded.config, resolve_launch(options))
+        check_stage_launch(name, loaded.config, resolve_launch(options))
         flags = [*(["--quiet"] if quiet else []), *(["--json"] if as_json else [])]
         arguments = [str(config), *(overrides or []), *flags]
-        code = launch(options, name, arguments, output=loaded.config.output_dir)
-        raise preemption.Stopped if code == preemption.STOPPED else typer.Exit(code)
+        code = launch_stage(options, name, arguments, output=loaded.config.output_dir)
+        raise preemption.RunStopped if code == preemption.STOPPED_EXIT_CODE else typer.Exit(code)
     if options.given:
         raise ConfigError(
             "processes are started by a launcher",
@@ -59,7 +58,7 @@ def _stage(
             where="command line",
             do="add --launcher, e.g. --launcher ddp",
         )
-    import_module(f"rlhf.stages.{name}").run(loaded.config, console(quiet, as_json))
+    import_module(f"rlhf.stages.{name}").run(loaded.config, make_console(quiet, as_json))
 
 
 def _add_stage(name: str) -> None:
@@ -86,8 +85,8 @@ for _name in opt.STAGE_HELP:
     _add_stage(_name)
 
 
-@app.command()
-def run(
+@app.command("run")
+def run_command(
     config: opt.ConfigArg, overrides: opt.OverridesArg = None, quiet: opt.QuietOpt = False, as_json: opt.JsonOpt = False
 ) -> None:
     """All stages in order. Finished stages are skipped, an interrupted one continues.
@@ -99,29 +98,29 @@ def run(
     pipeline = load_pipeline(config, overrides or [])
     from rlhf.stages.pipeline import run as run_pipeline
 
-    run_pipeline(pipeline, console(quiet, as_json))
+    run_pipeline(pipeline, make_console(quiet, as_json))
 
 
-@app.command()
-def show(
+@app.command("show")
+def show_command(
     config: opt.ConfigArg,
     overrides: opt.OverridesArg = None,
     stage: Annotated[str | None, typer.Option(help="which stage's file it is; default: the file's name")] = None,
 ) -> None:
     """Print every value of a configuration with its origin (default, file:line, command line) and meaning."""
-    from rlhf.config.load import load
+    from rlhf.config.load import load_stage_config
     from rlhf.config.schema import RECIPES
-    from rlhf.config.show import lines
+    from rlhf.config.show import config_lines
 
     name = stage or config.stem
     if name not in RECIPES:
         raise ConfigError(f"no stage called '{name}'", where=str(config), do=f"give --stage: {', '.join(RECIPES)}")
-    for line in lines(load(RECIPES[name], config, overrides or [])):
+    for line in config_lines(load_stage_config(RECIPES[name], config, overrides or [])):
         typer.echo(line)
 
 
-@app.command()
-def check(
+@app.command("check")
+def check_command(
     config: opt.ConfigArg,
     overrides: opt.OverridesArg = None,
     stage: Annotated[str | None, typer.Option(help="a stage, or pipeline; default: by the file's name")] = None,
@@ -139,15 +138,17 @@ def check(
 
     Takes a stage's file or a pipeline's. Trains and writes nothing. Exit code 1 if something fails or does not fit.
     """
-    from rlhf.preflight.check import preflight
+    from rlhf.preflight.check import run_preflight
 
     how = (launcher, num_processes, num_machines)
     known: dict[str, Any] = {"gpu_memory": gpu_memory, "response": response_tokens}
-    raise typer.Exit(preflight(config, overrides or [], console(quiet, as_json), stage=stage, how=how, **known))
+    raise typer.Exit(
+        run_preflight(config, overrides or [], make_console(quiet, as_json), stage=stage, how=how, **known)
+    )
 
 
-@app.command()
-def bench(
+@app.command("bench")
+def bench_command(
     config: opt.ConfigArg,
     overrides: opt.OverridesArg = None,
     steps: Annotated[int, typer.Option(min=1, help="steps that are measured, after one to warm up")] = 3,
@@ -155,17 +156,17 @@ def bench(
     as_json: opt.JsonOpt = False,
 ) -> None:
     """Measure PPO on this machine, phase by phase, beside what the machine could do. Takes a ppo file."""
-    from rlhf.config.load import load
+    from rlhf.config.load import load_stage_config
     from rlhf.config.schema import PPOConfig
 
-    loaded = load(PPOConfig, config, overrides or [])
-    from rlhf.preflight.benchmark import bench as run_bench
+    loaded = load_stage_config(PPOConfig, config, overrides or [])
+    from rlhf.preflight.benchmark import run_benchmark as run_bench
 
-    run_bench(loaded.config, console(quiet, as_json), steps=steps)
+    run_bench(loaded.config, make_console(quiet, as_json), steps=steps)
 
 
-@app.command()
-def inspect(
+@app.command("inspect")
+def inspect_command(
     run: Annotated[Path, typer.Argument(help="run directory of a ppo stage")],
     step: Annotated[int | None, typer.Option(help="which step; default: the last one written")] = None,
     row: Annotated[int | None, typer.Option(help="which response of the step; default: all that were written")] = None,
@@ -173,38 +174,38 @@ def inspect(
     as_json: opt.JsonOpt = False,
 ) -> None:
     """Paint the tokens of a PPO rollout by one of their numbers, and list all of them."""
-    from rlhf.reports.inspect import inspect as run_inspect
+    from rlhf.reports.inspect import inspect_rollout as run_inspect
 
-    run_inspect(run, console(False, as_json), step=step, row=row, paint=paint)
+    run_inspect(run, make_console(False, as_json), step=step, row=row, paint=paint)
 
 
-@app.command()
-def compare(
+@app.command("compare")
+def compare_command(
     runs: Annotated[list[Path], typer.Argument(help="run directories of evaluate stages, or of pipelines")],
     output: Annotated[Path | None, typer.Option(help="HTML page to write, with all runs in one picture")] = None,
     as_json: opt.JsonOpt = False,
 ) -> None:
     """Several evaluations side by side, such as the seeds of one experiment: each, their mean and the worst."""
-    from rlhf.reports.compare import compare as run_compare
+    from rlhf.reports.compare import compare_runs as run_compare
 
-    run_compare(runs, console(False, as_json), output=output)
+    run_compare(runs, make_console(False, as_json), output=output)
 
 
-@app.command()
-def chat(
+@app.command("chat")
+def chat_command(
     model: Annotated[str, typer.Argument(help="run directory, model folder or hub id")],
     temperature: opt.TemperatureOpt = 0.7,
     max_new_tokens: opt.NewTokensOpt = 128,
     seed: Annotated[int, typer.Option(help="seed of the replies")] = 1,
 ) -> None:
     """Talk to a model in the terminal. Empty line or Ctrl-D ends; /new starts over."""
-    from rlhf.tools.generate import chat as run_chat
+    from rlhf.tools.generate import chat_in_terminal as run_chat
 
     run_chat(model, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
 
 
-@app.command()
-def generate(
+@app.command("generate")
+def generate_command(
     model: Annotated[str, typer.Argument(help="run directory, model folder or hub id")],
     prompts: Annotated[str, typer.Argument(help="file of prompts (any format that PPO reads)")],
     output: Annotated[Path, typer.Argument(help="JSONL file to write; must not exist")],
@@ -214,7 +215,7 @@ def generate(
     quiet: opt.QuietOpt = False,
 ) -> None:
     """Answer a file of prompts."""
-    from rlhf.tools.generate import generate as run_generate
+    from rlhf.tools.generate import generate_file as run_generate
 
     run_generate(
         model,
@@ -223,12 +224,12 @@ def generate(
         temperature=temperature,
         max_new_tokens=max_new_tokens,
         seed=seed,
-        console=console(quiet, False),
+        console=make_console(quiet, False),
     )
 
 
-@app.command()
-def merge(
+@app.command("merge")
+def merge_command(
     adapter: Annotated[str, typer.Argument(help="run directory or model folder of an adapter (peft.method lora, ia3)")],
     output: Annotated[Path, typer.Argument(help="folder to write; must not exist")],
     quiet: opt.QuietOpt = False,
@@ -241,13 +242,13 @@ def merge(
 
       rlhf merge runs/lora/3-ppo runs/lora/assistant
     """
-    from rlhf.tools.merge import merge as run_merge
+    from rlhf.tools.merge import merge_adapter as run_merge
 
-    run_merge(adapter, output, console(quiet, False))
+    run_merge(adapter, output, make_console(quiet, False))
 
 
-@app.command()
-def rate(
+@app.command("rate")
+def rate_command(
     model: Annotated[str, typer.Argument(help="run directory, model folder or hub id")],
     output: Annotated[Path, typer.Argument(help="JSONL file of comparisons to write; must not exist")],
     rows: Annotated[int, typer.Option(min=1, help="prompts to ask, twice each")] = 16000,
@@ -256,9 +257,9 @@ def rate(
     quiet: opt.QuietOpt = False,
 ) -> None:
     """Have the demo world's simulated rater compare a model's own replies: pairs for the next reward model."""
-    from rlhf.labeling.relabel import rate as run_rate
+    from rlhf.labeling.relabel import rate_responses as run_rate
 
-    run_rate(model, output, rows=rows, max_new_tokens=max_new_tokens, seed=seed, console=console(quiet, False))
+    run_rate(model, output, rows=rows, max_new_tokens=max_new_tokens, seed=seed, console=make_console(quiet, False))
 
 
 app.add_typer(data)
@@ -266,42 +267,44 @@ app.add_typer(data)
 
 def main() -> None:
     """Entry point: errors a user can cause become one message and a non-zero exit code."""
-    from rlhf.distributed.heartbeat import say
+    from rlhf.distributed.heartbeat import write_heartbeat
 
-    preemption.listen()
-    say("running")
+    preemption.handle_sigterm()
+    write_heartbeat("running")
     try:
         app(prog_name="rlhf")  # says and exits by itself on a wrong command or option
     except RLHFError as error:
-        say("refused", words=f"{type(error).__name__}: {error}")
+        write_heartbeat("refused", words=f"{type(error).__name__}: {error}")
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        say("interrupted")
-        sys.exit(preemption.say_end("interrupted", INTERRUPTED))
+        write_heartbeat("interrupted")
+        sys.exit(print_ending("interrupted", preemption.INTERRUPTED_EXIT_CODE))
     except SystemExit as end:
-        if not end.code or isinstance(end, preemption.Stopped):
+        if not end.code or isinstance(end, preemption.RunStopped):
             _leave_together()
-        if isinstance(end, preemption.Stopped):
-            say("interrupted")
-            preemption.say_end("stopped by SIGTERM" + (f", saved {end.saved}" if end.saved else ""), preemption.STOPPED)
-        elif end.code == INTERRUPTED:
-            say("interrupted")
-            preemption.say_end("interrupted", INTERRUPTED)
+        if isinstance(end, preemption.RunStopped):
+            write_heartbeat("interrupted")
+            print_ending(
+                "stopped by SIGTERM" + (f", saved {end.saved}" if end.saved else ""), preemption.STOPPED_EXIT_CODE
+            )
+        elif end.code == preemption.INTERRUPTED_EXIT_CODE:
+            write_heartbeat("interrupted")
+            print_ending("interrupted", preemption.INTERRUPTED_EXIT_CODE)
         else:
-            say("failed" if end.code else "finished", words=f"exit code {end.code}")
+            write_heartbeat("failed" if end.code else "finished", words=f"exit code {end.code}")
         raise
     except BrokenPipeError:
         sys.exit(1)
     except OSError as error:
-        say("failed", words=f"{type(error).__name__}: {error}")
-        if error.errno not in preemption.DISK:
+        write_heartbeat("failed", words=f"{type(error).__name__}: {error}")
+        if error.errno not in preemption.DISK_ERRNOS:
             typer.echo(explain_unforeseen(error), err=True)
             sys.exit(UNFORESEEN)
         typer.echo(f"CheckpointError: {error.filename or 'output_dir'}: the disk does not take more: {error}", err=True)
         sys.exit(2)
     except Exception as error:
-        say("failed", words=f"{type(error).__name__}: {error}")
+        write_heartbeat("failed", words=f"{type(error).__name__}: {error}")
         typer.echo(explain_unforeseen(error), err=True)
         sys.exit(UNFORESEEN)
 
@@ -334,9 +337,9 @@ def explain_unforeseen(error: Exception) -> str:
 
 def _leave_together() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from rlhf.distributed.launch_env import leave_at_exit
+        from rlhf.distributed.launch_env import leave_process_groups_at_exit
 
-        leave_at_exit()
+        leave_process_groups_at_exit()
 
 
 __all__ = ["__version__", "app", "main"]

@@ -9,12 +9,14 @@ from collections.abc import Iterable, Mapping
 from rlhf.errors import ConfigError
 
 EXPECTED_PROCESSES = "RLHF_EXPECTED_PROCESSES"  # over all machines
-TIMEOUT = "RLHF_TIMEOUT"  # seconds
-LAST_WORDS = "RLHF_LAST_WORDS"  # folder in which each process says that it lives and how it ended
+TIMEOUT_VARIABLE = "RLHF_TIMEOUT"  # seconds
+HEARTBEAT_FOLDER = "RLHF_LAST_WORDS"  # folder in which each process says that it lives and how it ended
 DEFAULT_TIMEOUT = 1800
-MEETING = 60  # seconds that processes have at least to start and to find each other, however short the timeout
-SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_KEY|PRIVATE_KEY|AUTH", re.IGNORECASE)
-HARMLESS = ("TOKENIZERS_", "XAUTHORITY", "SSH_AUTH_SOCK")
+RENDEZVOUS_SECONDS = (
+    60  # seconds that processes have at least to start and to find each other, however short the timeout
+)
+SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_KEY|PRIVATE_KEY|AUTH", re.IGNORECASE)
+NOT_SECRET = ("TOKENIZERS_", "XAUTHORITY", "SSH_AUTH_SOCK")
 
 
 def timeout_seconds(environment: Mapping[str, str] = os.environ) -> int:
@@ -22,12 +24,14 @@ def timeout_seconds(environment: Mapping[str, str] = os.environ) -> int:
 
     Raises: ConfigError if RLHF_TIMEOUT is no whole number of seconds from 1 up.
     """
-    text = environment.get(TIMEOUT, str(DEFAULT_TIMEOUT))
+    text = environment.get(TIMEOUT_VARIABLE, str(DEFAULT_TIMEOUT))
     if not text.isdigit() or int(text) < 1:
-        raise ConfigError("expected whole seconds, 1 or more", found=text, where=TIMEOUT, do="set it, or use --timeout")
+        raise ConfigError(
+            "expected whole seconds, 1 or more", found=text, where=TIMEOUT_VARIABLE, do="set it, or use --timeout"
+        )
     return int(text)
 
 
-def secrets(names: Iterable[str]) -> list[str]:
+def secret_names(names: Iterable[str]) -> list[str]:
     """Those of some variable names that look as if they held a credential."""
-    return sorted(n for n in set(names) if SECRET.search(n) and not n.startswith(HARMLESS))
+    return sorted(n for n in set(names) if SECRET_NAME.search(n) and not n.startswith(NOT_SECRET))

@@ -9,8 +9,8 @@ from pydantic import Field, field_validator, model_validator
 
 from rlhf.config.sections import Count, NonNegative, Positive, Section, Source
 
-RULES = ("regex", "keywords", "words_over", "words_under", "longer_by")
-KINDS = ("votes", "column", "function", *RULES)
+RULE_KINDS = ("regex", "keywords", "words_over", "words_under", "longer_by")
+VOTE_KINDS = ("votes", "column", "function", *RULE_KINDS)
 
 
 class VoteSource(Section):
@@ -45,12 +45,12 @@ class VoteSource(Section):
 
     @model_validator(mode="after")
     def _one_kind(self) -> VoteSource:
-        given = [name for name in KINDS if getattr(self, name)]
+        given = [name for name in VOTE_KINDS if getattr(self, name)]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of {', '.join(KINDS)}; got {', '.join(given) or 'none'}")
-        if given[0] in RULES and not self.name:
+            raise ValueError(f"give exactly one of {', '.join(VOTE_KINDS)}; got {', '.join(given) or 'none'}")
+        if given[0] in RULE_KINDS and not self.name:
             raise ValueError(f"a rule needs a name: add name to the {given[0]} rule")
-        if given[0] not in RULES and self.vote is not None:
+        if given[0] not in RULE_KINDS and self.vote is not None:
             raise ValueError(f"vote belongs to a rule; {given[0]} brings its own votes")
         if given[0] == "votes" and self.name:
             raise ValueError("votes holds many sources, which are called after the annotators: leave name out")
@@ -61,7 +61,7 @@ class VoteSource(Section):
     @property
     def is_rule(self) -> bool:
         """Whether it is decided by the text alone."""
-        return any(getattr(self, name) for name in RULES)
+        return any(getattr(self, name) for name in RULE_KINDS)
 
 
 class LabelModelConfig(Section):
@@ -81,7 +81,7 @@ class LabelModelConfig(Section):
     max_iterations: Count = Field(2000, description="dawid-skene: stops here at the latest, and says so")
 
 
-class WeakData(Source):
+class WeakLabelData(Source):
     """The records and their votes."""
 
     on_bad_row: Literal["error", "drop"] = Field(
@@ -89,20 +89,20 @@ class WeakData(Source):
     )
 
     @model_validator(mode="after")
-    def _all_of_it(self) -> WeakData:
+    def _all_of_it(self) -> WeakLabelData:
         if self.weight != 1.0 or self.limit is not None:
             raise ValueError("every record is labelled: weight and limit belong to the stage that trains")
         return self
 
 
-class WeakConfig(Section):
+class WeakLabelConfig(Section):
     """Labels from the votes of noisy sources, as a file that `rlhf reward` or `rlhf classify` reads."""
 
     output: str = Field(description="JSONL file to write; must not exist")
     kind: Literal["comparison", "labelled"] = Field(
         "comparison", description="comparison = votes on pairs, for `rlhf reward`; labelled = on classes, for classify"
     )
-    data: WeakData = Field(description="the records and their votes; their labels, if any, are replaced")
+    data: WeakLabelData = Field(description="the records and their votes; their labels, if any, are replaced")
     sources: tuple[VoteSource, ...] = Field(min_length=1, description="who votes")
     labels: tuple[str, ...] = Field((), description="kind labelled: the classes; empty = those voted for, sorted")
     label_model: LabelModelConfig = LabelModelConfig()
@@ -114,7 +114,7 @@ class WeakConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _rules_fit(self) -> WeakConfig:
+    def _rules_fit(self) -> WeakLabelConfig:
         pairs = self.kind == "comparison"
         if pairs and self.label_model.accuracy == "per-class":
             raise ValueError(

@@ -15,41 +15,41 @@ from typing import Any, Generic, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from rlhf.config.schema import CHAIN, STAGES, PipelineConfig, PipelineStage, Stage
-from rlhf.errors import ConfigError, collect
+from rlhf.config.schema import PIPELINE_ORDER, STAGES, PipelineConfig, PipelineStage, StageConfig
+from rlhf.errors import ConfigError, combine_errors
 
-T = TypeVar("T", bound=BaseModel)
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
 Origins = dict[str, str]
 COMMAND_LINE = "command line"
-MERGE = "tag:yaml.org,2002:merge"  # the key '<<'
+YAML_MERGE_TAG = "tag:yaml.org,2002:merge"  # the key '<<'
 
 
 @dataclass(frozen=True)
-class Loaded(Generic[T]):
+class LoadedConfig(Generic[ConfigT]):
     """A validated configuration and where each value came from ('configs/x.yaml:7', 'command line')."""
 
-    config: T
+    config: ConfigT
     origins: Origins
 
 
 @dataclass(frozen=True)
-class Stanza:
+class PipelineStep:
     """One stage of a pipeline, resolved."""
 
     name: str
     launcher: str | None
-    loaded: Loaded[Stage]
+    loaded: LoadedConfig[StageConfig]
 
 
 @dataclass(frozen=True)
-class Pipeline:
+class ResolvedPipeline:
     """A resolved pipeline: its own settings and its enabled stages in order."""
 
     config: PipelineConfig
-    stages: tuple[Stanza, ...]
+    stages: tuple[PipelineStep, ...]
 
 
-def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> Loaded[T]:
+def load_stage_config(schema: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig[ConfigT]:
     """Read a stage's YAML file, apply overrides, validate.
 
     Args:
@@ -60,10 +60,10 @@ def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> Lo
     """
     values, origins = read_yaml(Path(path))
     _apply(values, origins, _parse_overrides(overrides))
-    return validate(schema, values, origins, str(path))
+    return validate_config(schema, values, origins, str(path))
 
 
-def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
+def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> ResolvedPipeline:
     """Read a pipeline file and every enabled stage's file; later stages are wired to the output of earlier ones.
 
     Raises: ConfigError naming every problem of the pipeline file, or of the first stage file that has some.
@@ -74,19 +74,19 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
     own: dict[str, Any] = {}
     inline: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
-        if key in CHAIN and isinstance(value, dict):
+        if key in PIPELINE_ORDER and isinstance(value, dict):
             own[key] = {k: v for k, v in value.items() if k in PipelineStage.model_fields}
             inline[key] = {k: v for k, v in value.items() if k not in PipelineStage.model_fields}
         else:
             own[key] = value
-    pipeline = validate(PipelineConfig, own, origins, str(path)).config
+    pipeline = validate_config(PipelineConfig, own, origins, str(path)).config
     stages = []
-    for name in CHAIN:
+    for name in PIPELINE_ORDER:
         entry: PipelineStage | None = getattr(pipeline, name)
         if entry is None or not entry.enabled:
             continue
         stage_values, stage_origins = read_yaml(path.parent / entry.config)
-        _merge(stage_values, stage_origins, wiring(name, pipeline), "pipeline")
+        _merge(stage_values, stage_origins, pipeline_wiring(name, pipeline), "pipeline")
         prefix = name + "."
         nested = {k[len(prefix) :]: v for k, v in origins.items() if k.startswith(prefix)}
         for key, value in _leaves(inline.get(name, {})):
@@ -94,14 +94,14 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
             _forget_below(key, stage_origins)
             stage_origins |= {k: v for k, v in nested.items() if k.startswith(key + ".")}
             stage_origins[key] = nested.get(key, str(path))
-        loaded = validate(STAGES[name], stage_values, stage_origins, str(path.parent / entry.config))
-        stages.append(Stanza(name, entry.launcher, loaded))
-    return Pipeline(pipeline, tuple(stages))
+        loaded = validate_config(STAGES[name], stage_values, stage_origins, str(path.parent / entry.config))
+        stages.append(PipelineStep(name, entry.launcher, loaded))
+    return ResolvedPipeline(pipeline, tuple(stages))
 
 
-def wiring(stage: str, pipeline: PipelineConfig) -> dict[str, Any]:
+def pipeline_wiring(stage: str, pipeline: PipelineConfig) -> dict[str, Any]:
     """The values that follow from a stage's place in the pipeline: seed, output folder, what earlier stages made."""
-    folder = {name: f"{pipeline.output_dir}/{i}-{name}" for i, name in enumerate(CHAIN)}
+    folder = {name: f"{pipeline.output_dir}/{i}-{name}" for i, name in enumerate(PIPELINE_ORDER)}
 
     def made(name: str) -> str | None:
         entry = getattr(pipeline, name)
@@ -157,20 +157,22 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], Origins]:
     return values, origins
 
 
-def validate(schema: type[T], values: Mapping[str, Any], origins: Origins, where: str) -> Loaded[T]:
+def validate_config(
+    schema: type[ConfigT], values: Mapping[str, Any], origins: Origins, where: str
+) -> LoadedConfig[ConfigT]:
     """Check values against a schema.
 
     Raises: ConfigError with one line for each problem.
     """
     try:
-        return Loaded(schema.model_validate(dict(values)), origins)
+        return LoadedConfig(schema.model_validate(dict(values)), origins)
     except ValidationError as error:
         errors = error.errors()
         inner = [e["loc"] for e in errors]
         # A list whose items are wrong is also reported as too short: only the items' own problems help.
         errors = [e for e in errors if not (e["type"] == "too_short" and any(_below(loc, e["loc"]) for loc in inner))]
         problems = [_explain(schema, dict(e), origins, where) for e in errors]
-    raised = collect(ConfigError, problems)
+    raised = combine_errors(ConfigError, problems)
     assert raised is not None
     raise raised
 
@@ -235,7 +237,7 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
             parsed[key.strip()] = yaml.safe_load(text)
         except yaml.YAMLError:
             problems.append(f"{COMMAND_LINE}: '{key}': not a YAML value: {text!r}")
-    error = collect(ConfigError, problems)
+    error = combine_errors(ConfigError, problems)
     if error:
         raise error
     return parsed
@@ -309,12 +311,12 @@ def _is_list(node: yaml.Node) -> bool:
 
 def _lines(node: yaml.Node, prefix: str, path: str, out: Origins) -> None:
     if isinstance(node, yaml.MappingNode):
-        merges = [value for key, value in node.value if key.tag == MERGE]
+        merges = [value for key, value in node.value if key.tag == YAML_MERGE_TAG]
         for inner in (part for value in merges for part in (value.value if _is_list(value) else [value])):
             _lines(inner, prefix, path, out)  # '<<: *other': first, because own keys win
         own = set()
         for key_node, value_node in node.value:
-            if key_node.tag == MERGE:
+            if key_node.tag == YAML_MERGE_TAG:
                 continue
             key, origin = f"{prefix}{key_node.value}", f"{path}:{key_node.start_mark.line + 1}"
             if key in own:

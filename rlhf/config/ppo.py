@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from rlhf.config.sections import PRECISION, Count, ModelSource, NonNegative, Positive, Precision, Section, Source, Unit
 from rlhf.errors import ConfigError
 
-Steps = Annotated[int, Field(ge=0)]
+StepCount = Annotated[int, Field(ge=0)]
 
 
 class RewardSource(Section):
@@ -79,7 +79,7 @@ class PPO(Section):
     target_kl: Positive | None = Field(
         None, description="nats per token from the rollout's policy; an update that exceeds it ends early; null = off"
     )
-    value_warmup: Steps = Field(0, description="first steps in which only the value model learns, unclipped")
+    value_warmup: StepCount = Field(0, description="first steps in which only the value model learns, unclipped")
     value_warmup_epochs: Count = Field(4, description="passes over the rollout of such a step")
     ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
         None, description="decay per step of averaged policy weights (InstructGPT: 0.992); they become model/"

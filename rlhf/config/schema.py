@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from rlhf.config.labeling import WeakConfig
+from rlhf.config.labeling import WeakLabelConfig
 from rlhf.config.ppo import KL, PPO, PPOOptim, Ptx, RewardSource, Watch
 from rlhf.config.sections import (
     Count,
@@ -21,10 +21,10 @@ from rlhf.config.sections import (
     Section,
     Source,
 )
-from rlhf.config.tuning import NOTHING, Freeze, Phase, Probe, Selection, Unfreeze
+from rlhf.config.tuning import EMPTY_SELECTION, Freeze, Probe, Selection, TrainingPhase, Unfreeze
 
 
-class Stage(Section):
+class StageConfig(Section):
     """What every stage has."""
 
     output_dir: str = Field(description="run directory; must be new, or the same interrupted run")
@@ -33,7 +33,7 @@ class Stage(Section):
     deterministic: bool = Field(True, description="use deterministic kernels, so that a seed repeats its numbers")
 
 
-class Trained(Stage):
+class TrainingStage(StageConfig):
     """A stage that trains, and can be interrupted."""
 
     saving: Saving = Saving()
@@ -50,11 +50,11 @@ class Architecture(Section):
     context: Count = Field(256, description="positions")
 
 
-class Tuned(Trained):
+class FineTuningStage(TrainingStage):
     """A stage that fine-tunes a model: which weights, when, and what is watched."""
 
-    freeze: Selection = Field(NOTHING, description="weights that are never trained")
-    unfreeze: tuple[Phase, ...] = Field(
+    freeze: Selection = Field(EMPTY_SELECTION, description="weights that are never trained")
+    unfreeze: tuple[TrainingPhase, ...] = Field(
         (),
         description="phases in order, each with its trained weights and length; empty = all at once, for optim.epochs. "
         "The best weights are those of the best evaluation in the last one",
@@ -63,7 +63,7 @@ class Tuned(Trained):
     probe: Probe = Probe()
 
     @model_validator(mode="after")
-    def _one_length(self) -> Tuned:
+    def _one_length(self) -> FineTuningStage:
         optim, default = getattr(self, "optim"), type(self).model_fields["optim"].default  # noqa: B009
         given = [
             name for name in ("epochs", "max_updates", "patience") if getattr(optim, name) != getattr(default, name)
@@ -73,7 +73,7 @@ class Tuned(Trained):
         return self
 
 
-class PretrainConfig(Trained):
+class PretrainConfig(TrainingStage):
     """Next-token training of a small source model, tokenizer included."""
 
     architecture: Architecture = Architecture()
@@ -81,7 +81,7 @@ class PretrainConfig(Trained):
     optim: Optim = Optim(learning_rate=1e-3, batch_size=64, microbatch_size=64)
 
 
-def no_soft_prompt(config: RewardConfig | ClassifyConfig | PPOConfig) -> Any:
+def refuse_soft_prompt(config: RewardConfig | ClassifyConfig | PPOConfig) -> Any:
     """Refuse a soft prompt where an output layer beside the language model's is read.
 
     Raises: ValueError.
@@ -94,7 +94,7 @@ def no_soft_prompt(config: RewardConfig | ClassifyConfig | PPOConfig) -> Any:
     return config
 
 
-class SFTConfig(Tuned):
+class SFTConfig(FineTuningStage):
     """Supervised fine-tuning on demonstrations."""
 
     model: ModelSource
@@ -113,7 +113,7 @@ class SFTConfig(Tuned):
         return self
 
 
-class RewardConfig(Tuned):
+class RewardConfig(FineTuningStage):
     """Bradley-Terry reward model on preference pairs."""
 
     model: ModelSource = Field(description="the SFT model: the reward model starts from it")
@@ -122,10 +122,10 @@ class RewardConfig(Tuned):
     peft: Peft = Peft()
     center: NonNegative = Field(0.0, description="weight of the centring term (chosen + rejected)^2")
 
-    _seen_by_the_head = model_validator(mode="after")(no_soft_prompt)
+    _seen_by_the_head = model_validator(mode="after")(refuse_soft_prompt)
 
 
-class ClassifyConfig(Tuned):
+class ClassifyConfig(FineTuningStage):
     """A classifier with N labels: a causal LM's trunk with a new output layer."""
 
     model: ModelSource = Field(description="causal LM to start from, e.g. the SFT model; all but its output layer")
@@ -138,7 +138,7 @@ class ClassifyConfig(Tuned):
     optim: Optim = Optim(learning_rate=1e-5, epochs=1, schedule="linear")
     peft: Peft = Peft()
 
-    _seen_by_the_head = model_validator(mode="after")(no_soft_prompt)
+    _seen_by_the_head = model_validator(mode="after")(refuse_soft_prompt)
 
     @model_validator(mode="after")
     def _labels_differ(self) -> ClassifyConfig:
@@ -158,7 +158,7 @@ class PromptData(Section):
     deduplicate: bool = Field(True, description="drop exact repeats")
 
 
-class PPOConfig(Trained):
+class PPOConfig(TrainingStage):
     """PPO against a reward model, kept near the SFT model."""
 
     policy: ModelSource = Field(description="the SFT model: where the policy starts, and its reference")
@@ -190,7 +190,7 @@ class PPOConfig(Trained):
     checkpoint_every: Count = Field(50, description="steps between regular checkpoints, to which a rollback returns")
     sample_every: Count = Field(10, description="steps between written samples")
 
-    _seen_by_the_head = model_validator(mode="after")(no_soft_prompt)
+    _seen_by_the_head = model_validator(mode="after")(refuse_soft_prompt)
 
     @model_validator(mode="after")
     def _some_reward(self) -> PPOConfig:
@@ -222,7 +222,7 @@ class PPOConfig(Trained):
         return self
 
 
-class EvaluateConfig(Stage):
+class EvaluateConfig(StageConfig):
     """Compare models on the same prompts."""
 
     models: dict[str, ModelSource] = Field(min_length=1, description="name -> model, in the order of the pipeline")
@@ -271,7 +271,7 @@ class PipelineConfig(Section):
     evaluate: PipelineStage | None = None
 
 
-STAGES: dict[str, type[Stage]] = {
+STAGES: dict[str, type[StageConfig]] = {
     "pretrain": PretrainConfig,
     "sft": SFTConfig,
     "reward": RewardConfig,
@@ -279,5 +279,8 @@ STAGES: dict[str, type[Stage]] = {
     "ppo": PPOConfig,
     "evaluate": EvaluateConfig,
 }
-RECIPES: dict[str, type[Section]] = {**STAGES, "weak": WeakConfig}  # every kind of file but the pipeline's
-CHAIN = tuple(name for name in STAGES if name in PipelineConfig.model_fields)  # the stages of a pipeline, in order
+RECIPES: dict[str, type[Section]] = {**STAGES, "weak": WeakLabelConfig}  # every kind of file but the pipeline's
+SupervisedConfig = PretrainConfig | SFTConfig | RewardConfig | ClassifyConfig
+PIPELINE_ORDER = tuple(
+    name for name in STAGES if name in PipelineConfig.model_fields
+)  # the stages of a pipeline, in order

@@ -7,10 +7,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from rlhf.config.load import Loaded
+from rlhf.config.load import LoadedConfig
 
 
-def lines(loaded: Loaded[Any]) -> Iterator[str]:
+def config_lines(loaded: LoadedConfig[Any]) -> Iterator[str]:
     """One line a value: `key = value   # origin; meaning`."""
     yield from _walk(loaded.config, "", loaded.origins)
 

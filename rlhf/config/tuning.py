@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from rlhf.config.sections import Count, Positive, Section, Source, Unit
 
-Part = Literal["embeddings", "norms", "attention", "mlp", "lm_head", "score"]
+ParameterPart = Literal["embeddings", "norms", "attention", "mlp", "lm_head", "score"]
 RANGE = re.compile(r"(-?\d+)(?:-(-?\d+))?|(\d+)%?-(\d+)%")
 
 
@@ -41,7 +41,7 @@ class Selection(Section):
     )
     first: Some | None = Field(None, description="so many blocks from the input, or a share of them: 4, 50%")
     last: Some | None = Field(None, description="so many blocks from the output, or a share of them")
-    parts: tuple[Part, ...] = Field((), description="by kind, in every block and outside of them")
+    parts: tuple[ParameterPart, ...] = Field((), description="by kind, in every block and outside of them")
     names: tuple[str, ...] = Field((), description="parameter names: globs such as '*.q_proj.*', or 're:' and a regex")
 
     @model_validator(mode="after")
@@ -60,10 +60,10 @@ class Selection(Section):
         return bool(self.layers or self.first or self.last or self.parts or self.names)
 
 
-NOTHING = Selection()
+EMPTY_SELECTION = Selection()
 
 
-class Trained(Section):
+class TrainedSelection(Section):
     """What a phase trains."""
 
     train: Literal["all", "top-down"] | Selection = Field(
@@ -74,13 +74,13 @@ class Trained(Section):
     learning_rate: Positive | None = Field(None, description="peak rate of this phase; null = that of optim")
 
     @model_validator(mode="after")
-    def _something(self) -> Trained:
+    def _something(self) -> TrainedSelection:
         if isinstance(self.train, Selection) and not self.train.given:
             raise ValueError("train: name what is trained, or 'all'")
         return self
 
 
-class Phase(Trained):
+class TrainingPhase(TrainedSelection):
     """A stretch of training with its own trained weights and schedule. Exactly one of `epochs` and `updates`."""
 
     epochs: Positive | None = Field(None, description="its length (at most, with patience); of each block if top-down")
@@ -94,7 +94,7 @@ class Phase(Trained):
     warmup_fraction: Unit | None = Field(None, description="share of this phase; null = that of optim")
 
     @model_validator(mode="after")
-    def _one_length(self) -> Phase:
+    def _one_length(self) -> TrainingPhase:
         if (self.epochs is None) == (self.updates is None):
             raise ValueError("a phase has a length: give exactly one of epochs and updates")
         return self
@@ -119,7 +119,7 @@ class Probe(Section):
         return self
 
 
-class Steps(Trained):
+class PPOPhase(TrainedSelection):
     """The same inside PPO, counted in steps (rollouts)."""
 
     steps: Count | None = Field(None, description="its length; of each block if top-down; null = the rest of the run")
@@ -128,15 +128,15 @@ class Steps(Trained):
 class Freeze(Section):
     """Weights that PPO never trains."""
 
-    policy: Selection = Field(NOTHING, description="of the policy")
-    value_model: Selection = Field(NOTHING, description="of the value model")
+    policy: Selection = Field(EMPTY_SELECTION, description="of the policy")
+    value_model: Selection = Field(EMPTY_SELECTION, description="of the value model")
 
 
 class Unfreeze(Section):
     """Phases of the two models that PPO trains, each in order. Empty = all at once."""
 
-    policy: tuple[Steps, ...] = Field((), description="phases of the policy")
-    value_model: tuple[Steps, ...] = Field((), description="phases of the value model, e.g. its head alone at first")
+    policy: tuple[PPOPhase, ...] = Field((), description="phases of the policy")
+    value_model: tuple[PPOPhase, ...] = Field((), description="phases of the value model, e.g. its head alone at first")
 
     @model_validator(mode="after")
     def _only_the_last_is_open(self) -> Unfreeze:

@@ -13,18 +13,18 @@ from torch import Tensor
 from rlhf.data.render import Rendered
 from rlhf.errors import DataError, ShapeError
 
-IGNORE = -100  # label without loss, as in torch.nn.functional.cross_entropy
+IGNORED_LABEL = -100  # label without loss, as in torch.nn.functional.cross_entropy
 TooLong = Literal["error", "drop", "truncate"]
 
 
-def replies(rendered: Rendered) -> int:
+def loss_spans(rendered: Rendered) -> int:
     """Runs of tokens that carry loss: what the assistant says in a turn, its end token included, is one."""
     return sum(now and not before for before, now in zip([False, *rendered.mask], rendered.mask, strict=False))
 
 
-def mean_reply(rows: Iterable[Rendered]) -> float | None:
+def mean_reply_tokens(rows: Iterable[Rendered]) -> float | None:
     """Mean tokens of a reply; None if there is none."""
-    counts = [(sum(row.mask), replies(row)) for row in rows]
+    counts = [(sum(row.mask), loss_spans(row)) for row in rows]
     number = sum(n for _, n in counts)
     return sum(tokens for tokens, _ in counts) / number if number else None
 
@@ -48,7 +48,7 @@ class LengthReport:
         )
 
 
-def fit(
+def fit_to_length(
     rendered: Rendered, max_length: int, too_long: TooLong, report: LengthReport | None = None, *, where: str = ""
 ) -> Rendered | None:
     """`rendered` if it has at most `max_length` tokens; else as `too_long` says. Truncation keeps the left part.
@@ -60,7 +60,7 @@ def fit(
     return fitted[0] if fitted else None
 
 
-def fit_pair(
+def fit_pair_to_length(
     chosen: Rendered,
     rejected: Rendered,
     max_length: int,
@@ -183,5 +183,5 @@ class DemonstrationCollator:
                 found = f"{len(f['labels'])} labels for {len(f['input_ids'])} ids in row {i}"
                 raise ShapeError("labels and input_ids differ in length", found=found, where="DemonstrationCollator")
         ids, mask = pad_right([f["input_ids"] for f in features], self.pad_id)
-        labels, _ = pad_right([f["labels"] for f in features], IGNORE)
+        labels, _ = pad_right([f["labels"] for f in features], IGNORED_LABEL)
         return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from rlhf.data.conversations import is_transcript, read_transcript, read_turns
 from rlhf.data.records import (
-    DROP,
+    FIX_OR_DROP,
     BadRow,
     Comparison,
     Demonstration,
@@ -27,8 +27,8 @@ from rlhf.data.records import (
 )
 from rlhf.errors import DataError
 
-Kind = Literal["text", "demonstration", "comparison", "prompt", "document", "labelled"]
-Row = Mapping[str, Any]
+RecordKind = Literal["text", "demonstration", "comparison", "prompt", "document", "labelled"]
+SourceRow = Mapping[str, Any]
 
 # Columns that a format needs, by what is to be read from it. "document" is text or demonstration.
 _TALK: dict[str, tuple[str, ...]] = {
@@ -68,7 +68,7 @@ _PROMPT_COLUMNS = {"prompt", "instruction"}
 _NOT_EXTRA = {"prompt", "chosen", "rejected", "instruction", "input", "preference", "margin"}
 
 
-def recognise(columns: Iterable[str], kind: str, where: str = "") -> str:
+def recognise_format(columns: Iterable[str], kind: str, where: str = "") -> str:
     """Name of the one format whose columns are all there. One that needs a strict subset of another's gives way to it.
 
     Raises: DataError listing the columns found and the formats known, if none or several fit.
@@ -109,7 +109,7 @@ def check_format(name: str, columns: Iterable[str], kind: str, where: str = "") 
     return name
 
 
-def describe(name: str, columns: Iterable[str], kind: str, *, recognised: bool) -> str:
+def describe_format(name: str, columns: Iterable[str], kind: str, *, recognised: bool) -> str:
     """For the notes: the format, what it was recognised from, and what becomes of the other columns."""
     need = (FORMATS[kind] | _BY_NAME.get(kind, {}))[name]
     text = f"format {name}"
@@ -137,7 +137,7 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(sorted(names)) or "none"
 
 
-def rename(row: Any, columns: Mapping[str, str]) -> Any:
+def rename_columns(row: Any, columns: Mapping[str, str]) -> Any:
     """Our names for the mapped columns; a column that already has such a name is shadowed."""
     if not columns or not isinstance(row, Mapping):
         return row
@@ -146,7 +146,7 @@ def rename(row: Any, columns: Mapping[str, str]) -> Any:
     return kept | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
 
 
-def convert(row: Row, format: str, kind: str, where: str) -> Record:
+def convert_row(row: SourceRow, format: str, kind: str, where: str) -> Record:
     """One row, its columns already renamed to ours, to a checked record.
 
     Args:
@@ -171,7 +171,7 @@ def convert(row: Row, format: str, kind: str, where: str) -> Record:
     return check_demonstration(Demonstration(_TALKERS[format](row, where), where))
 
 
-def _comparison(row: Row, format: str, where: str) -> Comparison:
+def _comparison(row: SourceRow, format: str, where: str) -> Comparison:
     if format == "implicit-preference" or (format == "transcript" and row.get("prompt") is None):
         prompt, chosen, rejected = _shared_prompt(row, format, where)
     else:
@@ -193,7 +193,7 @@ def _comparison(row: Row, format: str, where: str) -> Comparison:
     )
 
 
-def _shared_prompt(row: Row, format: str, where: str) -> tuple[Messages, str, str]:
+def _shared_prompt(row: SourceRow, format: str, where: str) -> tuple[Messages, str, str]:
     """Both sides hold the whole conversation: the common part is the prompt, the last turn the response."""
     sides: list[Messages] = []
     for name in ("chosen", "rejected"):
@@ -205,7 +205,7 @@ def _shared_prompt(row: Row, format: str, where: str) -> tuple[Messages, str, st
                 "no prompt",
                 f"'{name}' is plain text and there is no prompt",
                 where=where,
-                do=f"name the prompt column, e.g. columns: {{prompt: THEIR_NAME}}; otherwise {DROP}",
+                do=f"name the prompt column, e.g. columns: {{prompt: THEIR_NAME}}; otherwise {FIX_OR_DROP}",
             )
         turns = read_transcript(value, where) if isinstance(value, str) else read_turns(value, name, where)
         if len(turns) < 2 or turns[-1]["role"] != "assistant":
@@ -216,7 +216,7 @@ def _shared_prompt(row: Row, format: str, where: str) -> tuple[Messages, str, st
     return sides[0][:-1], sides[0][-1]["content"], sides[1][-1]["content"]
 
 
-def _prompt_only(row: Row, format: str, where: str) -> Messages:
+def _prompt_only(row: SourceRow, format: str, where: str) -> Messages:
     """The messages up to the last user turn."""
     if format == "implicit-preference":
         return _shared_prompt(row, format, where)[0]
@@ -228,14 +228,14 @@ def _prompt_only(row: Row, format: str, where: str) -> Messages:
     return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
 
 
-def _prompt_completion(row: Row, where: str) -> Messages:
+def _prompt_completion(row: SourceRow, where: str) -> Messages:
     prompt, completion = _prompt(row, where), _get(row, "completion", where)
     if isinstance(completion, list | tuple):
         return prompt + read_turns(completion, "completion", where)
     return [*prompt, {"role": "assistant", "content": completion}]
 
 
-_TALKERS: dict[str, Callable[[Row, str], Messages]] = {
+_TALKERS: dict[str, Callable[[SourceRow, str], Messages]] = {
     "messages": lambda row, where: read_turns(_get(row, "messages", where), "messages", where),
     "sharegpt": lambda row, where: read_turns(_get(row, "conversations", where), "conversations", where),
     "transcript": lambda row, where: read_transcript(_get(row, "transcript", where), where),
@@ -247,7 +247,7 @@ _TALKERS: dict[str, Callable[[Row, str], Messages]] = {
 }
 
 
-def _prompt(row: Row, where: str, *, transcript: bool = False) -> Messages:
+def _prompt(row: SourceRow, where: str, *, transcript: bool = False) -> Messages:
     value = _get(row, "prompt", where)
     if isinstance(value, list | tuple):
         return read_turns(value, "prompt", where)
@@ -261,12 +261,12 @@ def _prompt(row: Row, where: str, *, transcript: bool = False) -> Messages:
             "transcript in prompt",
             "the prompt is a Human/Assistant transcript",
             where=where,
-            do=f"set format: transcript (or map it: columns: {{transcript: prompt}}); otherwise {DROP}",
+            do=f"set format: transcript (or map it: columns: {{transcript: prompt}}); otherwise {FIX_OR_DROP}",
         )
     return [{"role": "user", "content": text}]
 
 
-def _instruction(row: Row, where: str) -> Messages:
+def _instruction(row: SourceRow, where: str) -> Messages:
     """Alpaca: the instruction, then after a blank line the input, if there is one."""
     text = check_string(_get(row, "instruction", where), "instruction", where, empty="empty prompt")
     given = row.get("input")
@@ -277,7 +277,7 @@ def _instruction(row: Row, where: str) -> Messages:
     return [{"role": "user", "content": f"{text}\n\n{given}" if given.strip() else text}]
 
 
-def _reply(row: Row, name: str, prompt: Messages, where: str) -> Any:
+def _reply(row: SourceRow, name: str, prompt: Messages, where: str) -> Any:
     """Text of one response, given as text, as one assistant turn, or as the prompt followed by one assistant turn."""
     value = _get(row, name, where)
     if isinstance(value, str) and value.startswith("\n\nHuman:"):
@@ -293,7 +293,7 @@ def _reply(row: Row, name: str, prompt: Messages, where: str) -> Any:
     return rest[0]["content"]
 
 
-def _get(row: Row, name: str, where: str) -> Any:
+def _get(row: SourceRow, name: str, where: str) -> Any:
     if name not in row:
         raise BadRow(f"missing '{name}'", f"the row has no '{name}'", found=_listed(map(str, row)), where=where)
     return row[name]

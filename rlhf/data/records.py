@@ -16,14 +16,14 @@ from rlhf.errors import DataError
 
 Messages = list[dict[str, str]]
 ROLES = ("system", "user", "assistant")
-SHOWN = 20  # bad rows spelt out in one error
-DROP = "fix or remove the row, or set data.on_bad_row=drop"
+MAX_ROWS_SHOWN = 20  # bad rows spelt out in one error
+FIX_OR_DROP = "fix or remove the row, or set data.on_bad_row=drop"
 
 
 class BadRow(DataError):
     """One row breaks the record contract. `reason` is the short name under which dropped rows are counted."""
 
-    def __init__(self, reason: str, what: str, *, found: str = "", where: str = "", do: str = DROP) -> None:
+    def __init__(self, reason: str, what: str, *, found: str = "", where: str = "", do: str = FIX_OR_DROP) -> None:
         """Args as for DataError, after `reason`, e.g. "empty response"."""
         super().__init__(what, found=found, where=where, do=do)
         self.reason = reason
@@ -144,7 +144,9 @@ def check_turns(messages: Messages, where: str, *, last: str) -> None:
         role = message["role"]
         if role not in ROLES:
             what = f"turn {i + 1} has an unknown role"
-            raise BadRow("unknown role", what, found=_short(role), where=where, do=f"known: {', '.join(ROLES)}; {DROP}")
+            raise BadRow(
+                "unknown role", what, found=_short(role), where=where, do=f"known: {', '.join(ROLES)}; {FIX_OR_DROP}"
+            )
         empty = {"system": "empty system", "user": "empty prompt", "assistant": "empty response"}[role]
         check_string(message["content"], f"turn {i + 1} ({role})", where, empty=empty)
     roles = [message["role"] for message in messages]
@@ -194,7 +196,7 @@ def check_comparison(record: Comparison) -> Comparison:
             "identical responses",
             "'chosen' and 'rejected' are identical",
             where=where,
-            do=f"a tie is written as preference 0.5; otherwise {DROP}",
+            do=f"a tie is written as preference 0.5; otherwise {FIX_OR_DROP}",
         )
     return record
 
@@ -223,18 +225,21 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def spelt_out(bad: Sequence[BadRow]) -> list[str]:
+def describe_bad_rows(bad: Sequence[BadRow]) -> list[str]:
     """The first bad rows in words; the remedy that all share comes once."""
     if len(bad) < 2:
         return [str(row) for row in bad]
-    lines = [str(DataError(r.what, found=r.found, where=r.where, do=r.do.removesuffix(DROP))) for r in bad[:SHOWN]]
-    more = f"and {len(bad) - SHOWN} more bad rows; " if len(bad) > SHOWN else ""
+    lines = [
+        str(DataError(r.what, found=r.found, where=r.where, do=r.do.removesuffix(FIX_OR_DROP)))
+        for r in bad[:MAX_ROWS_SHOWN]
+    ]
+    more = f"and {len(bad) - MAX_ROWS_SHOWN} more bad rows; " if len(bad) > MAX_ROWS_SHOWN else ""
     return [
         *lines,
-        f"{more}{len(bad)} bad rows in all ({reasons(bad)}): fix or remove them, or set data.on_bad_row=drop",
+        f"{more}{len(bad)} bad rows in all ({count_reasons(bad)}): fix or remove them, or set data.on_bad_row=drop",
     ]
 
 
-def reasons(bad: Sequence[BadRow]) -> str:
+def count_reasons(bad: Sequence[BadRow]) -> str:
     """Counts by reason, the commonest first."""
     return ", ".join(f"{n} {reason}" for reason, n in Counter(row.reason for row in bad).most_common())

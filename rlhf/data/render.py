@@ -42,7 +42,7 @@ class Rendered:
 
 
 @dataclass(frozen=True)
-class Layout:
+class TemplateLayout:
     """What a probe of the chat template found.
 
     Attributes:
@@ -88,9 +88,9 @@ def prepare_tokenizer(tokenizer: Any, template: str | None = None) -> list[str]:
         tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
         notes.append("no chat template: ChatML added, with special tokens <|im_start|> and <|im_end|>")
     if tokenizer.eos_token_id is None:
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(probe(tokenizer).end_id)
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(probe_template(tokenizer).end_id)
         notes.append(f"no eos token: set to the end of turn {tokenizer.eos_token}")
-    end_id, pad = probe(tokenizer).end_id, tokenizer.pad_token
+    end_id, pad = probe_template(tokenizer).end_id, tokenizer.pad_token
     if tokenizer.pad_token_id in (None, end_id, tokenizer.eos_token_id):
         name = _pad_candidate(tokenizer, end_id)
         if name is None:
@@ -135,7 +135,7 @@ def _render(tokenizer: Any, messages: Messages, *, prompt: bool, prefix: str = "
     )
 
 
-def probe(tokenizer: Any) -> Layout:
+def probe_template(tokenizer: Any) -> TemplateLayout:
     """Learn from one sentinel conversation how the chat template opens and closes a response.
 
     Raises: ConfigError if there is no template, if it inserts today's date, if a finished turn is not its prompt plus
@@ -177,7 +177,7 @@ def probe(tokenizer: Any) -> Layout:
     supplied = _supplies_bos(tokenizer)
     if supplied and not written:
         notes.append(f"the chat template writes no {tokenizer.bos_token}; it is put first, as the tokenizer does")
-    return Layout(
+    return TemplateLayout(
         opening,
         closing,
         tail[len(closing) :],
@@ -244,7 +244,7 @@ class Renderer:
         Raises: ConfigError if the template cannot be used (see `probe`) or there is no pad token.
         """
         self.tokenizer = tokenizer
-        self.layout = probe(tokenizer)
+        self.layout = probe_template(tokenizer)
         if tokenizer.pad_token_id is None:
             raise ConfigError("the tokenizer has no pad token", where="tokenizer", do="call prepare_tokenizer first")
         self.end_id, self.pad_id = self.layout.end_id, int(tokenizer.pad_token_id)

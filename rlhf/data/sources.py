@@ -20,12 +20,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.config.sections import Source
-from rlhf.data.formats import Kind, check_format, convert, describe, recognise, rename
-from rlhf.data.records import SHOWN, BadRow, Record, RecordSet, reasons, spelt_out
-from rlhf.data.splits import fingerprint, mix, shuffled, split, without_repeats
-from rlhf.errors import DataError, collect
-
-__all__ = ["RecordSet", "fingerprint", "load_records", "split"]
+from rlhf.data.formats import RecordKind, check_format, convert_row, describe_format, recognise_format, rename_columns
+from rlhf.data.records import MAX_ROWS_SHOWN, BadRow, Record, RecordSet, count_reasons, describe_bad_rows
+from rlhf.data.splits import drop_repeats, mix_sources, records_fingerprint, shuffle_records
+from rlhf.errors import DataError, combine_errors
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 _NUMBERED = re.compile(r"column (\d+)")
@@ -54,7 +52,7 @@ class _Loaded:
 
 
 def load_records(
-    kind: Kind, sources: Sequence[Source], *, seed: int, on_bad_row: Literal["error", "drop"], deduplicate: bool
+    kind: RecordKind, sources: Sequence[Source], *, seed: int, on_bad_row: Literal["error", "drop"], deduplicate: bool
 ) -> RecordSet:
     """Read, convert, deduplicate, limit, mix and shuffle.
 
@@ -79,42 +77,42 @@ def load_records(
             problems.append(str(exc))
     bad = [row for part in loaded for row in part.bad]
     if on_bad_row == "error":
-        problems += spelt_out(bad)
+        problems += describe_bad_rows(bad)
     else:
         empty = [part for part in loaded if not part.records]
-        problems += [f"{p.path}: no record is left ({reasons(p.bad)}; first: {p.bad[0]})" for p in empty]
-    error = collect(DataError, problems)
+        problems += [f"{p.path}: no record is left ({count_reasons(p.bad)}; first: {p.bad[0]})" for p in empty]
+    error = combine_errors(DataError, problems)
     if error:
         raise error
 
     if deduplicate:
-        for part, kept in zip(loaded, without_repeats([part.records for part in loaded]), strict=True):
+        for part, kept in zip(loaded, drop_repeats([part.records for part in loaded]), strict=True):
             part.duplicates, part.records = len(part.records) - len(kept), kept
     for i, (source, part) in enumerate(zip(sources, loaded, strict=True)):
         if source.limit is not None and source.limit < len(part.records):
-            part.records = shuffled(part.records, f"{seed} limit {i}")[: source.limit]
+            part.records = shuffle_records(part.records, f"{seed} limit {i}")[: source.limit]
             part.limited = True
-    used = mix([part.records for part in loaded], [source.weight for source in sources], seed)
+    used = mix_sources([part.records for part in loaded], [source.weight for source in sources], seed)
     notes = tuple(_note(part, len(take), len(loaded)) for part, take in zip(loaded, used, strict=True))
-    records = tuple(shuffled([record for take in used for record in take], f"{seed} order"))
+    records = tuple(shuffle_records([record for take in used for record in take], f"{seed} order"))
     dropped = Counter(row.reason for row in bad)
     dropped["duplicate"] = sum(part.duplicates for part in loaded)
-    return RecordSet(records, fingerprint(records), notes, {reason: n for reason, n in dropped.items() if n})
+    return RecordSet(records, records_fingerprint(records), notes, {reason: n for reason, n in dropped.items() if n})
 
 
-def _load(kind: Kind, source: Source) -> _Loaded:
+def _load(kind: RecordKind, source: Source) -> _Loaded:
     """Read one source and convert its rows, keeping the bad ones aside."""
     rows, columns, said = read_rows(source)
     if source.format == "auto":
-        format = recognise(columns, kind, source.path)
+        format = recognise_format(columns, kind, source.path)
     else:
         format = check_format(source.format, columns, kind, source.path)
-    how = describe(format, columns, kind, recognised=source.format == "auto")
+    how = describe_format(format, columns, kind, recognised=source.format == "auto")
     result = _Loaded(source.path, how + (f", {said}" if said else ""))
     for number, row in rows:
         where = f"{source.path} row {number}"
         try:
-            result.records.append(convert(check_object(row, where), format, kind, where))
+            result.records.append(convert_row(check_object(row, where), format, kind, where))
         except BadRow as exc:
             result.bad.append(exc)
     return result
@@ -128,7 +126,7 @@ def read_rows(source: Source) -> tuple[list[tuple[int, Any]], set[str], str]:
     table = _read(source)
     if not table.rows:
         raise DataError("there are no rows", where=source.path, do="name another file")
-    rows = [(number, rename(row, source.columns)) for number, row in table.rows]
+    rows = [(number, rename_columns(row, source.columns)) for number, row in table.rows]
     raw = {name for _, row in table.rows if isinstance(row, Mapping) for name in row}
     for ours, theirs in source.columns.items():
         if theirs not in raw:
@@ -155,7 +153,7 @@ def _note(part: _Loaded, used: int, sources: int) -> str:
     if part.limited:
         text += " (limit)"
     if part.bad:
-        text += f", {len(part.bad)} dropped ({reasons(part.bad)})"
+        text += f", {len(part.bad)} dropped ({count_reasons(part.bad)})"
     if part.duplicates:
         text += f", {part.duplicates} duplicate{'s' if part.duplicates > 1 else ''}"
     if sources > 1:
@@ -244,9 +242,9 @@ def _json_lines(text: str, where: str) -> list[tuple[int, Any]]:
                 problems.append(str(_json_error(exc, f"{where} row {number}", line)))
     if problems and text.lstrip().startswith("["):
         raise DataError("a JSON list, not JSON lines", where=where, do="name the file .json")
-    if len(problems) > SHOWN:
-        problems[SHOWN:] = [f"and {len(problems) - SHOWN} more corrupt rows"]
-    error = collect(DataError, problems)
+    if len(problems) > MAX_ROWS_SHOWN:
+        problems[MAX_ROWS_SHOWN:] = [f"and {len(problems) - MAX_ROWS_SHOWN} more corrupt rows"]
+    error = combine_errors(DataError, problems)
     if error:
         raise error
     return rows

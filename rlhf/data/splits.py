@@ -12,7 +12,7 @@ from rlhf.data.records import Comparison, Demonstration, Labelled, Prompt, Recor
 from rlhf.errors import DataError
 
 
-def content(record: Record) -> dict[str, Any]:
+def record_content(record: Record) -> dict[str, Any]:
     """The record without `where`, in a form that JSON can hold."""
     if isinstance(record, Text):
         return {"text": record.text}
@@ -28,7 +28,7 @@ def content(record: Record) -> dict[str, Any]:
 
 def identity_key(record: Record) -> str:
     """Equal for exact repeats: the whole content, but for a Prompt only its messages."""
-    value = {"messages": record.messages} if isinstance(record, Prompt) else content(record)
+    value = {"messages": record.messages} if isinstance(record, Prompt) else record_content(record)
     return hashlib.sha256(_canonical(value)).hexdigest()
 
 
@@ -51,22 +51,22 @@ def group_keys(record: Record) -> list[str]:
     return keys
 
 
-def fingerprint(records: Iterable[Record]) -> str:
+def records_fingerprint(records: Iterable[Record]) -> str:
     """16 hex digits of SHA-256 over the content of `records` in order; `where` does not count."""
     digest = hashlib.sha256()
     for record in records:
-        digest.update(type(record).__name__.encode() + b"\0" + _canonical(content(record)) + b"\n")
+        digest.update(type(record).__name__.encode() + b"\0" + _canonical(record_content(record)) + b"\n")
     return digest.hexdigest()[:16]
 
 
-def shuffled(records: Sequence[Record], seed: str) -> list[Record]:
+def shuffle_records(records: Sequence[Record], seed: str) -> list[Record]:
     """A copy in an order that depends on the seed text alone."""
     copy = list(records)
     random.Random(seed).shuffle(copy)
     return copy
 
 
-def without_repeats(parts: Sequence[Sequence[Record]]) -> list[list[Record]]:
+def drop_repeats(parts: Sequence[Sequence[Record]]) -> list[list[Record]]:
     """The same parts without exact repeats (`identity_key`) within or across parts; the first one stays."""
     seen: set[str] = set()
     kept: list[list[Record]] = []
@@ -79,7 +79,7 @@ def without_repeats(parts: Sequence[Sequence[Record]]) -> list[list[Record]]:
     return kept
 
 
-def mix(parts: Sequence[list[Record]], weights: Sequence[float], seed: int) -> list[list[Record]]:
+def mix_sources(parts: Sequence[list[Record]], weights: Sequence[float], seed: int) -> list[list[Record]]:
     """How much of each part goes into the mixture; rule in `sources.load_records`."""
     if len(set(weights)) == 1:
         return list(parts)
@@ -87,12 +87,14 @@ def mix(parts: Sequence[list[Record]], weights: Sequence[float], seed: int) -> l
     total = min((len(part) / weight for part, weight in zip(parts, weights, strict=True) if part), default=0.0)
     counts = [min(len(part), max(1, int(weight * total + 1e-9))) for part, weight in zip(parts, weights, strict=True)]
     return [
-        part if count == len(part) else shuffled(part, f"{seed} mix {i}")[:count]
+        part if count == len(part) else shuffle_records(part, f"{seed} mix {i}")[:count]
         for i, (part, count) in enumerate(zip(parts, counts, strict=True))
     ]
 
 
-def split(records: Sequence[Record], fraction: float, seed: int) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
+def split_records(
+    records: Sequence[Record], fraction: float, seed: int
+) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
     """Train and validation records; no prompt, and no 'tree' or 'group', is on both sides.
 
     Groups are put in the order of a seeded hash of their smallest key and taken into validation while they fit into

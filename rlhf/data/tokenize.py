@@ -7,23 +7,32 @@ from typing import Any, Literal, TypeVar
 
 from rlhf.config.sections import Data
 from rlhf.console import Console
-from rlhf.data.collate import LengthReport, TooLong, fit, fit_pair
-from rlhf.data.records import BadRow, Comparison, Demonstration, Labelled, Prompt, Text, reasons, spelt_out
+from rlhf.data.collate import LengthReport, TooLong, fit_pair_to_length, fit_to_length
+from rlhf.data.records import (
+    BadRow,
+    Comparison,
+    Demonstration,
+    Labelled,
+    Prompt,
+    Text,
+    count_reasons,
+    describe_bad_rows,
+)
 from rlhf.data.render import Rendered, Renderer
-from rlhf.errors import DataError, collect
+from rlhf.errors import DataError, combine_errors
 
 OnBadRow = Literal["error", "drop"]
-T = TypeVar("T")
+RecordT = TypeVar("RecordT")
 
 
-def document(record: Text | Demonstration, renderer: Renderer) -> Rendered:
+def tokenize_document(record: Text | Demonstration, renderer: Renderer) -> Rendered:
     """A text, or a conversation of which every token counts."""
     if isinstance(record, Text):
         return renderer.text(record.text, where=record.where)
     return renderer.conversation(record.messages, loss_on="all", where=record.where)
 
 
-def conversations(
+def tokenize_demonstrations(
     records: Sequence[Demonstration], renderer: Renderer, data: Data, what: str, console: Console
 ) -> list[Rendered]:
     """Demonstrations as rows whose mask says where loss is.
@@ -34,14 +43,14 @@ def conversations(
 
     def one(record: Demonstration) -> Rendered | None:
         row = renderer.conversation(record.messages, loss_on=data.loss_on, where=record.where)
-        return fit(row, data.max_length, data.too_long, report, where=record.where)
+        return fit_to_length(row, data.max_length, data.too_long, report, where=record.where)
 
     rows = list(_each(records, one, data.on_bad_row, what, console))
     _say(report, data.max_length, what, console)
     return _some(rows, records, what)
 
 
-def pairs(
+def tokenize_comparisons(
     records: Sequence[Comparison], renderer: Renderer, data: Data, what: str, console: Console
 ) -> list[dict[str, Any]]:
     """Comparisons as chosen_ids, rejected_ids, preference (and margin if every record has one).
@@ -57,7 +66,7 @@ def pairs(
         for text in (record.chosen, record.rejected):
             response = renderer.response(text, where=record.where)
             sides.append(Rendered(start + response, [False] * len(start) + [True] * len(response)))
-        fitted = fit_pair(sides[0], sides[1], data.max_length, data.too_long, report, where=record.where)
+        fitted = fit_pair_to_length(sides[0], sides[1], data.max_length, data.too_long, report, where=record.where)
         if fitted is None:
             return None
         pair = {"chosen_ids": fitted[0].ids, "rejected_ids": fitted[1].ids, "preference": record.preference}
@@ -68,7 +77,7 @@ def pairs(
     return _some(rows, records, what)
 
 
-def labelled(
+def tokenize_labelled(
     records: Sequence[Labelled],
     renderer: Renderer,
     data: Data,
@@ -96,7 +105,9 @@ def labelled(
                 do="set several=true if any number may hold",
             )
         ids = content_ids(record, renderer)
-        fitted = fit(Rendered(ids, [True] * len(ids)), data.max_length, data.too_long, report, where=record.where)
+        fitted = fit_to_length(
+            Rendered(ids, [True] * len(ids)), data.max_length, data.too_long, report, where=record.where
+        )
         return None if fitted is None else {"input_ids": fitted.ids, "target": target}
 
     rows = list(_each(records, one, data.on_bad_row, what, console))
@@ -114,7 +125,7 @@ def content_ids(record: Labelled, renderer: Renderer) -> list[int]:
     return renderer.prompt(before, where=record.where) + renderer.response(last["content"], where=record.where)
 
 
-def prompts(
+def tokenize_prompts(
     records: Sequence[Prompt],
     renderer: Renderer,
     max_tokens: int,
@@ -123,10 +134,10 @@ def prompts(
     console: Console,
 ) -> list[list[int]]:
     """As `prompts_with_records`, the ids alone."""
-    return prompts_with_records(records, renderer, max_tokens, too_long, on_bad_row, console)[0]
+    return tokenize_prompts_with_records(records, renderer, max_tokens, too_long, on_bad_row, console)[0]
 
 
-def prompts_with_records(
+def tokenize_prompts_with_records(
     records: Sequence[Prompt],
     renderer: Renderer,
     max_tokens: int,
@@ -149,7 +160,7 @@ def prompts_with_records(
                 where=record.where,
                 do="shorten it, raise max_prompt_tokens within the model's context, or set too_long=drop",
             )
-        fitted = fit(Rendered(ids, [True] * len(ids)), max_tokens, too_long, report, where=record.where)
+        fitted = fit_to_length(Rendered(ids, [True] * len(ids)), max_tokens, too_long, report, where=record.where)
         return None if fitted is None else (fitted.ids, record)
 
     rows = list(_each(records, one, on_bad_row, "prompts", console))
@@ -159,8 +170,8 @@ def prompts_with_records(
 
 
 def _each(
-    records: Sequence[Any], one: Callable[[Any], T | None], on_bad_row: OnBadRow, what: str, console: Console
-) -> Iterator[T]:
+    records: Sequence[Any], one: Callable[[Any], RecordT | None], on_bad_row: OnBadRow, what: str, console: Console
+) -> Iterator[RecordT]:
     bad: list[BadRow] = []
     for record in records:
         try:
@@ -170,11 +181,11 @@ def _each(
             continue
         if row is not None:
             yield row
-    problem = collect(DataError, spelt_out(bad)) if on_bad_row == "error" else None
+    problem = combine_errors(DataError, describe_bad_rows(bad)) if on_bad_row == "error" else None
     if problem:
         raise problem
     if bad:
-        console.note(f"{what}: {len(bad)} of {len(records)} records dropped ({reasons(bad)})")
+        console.note(f"{what}: {len(bad)} of {len(records)} records dropped ({count_reasons(bad)})")
 
 
 def _say(report: LengthReport, limit: int, what: str, console: Console) -> None:
@@ -182,7 +193,7 @@ def _say(report: LengthReport, limit: int, what: str, console: Console) -> None:
         console.note(f"{what}: {report.text(limit)}")
 
 
-def _some(rows: list[T], records: Sequence[Any], what: str) -> list[T]:
+def _some(rows: list[RecordT], records: Sequence[Any], what: str) -> list[RecordT]:
     if records and not rows:
         raise DataError(
             f"no {what} record is left", found=f"{len(records)} before rendering", do="raise data.max_length"

@@ -11,7 +11,7 @@ from typing import Any
 from rlhf.errors import ConfigError
 
 
-def refuse_existing(output: Path) -> None:
+def refuse_existing_output(output: Path) -> None:
     """Raises: ConfigError if the file exists or its folder does not."""
     if output.exists():
         raise ConfigError("the output file exists", where=str(output), do="choose another name")
@@ -19,12 +19,12 @@ def refuse_existing(output: Path) -> None:
         raise ConfigError("no such folder to write into", where=str(output.parent), do="make it first")
 
 
-def write_lines(output: Path, rows: Iterable[Mapping[str, Any]]) -> int:
+def write_jsonl(output: Path, rows: Iterable[Mapping[str, Any]]) -> int:
     """Write one JSON object a line; returns how many. If it fails, or is interrupted, nothing is left.
 
     Raises: ConfigError as `refuse_existing`.
     """
-    refuse_existing(output)
+    refuse_existing_output(output)
     temporary, count = output.with_name(output.name + ".tmp"), 0
     try:
         with temporary.open("w", encoding="utf-8") as file:

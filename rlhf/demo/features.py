@@ -16,7 +16,7 @@ from pathlib import Path
 from . import phrases
 from .asks import Context, Task, held_out, percent
 from .chats import Chats, Message
-from .generate import Row, prompt_key, write_rows
+from .generate import DemoRow, prompt_key, write_rows
 from .gold import explain
 from .styles import Style
 from .world import world
@@ -80,7 +80,7 @@ Drawn = tuple[list[Message], Task, str]
 
 def generate_features(out_dir: Path, seed: int = 0, scale: float = 1.0) -> dict[str, int]:
     """Write replies with their traits, and the task's sets; returns the number of rows by file name."""
-    files: dict[str, list[Row]] = {}
+    files: dict[str, list[DemoRow]] = {}
     seen: set[str] = set()
     for name, size in (REPLIES | TASK).items():
         rng = random.Random(f"{seed}:features:{name}")
@@ -89,9 +89,9 @@ def generate_features(out_dir: Path, seed: int = 0, scale: float = 1.0) -> dict[
     return {f"{name}.jsonl": write_rows(out_dir / f"{name}.jsonl", rows) for name, rows in files.items()}
 
 
-def _rows(drawn: Iterator[Drawn], traits_wanted: bool, size: int, seen: set[str]) -> list[Row]:
+def _rows(drawn: Iterator[Drawn], traits_wanted: bool, size: int, seen: set[str]) -> list[DemoRow]:
     """Distinct exchanges that no earlier file has (`seen`); of the task as many clean as flawed ones."""
-    rows: list[Row] = []
+    rows: list[DemoRow] = []
     for prompt, task, reply in drawn:
         key = prompt_key([*prompt, {"role": "assistant", "content": reply}])
         label = traits(reply, task) if traits_wanted else verdict(reply, task)

@@ -42,10 +42,10 @@ FOCUS = ("talk", "recall")
 BESIDE = {"talk": 0.4, "recall": 0.25}
 PACKED = ("corpus", "dialogues")  # large and only for pretraining
 TEST_PAIRS = "eval/preferences_test"
-Row = dict[str, Any]
+DemoRow = dict[str, Any]
 
 
-def write_rows(path: Path, rows: Iterable[Row]) -> int:
+def write_rows(path: Path, rows: Iterable[DemoRow]) -> int:
     """Write JSON lines without spaces, in UTF-8 with plain newlines; returns how many."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row, ensure_ascii=False, separators=(",", ":")) for row in rows]
@@ -75,12 +75,12 @@ class Generator:
     def _rng(self, name: str) -> random.Random:
         return random.Random(f"{self.seed}:{name}")
 
-    def corpora(self) -> dict[str, list[Row]]:
+    def corpora(self) -> dict[str, list[DemoRow]]:
         """Training paragraphs and unseen ones."""
         train = Corpus(self._rng("corpus"))
         rows = [{"text": train.paragraph()} for _ in range(self.sizes["corpus"])]
         seen = {row["text"] for row in rows}
-        valid: list[Row] = []
+        valid: list[DemoRow] = []
         other = Corpus(self._rng("corpus_valid"))
         while len(valid) < self.sizes["corpus_valid"]:
             text = other.paragraph()
@@ -89,14 +89,14 @@ class Generator:
                 valid.append({"text": text})
         return {"corpus": rows, "corpus_valid": valid}
 
-    def conversations(self) -> dict[str, list[Row]]:
+    def conversations(self) -> dict[str, list[DemoRow]]:
         """Transcripts, demonstrations and prompts."""
-        found: dict[str, list[Row]] = {}
+        found: dict[str, list[DemoRow]] = {}
         chats = Chats(self._rng("dialogues"))
         found["dialogues"] = [{"messages": chats.transcript()} for _ in range(self.sizes["dialogues"])]
         seen: set[str] = set()
         for name in ("sft", "sft_valid"):
-            chats, rows = Chats(self._rng(name)), list[Row]()
+            chats, rows = Chats(self._rng(name)), list[DemoRow]()
             while len(rows) < self.sizes[name]:
                 messages = chats.demonstration()
                 if (key := prompt_key(messages)) not in seen:
@@ -116,19 +116,19 @@ class Generator:
                 found.append((prompt, ask))
         return found
 
-    def evaluation(self) -> dict[str, list[Row]]:
+    def evaluation(self) -> dict[str, list[DemoRow]]:
         """Held-out and out-of-distribution prompts with their tasks."""
-        found: dict[str, list[Row]] = {}
+        found: dict[str, list[DemoRow]] = {}
         for name, kind in (("eval/heldout", "heldout"), ("eval/ood", "ood")):
             drawn = self._prompts(name, kind)
             found[name] = [{"prompt": prompt, "task": ask.task, "family": ask.family} for prompt, ask in drawn]
         return found
 
-    def comparisons(self) -> dict[str, list[Row]]:
+    def comparisons(self) -> dict[str, list[DemoRow]]:
         """Labelled pairs; the rater is fitted on the training pairs and then used for all."""
         drawn = self._drawn()
         rater = self._rater(drawn)
-        found: dict[str, list[Row]] = {}
+        found: dict[str, list[DemoRow]] = {}
         for name, pairs in drawn.items():
             rng = self._rng(name + ":rater")
             found[name] = [self._labelled(rng, rater, *pair) for pair in pairs]
@@ -146,7 +146,7 @@ class Generator:
             [self.judge(a, ask.task) - self.judge(b, ask.task) for _, ask, a, b in drawn["preferences"]]
         )
 
-    def rated(self, rows: int, name: str, answer: Callable[[list[list[Message]]], list[list[str]]]) -> list[Row]:
+    def rated(self, rows: int, name: str, answer: Callable[[list[list[Message]]], list[list[str]]]) -> list[DemoRow]:
         """Pairs of a model's own replies to fresh prompts, labelled by the rater of `comparisons`.
 
         Args:
@@ -168,7 +168,7 @@ class Generator:
                 found.append(self._labelled(rng, rater, prompt, ask, a, b))
         return found
 
-    def _labelled(self, rng: random.Random, rater: Rater, prompt: list[Message], ask: Ask, a: str, b: str) -> Row:
+    def _labelled(self, rng: random.Random, rater: Rater, prompt: list[Message], ask: Ask, a: str, b: str) -> DemoRow:
         label = rater.label(rng, self.judge(a, ask.task), self.judge(b, ask.task))
         # The two replies are exchangeable, so keeping their order in a tie reveals nothing.
         chosen, rejected = (a, b) if label > 0 else (b, a)

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from .asks import Task
 from .chats import Chats
-from .generate import Generator, Row, prompt_key, write_rows
+from .generate import DemoRow, Generator, prompt_key, write_rows
 from .gold import WEIGHTS, explain, split_sentences
 
 RULES = ("rambles", "rude")
-PAIRS = {"preferences": 12000, "preferences_valid": 500, "eval/preferences_test": 1000}
-REPLIES = {"replies": 4000, "replies_valid": 500}
+RULE_PAIRS = {"preferences": 12000, "preferences_valid": 500, "eval/preferences_test": 1000}
+RULE_REPLIES = {"replies": 4000, "replies_valid": 500}
 SLIPS = 0.03  # share of labels that the reader gets wrong
 
 
@@ -34,18 +34,18 @@ def broken_rules(response: str, task: Task, finished: bool = True) -> list[str]:
 def generate_rules(out_dir: Path, seed: int = 0, scale: float = 1.0) -> dict[str, int]:
     """Write comparisons of the answer-only rater and labelled replies; returns the number of rows by file name."""
     maker = Generator(seed, scale, judge=answer_utility)
-    maker.sizes |= {name: max(10, round(size * scale)) for name, size in PAIRS.items()}
+    maker.sizes |= {name: max(10, round(size * scale)) for name, size in RULE_PAIRS.items()}
     files = maker.comparisons()
     seen: set[str] = set()
-    for name, size in REPLIES.items():
+    for name, size in RULE_REPLIES.items():
         files[name] = _replies(maker, random.Random(f"{seed}:rules:{name}"), max(10, round(size * scale)), seen)
     named = {f"{name}.jsonl": rows for name, rows in files.items()}
     return {name: write_rows(out_dir / name, rows) for name, rows in named.items()}
 
 
-def _replies(maker: Generator, rng: random.Random, size: int, seen: set[str]) -> list[Row]:
+def _replies(maker: Generator, rng: random.Random, size: int, seen: set[str]) -> list[DemoRow]:
     """Replies with the rules that they break; a prompt of an earlier file (`seen`) is not used again."""
-    chats, rows, used = Chats(rng), list[Row](), set[str]()
+    chats, rows, used = Chats(rng), list[DemoRow](), set[str]()
     while len(rows) < size:
         prompt, ask = chats.prompt()
         key = prompt_key(prompt)

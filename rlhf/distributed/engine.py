@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.config.env_vars import timeout_seconds
-from rlhf.distributed.launch_env import check_world, under_deepspeed, use_cpu
-from rlhf.distributed.zero_gather import sharded
+from rlhf.distributed.launch_env import check_world_size, under_deepspeed, use_cpu
+from rlhf.distributed.zero_gather import is_sharded
 from rlhf.errors import TrainingError
 
 # Minor releases that tests/distributed/test_engine.py has seen. Outside it, TRL may have moved what we rely on.
-TESTED = {"trl": ("1.16", "1.17"), "accelerate": ("1.14", "2.0"), "transformers": ("5.20", "6.0")}
+TESTED_VERSIONS = {"trl": ("1.16", "1.17"), "accelerate": ("1.14", "2.0"), "transformers": ("5.20", "6.0")}
 
 
 def quiet_libraries(*, telemetry: bool) -> None:
@@ -52,7 +52,7 @@ def quiet_libraries(*, telemetry: bool) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def forget_accelerator() -> None:
+def reset_accelerator_state() -> None:
     """Drop what an earlier stage of this process settled: its mixed precision would otherwise be ours too, in silence,
     and after one under ZeRO-3 models would be loaded in shards, which no new head fits.
 
@@ -96,7 +96,7 @@ def make_accelerator(*, unused: bool = False) -> Any:
     return accelerator
 
 
-def real_rows(accelerator: Any, rows: int) -> int:
+def count_real_rows(accelerator: Any, rows: int) -> int:
     """How many of this process's `rows` in the held-out batch at hand are records.
 
     The others, at its end, are repetitions: accelerate fills up the last batch so that all processes have as much.
@@ -107,7 +107,7 @@ def real_rows(accelerator: Any, rows: int) -> int:
     return min(max(state.remainder - accelerator.process_index * rows, 0), rows)
 
 
-def bound_waiting() -> None:
+def set_process_group_timeout() -> None:
     """Give every group of processes our timeout, those that DeepSpeed makes by itself too (torch's default: half an
     hour). Call it before the first group is made."""
     import torch.distributed.distributed_c10d as c10d
@@ -120,7 +120,7 @@ def check_accelerator(accelerator: Any) -> None:
 
     Raises: TrainingError for another number of processes, or another engine than DeepSpeed.
     """
-    check_world(accelerator.num_processes)
+    check_world_size(accelerator.num_processes)
     if under_deepspeed() and accelerator.distributed_type.value != "DEEPSPEED":
         raise TrainingError(
             "DeepSpeed was asked for, and something else would run",
@@ -130,7 +130,7 @@ def check_accelerator(accelerator: Any) -> None:
         )
 
 
-def set_batch(accelerator: Any, microbatch_size: int, max_grad_norm: float) -> None:
+def set_deepspeed_batch_size(accelerator: Any, microbatch_size: int, max_grad_norm: float) -> None:
     """Tell DeepSpeed what no prepared dataloader would tell it; accumulation is ours (`accumulating`)."""
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     if plugin is not None:
@@ -169,7 +169,7 @@ def cpu_has_bfloat16() -> bool:
 
 
 @contextmanager
-def accumulating(model: Any, accelerator: Any, *, last: bool) -> Iterator[None]:
+def gradient_accumulation(model: Any, accelerator: Any, *, last: bool) -> Iterator[None]:
     """Around the forward and backward of a microbatch: gradients go to the other processes with the `last` one."""
     if under_deepspeed():
         model.set_gradient_accumulation_boundary(last)
@@ -213,7 +213,7 @@ def clip_and_step(
 
 
 @contextmanager
-def engine_loads_with(load: Callable[[str], None]) -> Iterator[None]:
+def override_deepspeed_loading(load: Callable[[str], None]) -> Iterator[None]:
     """Have a Trainer under DeepSpeed take weights and optimizer state out of a checkpoint's folder by our function."""
     from transformers import trainer as module
 
@@ -229,7 +229,7 @@ def save_model(model: Any, folder: str, *, accelerator: Any) -> None:
     """Write full (gathered) weights or the adapter with plain `save_pretrained`; collective, rank 0 writes."""
     inner = accelerator.unwrap_model(model)
     # Gathered only where that is needed: the copies that it makes of tied weights would be written twice.
-    parted = any(sharded(p) for p in inner.parameters()) or accelerator.distributed_type.value == "FSDP"
+    parted = any(is_sharded(p) for p in inner.parameters()) or accelerator.distributed_type.value == "FSDP"
     state = accelerator.get_state_dict(model) if parted else None
     if accelerator.is_main_process:
         inner.save_pretrained(folder, state_dict=state)
@@ -237,7 +237,7 @@ def save_model(model: Any, folder: str, *, accelerator: Any) -> None:
 
 
 @contextmanager
-def unsharded(
+def gathered_module(
     model: nn.Module, accelerator: Any, part: Callable[[Any], nn.Module] = lambda whole: whole
 ) -> Iterator[Any]:
     """The bare module, or a part of it, with whole weights, for sampling and scoring.
@@ -261,7 +261,7 @@ def unsharded(
             add_hooks(model)
 
 
-def everybody(value: Any, processes: int) -> list[Any]:
+def all_gather_objects(value: Any, processes: int) -> list[Any]:
     """One object of every process, in rank order, on all of them."""
     found: list[Any] = [None] * processes
     torch.distributed.all_gather_object(found, value)

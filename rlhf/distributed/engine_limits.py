@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from rlhf.config.schema import PPOConfig
-from rlhf.distributed.launch_env import under_deepspeed
+from rlhf.distributed.launch_env import under_deepspeed, world_size
 from rlhf.errors import ConfigError
-from rlhf.stages.lifecycle import processes
 
 
 def check_deepspeed(config: PPOConfig) -> None:
@@ -29,9 +28,9 @@ def check_deepspeed(config: PPOConfig) -> None:
             where="ppo.target_kl",
             do="set ppo.target_kl=null and fewer ppo.epochs, or launch without DeepSpeed",
         )
-    if config.ptx.data and config.ptx.batch_size % processes():
+    if config.ptx.data and config.ptx.batch_size % world_size():
         raise ConfigError(
-            f"{config.ptx.batch_size} documents cannot be shared equally by {processes()} processes",
+            f"{config.ptx.batch_size} documents cannot be shared equally by {world_size()} processes",
             where="ptx.batch_size",
             do="choose a multiple",
         )

@@ -17,14 +17,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.config.env_vars import LAST_WORDS, timeout_seconds
+from rlhf.config.env_vars import HEARTBEAT_FOLDER, timeout_seconds
 
-STUCK = 70  # exit code (sysexits.h: an internal error) of a process that ended itself
-EVERY = 1.0  # seconds between two signs of life at least
+STUCK_EXIT_CODE = 70  # exit code (sysexits.h: an internal error) of a process that ended itself
+MIN_SECONDS_BETWEEN = 1.0  # seconds between two signs of life at least
 
 
 @dataclass(frozen=True)
-class Sign:
+class Heartbeat:
     """What one process said last."""
 
     rank: int
@@ -39,7 +39,7 @@ class Sign:
 _step = 0  # the last that this process has finished
 
 
-def say(what: str, *, step: int | None = None, words: str = "") -> None:
+def write_heartbeat(what: str, *, step: int | None = None, words: str = "") -> None:
     """Leave a sign, if somebody reads it.
 
     Args:
@@ -47,10 +47,10 @@ def say(what: str, *, step: int | None = None, words: str = "") -> None:
     """
     global _step
     _step = _step if step is None else step
-    folder = os.environ.get(LAST_WORDS)
+    folder = os.environ.get(HEARTBEAT_FOLDER)
     if not folder or not Path(folder).is_dir():
         return
-    sign = Sign(
+    sign = Heartbeat(
         int(os.environ.get("RANK", "0")), os.getpid(), socket.gethostname(), time.time(), what, _step, words[:2000]
     )
     path = Path(folder) / f"{sign.rank}.json"
@@ -59,12 +59,12 @@ def say(what: str, *, step: int | None = None, words: str = "") -> None:
     temporary.replace(path)
 
 
-def signs(folder: Path) -> list[Sign]:
+def read_heartbeats(folder: Path) -> list[Heartbeat]:
     """What every process said last, by rank."""
     found = []
     for path in folder.glob("*.json"):
         try:
-            found.append(Sign(**json.loads(path.read_text(encoding="utf-8"))))
+            found.append(Heartbeat(**json.loads(path.read_text(encoding="utf-8"))))
         except (OSError, ValueError, TypeError):
             continue
     return sorted(found, key=lambda sign: sign.rank)
@@ -91,38 +91,38 @@ class Watchdog:
         """Some work was finished; `step` if it was a whole step or update."""
         self.last = time.monotonic()
         self.step = self.step if step is None else step
-        if step is not None and self.last - self.said >= EVERY:
+        if step is not None and self.last - self.said >= MIN_SECONDS_BETWEEN:
             self.said = self.last
-            say("running", step=step)
+            write_heartbeat("running", step=step)
 
     def _look(self) -> None:
         while not self._stop.wait(min(1.0, self.seconds / 4)):
             if time.monotonic() - self.last > self.seconds:
                 words = f"no step was finished for {self.seconds:g} s (the last was {self.step})"
-                say("stuck", step=self.step, words=words)
+                write_heartbeat("stuck", step=self.step, words=words)
                 sys.stderr.write(f"rank {os.environ.get('RANK', '0')}: {words}; ending this process\n")
                 sys.stderr.flush()
-                self.end(STUCK)
+                self.end(STUCK_EXIT_CODE)
                 return
 
 
 _watchdog: Watchdog | None = None
 
 
-def watch() -> None:
+def start_watchdog() -> None:
     """Watch this process if it is one of several. Once; later calls count as work."""
     global _watchdog
     if _watchdog is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _watchdog = Watchdog(timeout_seconds())
         _watchdog.start()
-    beat(0)
+    report_progress(0)
 
 
-def beat(step: int | None = None) -> None:
+def report_progress(step: int | None = None) -> None:
     """Some work was finished; `step` if it was a whole step or update."""
     global _step
     _step = _step if step is None else step
     if _watchdog is not None:
         _watchdog.beat(step)
-    elif step is not None and LAST_WORDS in os.environ:
-        say("running", step=step)
+    elif step is not None and HEARTBEAT_FOLDER in os.environ:
+        write_heartbeat("running", step=step)

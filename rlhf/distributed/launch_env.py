@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from rlhf.config.env_vars import EXPECTED_PROCESSES, secrets
+from rlhf.config.env_vars import EXPECTED_PROCESSES, secret_names
 from rlhf.errors import ConfigError, TrainingError
 
 SECRETS_FILE = ".deepspeed_env"  # where DeepSpeed keeps the environment of other machines
@@ -30,7 +30,7 @@ def check_launch(stage: str) -> None:
 
     Raises: ConfigError; TrainingError, as `check_world`.
     """
-    check_world(int(os.environ.get("WORLD_SIZE", "1")))
+    check_world_size(int(os.environ.get("WORLD_SIZE", "1")))
     # accelerate says where to meet if several were asked for, also where it then starts one process without a word.
     launched, meeting = "ACCELERATE_MIXED_PRECISION" in os.environ, "MASTER_ADDR" in os.environ
     if launched and meeting and "WORLD_SIZE" not in os.environ:
@@ -72,7 +72,7 @@ def check_no_secrets(*folders: Path) -> None:
     for path in (folder / SECRETS_FILE for folder in folders):
         if path.is_file():
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-            found = secrets(line.partition("=")[0].strip() for line in lines)
+            found = secret_names(line.partition("=")[0].strip() for line in lines)
             if found:
                 raise ConfigError(
                     "a file of DeepSpeed holds what looks like credentials",
@@ -82,7 +82,7 @@ def check_no_secrets(*folders: Path) -> None:
                 )
 
 
-def check_world(processes: int) -> None:
+def check_world_size(processes: int) -> None:
     """Compare the processes that run with those that were asked for.
 
     Raises: TrainingError (some launch forms silently start one process).
@@ -98,27 +98,32 @@ def check_world(processes: int) -> None:
             )
 
 
-def rank() -> int:
+def get_rank() -> int:
     """This process's index, also before an Accelerator exists."""
     return int(os.environ.get("RANK", "0"))
 
 
-def is_main() -> bool:
+def is_main_process() -> bool:
     """Whether this process writes files and prints."""
-    return rank() == 0
+    return get_rank() == 0
 
 
-def leave_at_exit() -> None:
+def leave_process_groups_at_exit() -> None:
     """Have this process leave its groups of processes before the interpreter is taken down.
 
     For one that ends well, together with the others. gloo's threads may still hold tensors of the last message; freeing
     those after Python has gone aborts the process (pytorch/pytorch#190489), and a run that had finished would count as
     failed. One that fails does not wait for messages that may never come.
     """
-    atexit.register(leave)
+    atexit.register(leave_process_groups)
 
 
-def leave() -> None:
+def leave_process_groups() -> None:
     """Leave every group of processes, if there is one."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def world_size() -> int:
+    """World size as the launcher set it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

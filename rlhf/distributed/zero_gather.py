@@ -15,14 +15,14 @@ from torch import Tensor, nn
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
 
 
-def forget_steps(optimizer: Any, groups: list[int]) -> None:
+def reset_adam_steps(optimizer: Any, groups: list[int]) -> None:
     """Make Adam count the updates of some parameter groups from here.
 
     Weights that wait have no gradient and torch keeps no state for them. ZeRO gives the optimizer whole flat groups,
     with gradients of 0: their moments stay 0 but their updates are counted, so that the bias correction of the first
     real one would be missing (3.2 times too large a step).
     """
-    zero, adam = layers(optimizer)
+    zero, adam = optimizer_layers(optimizer)
     if hasattr(zero, "sub_group_to_group_id"):  # ZeRO-3
         owner = zero.sub_group_to_group_id
         counted = [p for i, p in enumerate(zero.fp32_partitioned_groups_flat) if owner[i] in groups]
@@ -34,31 +34,31 @@ def forget_steps(optimizer: Any, groups: list[int]) -> None:
             state["step"] = state["step"] * 0
 
 
-def layers(optimizer: Any) -> tuple[Any, Any]:
+def optimizer_layers(optimizer: Any) -> tuple[Any, Any]:
     """The ZeRO optimizer (None without) and torch's below what accelerate makes of one."""
     below = getattr(optimizer, "optimizer", optimizer)
     adam = getattr(below, "optimizer", None)
     return (None, below) if adam is None else (below, adam)
 
 
-def sharded(parameter: Tensor) -> bool:
+def is_sharded(parameter: Tensor) -> bool:
     """Whether this process holds a part of a weight only (ZeRO-3)."""
     return hasattr(parameter, "ds_id")
 
 
-def numel(parameter: Tensor) -> int:
+def full_numel(parameter: Tensor) -> int:
     """Numbers in a weight, all processes together."""
-    return int(parameter.ds_numel) if sharded(parameter) else parameter.numel()  # type: ignore[attr-defined]
+    return int(parameter.ds_numel) if is_sharded(parameter) else parameter.numel()  # type: ignore[attr-defined]
 
 
 @contextmanager
-def whole(parameters: Iterable[nn.Parameter], *, changed: bool = False) -> Iterator[None]:
+def gathered_parameters(parameters: Iterable[nn.Parameter], *, changed: bool = False) -> Iterator[None]:
     """Around reading weights that may be sharded: each process has all of them. Collective.
 
     Args:
         changed: those of the main process are what everybody has afterwards.
     """
-    split = [p for p in parameters if sharded(p)]
+    split = [p for p in parameters if is_sharded(p)]
     if not split:
         yield
         return
@@ -68,13 +68,13 @@ def whole(parameters: Iterable[nn.Parameter], *, changed: bool = False) -> Itera
         yield
 
 
-def flat_groups(optimizer: Any, *, filled: bool = False) -> dict[int, Tensor]:
+def flat_partitions(optimizer: Any, *, filled: bool = False) -> dict[int, Tensor]:
     """id of a parameter -> the flat float32 part, of this process, that ZeRO updates instead of it; without, none.
 
     Args:
         filled: give Adam a state, as before the first update, where it has none yet.
     """
-    zero, adam = layers(optimizer)
+    zero, adam = optimizer_layers(optimizer)
     if zero is None:
         return {}
     if hasattr(zero, "fp32_partitioned_groups_flat"):  # ZeRO-3
@@ -101,14 +101,14 @@ def adam_state(parameter: nn.Parameter, optimizer: Any, flat: Mapping[int, Tenso
     Args:
         flat: `flat_groups`.
     """
-    zero, adam = layers(optimizer)
+    zero, adam = optimizer_layers(optimizer)
     if zero is None:
         state = {key: torch.as_tensor(value) for key, value in adam.state.get(parameter, {}).items()}
         return {WEIGHT: parameter.detach(), **state}
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     state = adam.state.get(flat[id(parameter)], {})
-    with taking_gradients(parameter):
+    with gradients_enabled(parameter):
         found = {WEIGHT: safe_get_full_fp32_param(parameter)}
         if state:
             found |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
@@ -117,7 +117,7 @@ def adam_state(parameter: nn.Parameter, optimizer: Any, flat: Mapping[int, Tenso
 
 
 @contextmanager
-def taking_gradients(parameter: nn.Parameter) -> Iterator[None]:
+def gradients_enabled(parameter: nn.Parameter) -> Iterator[None]:
     """ZeRO-3 tells and takes nothing of a weight that waits for its phase."""
     before = parameter.requires_grad
     parameter.requires_grad_(True)
@@ -136,8 +136,8 @@ def set_adam_state(
         values: whole tensors, the same on every process; without moments: as before the first update.
         flat: `flat_groups`, filled.
     """
-    zero, adam = layers(optimizer)
-    with torch.no_grad(), whole([parameter], changed=True):
+    zero, adam = optimizer_layers(optimizer)
+    with torch.no_grad(), gathered_parameters([parameter], changed=True):
         parameter.copy_(values[WEIGHT])
     if zero is not None:
         _set_flat(parameter, values, optimizer, flat[id(parameter)])
@@ -162,17 +162,17 @@ def _set_flat(parameter: nn.Parameter, values: Mapping[str, Tensor], optimizer: 
         safe_set_local_optimizer_state,
     )
 
-    _, adam = layers(optimizer)
+    _, adam = optimizer_layers(optimizer)
     zeros = torch.zeros(values[WEIGHT].shape)
     step = adam.state[flat]["step"]
     count = float(values.get("step", torch.zeros(())))
     adam.state[flat]["step"] = torch.full_like(step, count) if isinstance(step, Tensor) else int(count)
-    if not sharded(parameter):
+    if not is_sharded(parameter):
         safe_set_full_fp32_param(parameter, values[WEIGHT])
         for key in MOMENTS:
             safe_set_full_optimizer_state(parameter, values.get(key, zeros), key)
         return
-    with taking_gradients(parameter):
+    with gradients_enabled(parameter):
         safe_set_local_fp32_param(parameter, _part(values[WEIGHT], parameter))
         for key in MOMENTS:
             safe_set_local_optimizer_state(parameter, _part(values.get(key, zeros), parameter), key)

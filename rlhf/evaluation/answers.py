@@ -11,14 +11,14 @@ import torch
 from rlhf.config.sections import Sampling
 from rlhf.data.collate import pad_right
 from rlhf.data.render import Renderer
-from rlhf.generation.native import sample
+from rlhf.generation.native import generate_rollout
 from rlhf.models.heads import position_ids, sequence_scores
 from rlhf.rollout.score import response_logprobs
 from rlhf.rollout.types import Rollout
 
 
 @dataclass(frozen=True)
-class Answer:
+class GeneratedResponse:
     """One response."""
 
     text: str
@@ -29,7 +29,7 @@ class Answer:
 
 
 @torch.no_grad()
-def answer(
+def generate_responses(
     model: Any,
     prompts: Sequence[list[int]],
     renderer: Renderer,
@@ -40,7 +40,7 @@ def answer(
     reference: Any = None,
     reward_model: Any = None,
     numbers: Sequence[int] | None = None,
-) -> list[Answer]:
+) -> list[GeneratedResponse]:
     """Draw one response for each prompt and measure it.
 
     Args:
@@ -53,7 +53,7 @@ def answer(
         return []
     device = next(model.parameters()).device
     numbered = list(zip(range(len(prompts)) if numbers is None else numbers, prompts, strict=True))
-    rollout = sample(
+    rollout = generate_rollout(
         model,
         numbered,
         settings,
@@ -73,7 +73,7 @@ def answer(
         ids = rollout.response_ids[row][rollout.response_mask[row]].tolist()
         ratio = None if kl is None else float(kl[row])
         score = None if scores is None else float(scores[row])
-        answers.append(Answer(renderer.decode(ids), len(ids), bool(rollout.finished[row]), ratio, score))
+        answers.append(GeneratedResponse(renderer.decode(ids), len(ids), bool(rollout.finished[row]), ratio, score))
     return answers
 
 
@@ -96,7 +96,7 @@ def _scores(reward_model: Any, rollout: Rollout) -> torch.Tensor:
 
 
 @torch.no_grad()
-def score_rows(reward_model: Any, rows: Sequence[list[int]], pad_id: int) -> list[float]:
+def score_sequences(reward_model: Any, rows: Sequence[list[int]], pad_id: int) -> list[float]:
     """Reward-model scores of whole sequences (prompt and response), in order."""
     device = next(reward_model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from rlhf.data.records import Messages
 from rlhf.errors import DataError
-from rlhf.rollout.rewards import load_function
+from rlhf.rollout.rewards import import_reward_function
 
-Messages = list[dict[str, str]]
 Judge = Callable[[Messages, str, Mapping[str, Any], bool], float]
 
 
@@ -17,7 +17,7 @@ def load_judge(name: str, *, where: str = "judge") -> Judge:
 
     Raises: ConfigError if there is no such function.
     """
-    return load_function(name, what="judge", where=where)
+    return import_reward_function(name, what="judge", where=where)
 
 
 def demo_gold(prompt: Messages, response: str, record: Mapping[str, Any], finished: bool) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MeanEstimate:
     """A mean with its 95 % interval."""
 
     mean: float
@@ -22,7 +22,7 @@ class Estimate:
         return f"{100 * self.mean:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
 
-def wins(ours: Sequence[float], theirs: Sequence[float]) -> np.ndarray:
+def win_indicators(ours: Sequence[float], theirs: Sequence[float]) -> np.ndarray:
     """Per prompt: 1 if our utility is higher, 0.5 at a tie, 0 if lower.
 
     A utility per response makes both presentation orders agree by construction; swapping the arguments gives 1 - wins.
@@ -34,13 +34,13 @@ def wins(ours: Sequence[float], theirs: Sequence[float]) -> np.ndarray:
     return np.where(a == b, 0.5, (a > b).astype(float))
 
 
-def bootstrap(values: Sequence[float] | np.ndarray, *, resamples: int, seed: int) -> Estimate:
+def bootstrap_mean(values: Sequence[float] | np.ndarray, *, resamples: int, seed: int) -> MeanEstimate:
     """Mean and percentile bootstrap interval (2.5 % to 97.5 %) over prompts."""
     data = np.asarray(values, dtype=float)
     rng = np.random.default_rng(seed)
     means = np.array([data[rng.integers(0, len(data), len(data))].mean() for _ in range(resamples)])
     low, high = np.quantile(means, [0.025, 0.975])
-    return Estimate(float(data.mean()), float(low), float(high))
+    return MeanEstimate(float(data.mean()), float(low), float(high))
 
 
 def best_of_n_kl(n: int) -> float:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlhf.functional.checks import as_float, same_shape
 
-KINDS = ("k1", "k2", "k3")
+KL_ESTIMATORS = ("k1", "k2", "k3")
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
@@ -43,7 +43,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
         # expm1 keeps k3 precise for small d, where exp(-d) - 1 rounds to noise. The clamp is for an expm1 that is one
         # rounding too small, as accelerators allow themselves.
         return (torch.expm1(-d) + d).clamp(min=0.0)
-    raise ValueError(f"kl_estimate: kind must be one of {', '.join(KINDS)} (found: {kind!r})")
+    raise ValueError(f"kl_estimate: kind must be one of {', '.join(KL_ESTIMATORS)} (found: {kind!r})")
 
 
 def adaptive_kl(coef: float, observed: float, target: float, horizon: float, n: int) -> float:

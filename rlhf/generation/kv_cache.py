@@ -17,20 +17,20 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
-CHUNK = 32  # columns by which the buffers grow
+GROWTH_COLUMNS = 32  # columns by which the buffers grow
 
 
-def open_slots(model: Any) -> Slots | Batches:
+def open_cache(model: Any) -> SlotCache | BatchCache:
     """`Slots` where every layer of a model keeps plain keys and values, else `Batches`."""
     layers = DynamicCache(config=model.config).layers if hasattr(model, "config") else []
     plain = bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
-    return Slots(model, len(layers)) if plain else Batches(model)
+    return SlotCache(model, len(layers)) if plain else BatchCache(model)
 
 
 class _Layer(CacheLayerMixin):
     """One layer's buffers [rows, heads, columns, width]; which part of them is in use, the owner knows."""
 
-    def __init__(self, owner: Slots) -> None:
+    def __init__(self, owner: SlotCache) -> None:
         super().__init__()
         self.owner = owner
 
@@ -83,7 +83,7 @@ def _grown(buffer: Tensor, rows: int, columns: int) -> Tensor:
     return new
 
 
-class Slots:
+class SlotCache:
     """Rows that come and go."""
 
     joins = True
@@ -120,8 +120,8 @@ class Slots:
         """One token more for every row: [a] int64 each -> logits of the next one, [a, V]."""
         if self.end == self.columns:
             start = int(self.first.min())
-            self._shift(-start if start >= CHUNK else 0)
-            self.columns = max(self.columns, self.end + CHUNK)
+            self._shift(-start if start >= GROWTH_COLUMNS else 0)
+            self.columns = max(self.columns, self.end + GROWTH_COLUMNS)
         self.rows, self.start = slice(0, len(self.first)), int(self.first.min())
         columns = torch.arange(self.start, self.end + 1, device=tokens.device)
         logits = self._forward(tokens[:, None], (columns >= self.first[:, None]).long(), positions[:, None])
@@ -158,7 +158,7 @@ class Slots:
         return logits
 
 
-class Batches:
+class BatchCache:
     """For models whose layers keep something else (a window, a state): rows begin together, and none joins later."""
 
     joins = False

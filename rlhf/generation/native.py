@@ -10,16 +10,18 @@ from torch import Tensor
 
 from rlhf.config.sections import Sampling
 from rlhf.data.collate import pad_left
-from rlhf.generation.kv_cache import open_slots
+from rlhf.generation.kv_cache import open_cache
 from rlhf.models.heads import position_ids
 from rlhf.rollout.types import Rollout, pack_bits
 
 Decode = Callable[[list[int]], str]
-KEPT = 0.75  # share of the rows below which finished ones are dropped, and of the slots below which others join
+REFILL_THRESHOLD = (
+    0.75  # share of the rows below which finished ones are dropped, and of the slots below which others join
+)
 
 
 @torch.no_grad()
-def sample(
+def generate_rollout(
     model: Any,
     prompts: Sequence[tuple[int, list[int]]],
     settings: Sampling,
@@ -48,7 +50,7 @@ def sample(
     model.eval()
     ids, mask = (t.to(device) for t in pad_left([p for _, p in prompts], pad_id))
     drawn = _Drawn(prompts, settings, seed, step, end_id, pad_id, device, decode)
-    lengths, slots = mask.sum(dim=1), open_slots(model)
+    lengths, slots = mask.sum(dim=1), open_cache(model)
     waiting = lengths.argsort(stable=True)
     live = waiting[:0]  # rows that are in a slot
     while len(live) or len(waiting):
@@ -56,10 +58,10 @@ def sample(
             at = lengths[live] + drawn.lengths[live] - 1
             drawn.draw(live, slots.step(drawn.last[live], at))
             going = (~drawn.done[live]).nonzero().squeeze(1)
-            if len(going) <= KEPT * len(live):  # drop finished rows once it pays for moving the others
+            if len(going) <= REFILL_THRESHOLD * len(live):  # drop finished rows once it pays for moving the others
                 slots.keep(going)
                 live = live[going]
-        if len(waiting) and (not len(live) or (slots.joins and len(live) <= KEPT * settings.batch_size)):
+        if len(waiting) and (not len(live) or (slots.joins and len(live) <= REFILL_THRESHOLD * settings.batch_size)):
             new, waiting = waiting.split([n := min(settings.batch_size - len(live), len(waiting)), len(waiting) - n])
             width = int(lengths[new].max())
             cut = mask[new, -width:]
@@ -100,10 +102,10 @@ class _Drawn:
     def draw(self, rows: Tensor, logits: Tensor) -> None:
         """One token for each of some rows that is not done; logits [n, V]."""
         at = self.lengths[rows].clamp_max(self.settings.max_new_tokens - 1)
-        allowed = support(logits, self.settings, at, self.end_id)
+        allowed = allowed_tokens(logits, self.settings, at, self.end_id)
         if allowed is not None:
             logits = logits.masked_fill(~allowed, -torch.inf)
-        token, logprob = pick(logits, self.uniform[rows, at], self.settings.temperature)
+        token, logprob = draw_token(logits, self.uniform[rows, at], self.settings.temperature)
         going = ~self.done[rows]
         rows, at, token, logprob = rows[going], at[going], token[going], logprob[going]
         if allowed is not None:
@@ -133,7 +135,7 @@ class _Drawn:
         """All rows, cut to the longest response."""
         used = int(self.lengths.max())
         mask = torch.arange(used, device=self.ids.device) < self.lengths[:, None]
-        support = (
+        allowed_tokens = (
             self.support if self.support is not None else self.ids.new_zeros(*self.ids.shape, 0, dtype=torch.uint8)
         )
         return Rollout(
@@ -144,11 +146,11 @@ class _Drawn:
             self.finished,
             self.index,
             self.logprobs[:, :used],
-            support[:, :used],
+            allowed_tokens[:, :used],
         )
 
 
-def pick(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def draw_token(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """One token a row, by inverting the cumulative distribution at a uniform draw (argmax at temperature 0).
 
     Args:
@@ -167,7 +169,7 @@ def pick(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, T
     return token.squeeze(1), probabilities.gather(1, token).squeeze(1).log()
 
 
-def support(logits: Tensor, settings: Sampling, position: Tensor, end_id: int) -> Tensor | None:
+def allowed_tokens(logits: Tensor, settings: Sampling, position: Tensor, end_id: int) -> Tensor | None:
     """Which tokens may be drawn at a position of each response ([B] int64), [B, V] bool; None if nothing is filtered.
 
     First the end token before `min_new_tokens`, then top-k, then the nucleus of what is left (Holtzman et al. 2020,

@@ -8,15 +8,15 @@ from pathlib import Path
 from rlhf.config.sections import Sampling
 from rlhf.console import Console
 from rlhf.data.records import Messages
-from rlhf.data.write import refuse_existing
+from rlhf.data.write import refuse_existing_output
 from rlhf.demo.generate import Generator, write_rows
-from rlhf.evaluation.answers import answer
-from rlhf.tools.generate import open_model
+from rlhf.evaluation.answers import generate_responses
+from rlhf.tools.generate import load_chat_model
 
-CHUNK = 256  # prompts between two updates of the progress bar
+PROMPTS_PER_BATCH = 256  # prompts between two updates of the progress bar
 
 
-def rate(model: str, output: Path, *, rows: int, max_new_tokens: int, seed: int, console: Console) -> None:
+def rate_responses(model: str, output: Path, *, rows: int, max_new_tokens: int, seed: int, console: Console) -> None:
     """Ask a model fresh prompts of the demo world twice each and have the simulated rater compare the two replies.
 
     Args:
@@ -25,8 +25,8 @@ def rate(model: str, output: Path, *, rows: int, max_new_tokens: int, seed: int,
 
     Raises: ConfigError if the output exists or its folder does not.
     """
-    refuse_existing(output)
-    loaded, renderer = open_model(model, console)
+    refuse_existing_output(output)
+    loaded, renderer = load_chat_model(model, console)
     settings = Sampling(max_new_tokens=max_new_tokens, temperature=1.0)
 
     def replies(prompts: list[Messages]) -> list[list[str]]:
@@ -34,10 +34,12 @@ def rate(model: str, output: Path, *, rows: int, max_new_tokens: int, seed: int,
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # little padding
         found: list[list[str]] = [[] for _ in ids]
         with console.progress("rate", 2 * len(ids), "response") as bar:
-            for start in range(0, len(order), CHUNK):
-                chunk = order[start : start + CHUNK]
+            for start in range(0, len(order), PROMPTS_PER_BATCH):
+                chunk = order[start : start + PROMPTS_PER_BATCH]
                 for draw in (2 * start, 2 * start + 1):
-                    drawn = answer(loaded, [ids[i] for i in chunk], renderer, settings, seed=seed, draw=draw)
+                    drawn = generate_responses(
+                        loaded, [ids[i] for i in chunk], renderer, settings, seed=seed, draw=draw
+                    )
                     for i, reply in zip(chunk, drawn, strict=True):
                         # A reply that was cut off cannot be written as a turn that ended.
                         found[i].append(reply.text if reply.finished else "")

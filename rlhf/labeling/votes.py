@@ -14,14 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf.config.labeling import VoteSource, WeakConfig
-from rlhf.data.formats import check_format, convert, describe, recognise
-from rlhf.data.records import BadRow, Comparison, Labelled, reasons, spelt_out
+from rlhf.config.labeling import VoteSource, WeakLabelConfig
+from rlhf.data.formats import check_format, convert_row, describe_format, recognise_format
+from rlhf.data.records import BadRow, Comparison, Labelled, count_reasons, describe_bad_rows
 from rlhf.data.sources import check_object, read_rows
-from rlhf.errors import ConfigError, DataError, collect
+from rlhf.errors import ConfigError, DataError, combine_errors
 
-Row = dict[str, Any]
-Function = Callable[[Row], Any]
+VoteRow = dict[str, Any]
+VoteFunction = Callable[[VoteRow], Any]
 SIDES = ("chosen", "rejected")
 _MIRROR = {"chosen": "rejected", "rejected": "chosen", None: None}
 _PAIR_VOTES: dict[Any, str | None] = {
@@ -38,10 +38,10 @@ _LABEL = {"comparison": "preference", "labelled": "label"}
 
 
 @dataclass(frozen=True)
-class Item:
+class VotedRecord:
     """One record to be labelled: its row under our column names without a label, and what the contract makes of it."""
 
-    row: Row
+    row: VoteRow
     record: Comparison | Labelled
     gold: str | None
     votes: dict[str, str | None]
@@ -53,7 +53,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Ballots:
+class VoteTable:
     """All votes.
 
     Attributes:
@@ -65,7 +65,7 @@ class Ballots:
         notes: lines for people.
     """
 
-    rows: list[Row]
+    rows: list[VoteRow]
     sources: tuple[str, ...]
     labels: tuple[str, ...]
     votes: list[list[int]]
@@ -73,7 +73,7 @@ class Ballots:
     notes: list[str] = field(default_factory=list)
 
 
-def read_ballots(config: WeakConfig, functions: Mapping[str, Function]) -> Ballots:
+def read_votes(config: WeakLabelConfig, functions: Mapping[str, VoteFunction]) -> VoteTable:
     """Read the records, ask everybody.
 
     Args:
@@ -83,7 +83,7 @@ def read_ballots(config: WeakConfig, functions: Mapping[str, Function]) -> Ballo
     """
     data = config.data
     rows, columns, said = read_rows(data)
-    reader, items, bad = _Reader(config, functions), list[Item](), list[BadRow]()
+    reader, items, bad = _Reader(config, functions), list[VotedRecord](), list[BadRow]()
     format, how = _format(config, columns)
     hidden = _aside(config)
     for number, value in rows:
@@ -92,28 +92,30 @@ def read_ballots(config: WeakConfig, functions: Mapping[str, Function]) -> Ballo
             row = check_object(value, where)
             kept = {name: cell for name, cell in row.items() if name not in hidden}
             bare = kept | {"label": []} if config.kind == "labelled" else kept
-            record: Any = convert(bare, format, config.kind, where)
+            record: Any = convert_row(bare, format, config.kind, where)
             gold = reader.read(row.get(config.gold), config.gold, where) if config.gold else None
-            items.append(Item(kept, record, gold, reader.ask(row, kept, record)))
+            items.append(VotedRecord(kept, record, gold, reader.ask(row, kept, record)))
         except BadRow as error:
             bad.append(error)
-    problem = collect(DataError, spelt_out(bad)) if data.on_bad_row == "error" else None
+    problem = combine_errors(DataError, describe_bad_rows(bad)) if data.on_bad_row == "error" else None
     if problem:
         raise problem
     if not items:
-        raise DataError(f"no record is left ({reasons(bad)}; first: {bad[0]})", where=data.path, do="correct the file")
+        raise DataError(
+            f"no record is left ({count_reasons(bad)}; first: {bad[0]})", where=data.path, do="correct the file"
+        )
     note = f"{data.path}: {how}{said and ', '}{said}, {len(items)} records"
-    note += f", {len(bad)} dropped ({reasons(bad)})" if bad else ""
+    note += f", {len(bad)} dropped ({count_reasons(bad)})" if bad else ""
     return _table(config, items, reader, [note, *reader.notes()])
 
 
-def _aside(config: WeakConfig) -> set[str]:
+def _aside(config: WeakLabelConfig) -> set[str]:
     """Columns that are neither shown to functions nor written: votes, gold, and the label that is replaced."""
     read = {name for source in config.sources for name in (source.votes, source.column) if name}
     return {*read, _LABEL[config.kind]} | ({config.gold} if config.gold else set())
 
 
-def _format(config: WeakConfig, columns: set[str]) -> tuple[str, str]:
+def _format(config: WeakLabelConfig, columns: set[str]) -> tuple[str, str]:
     """Name of the file's format, and that in words. Raises: DataError if it does not fit, or a column is not there."""
     data, auto, label = config.data, config.data.format == "auto", _LABEL[config.kind]
     named = {name for source in config.sources for name in (source.votes, source.column, config.gold) if name}
@@ -128,20 +130,20 @@ def _format(config: WeakConfig, columns: set[str]) -> tuple[str, str]:
         )
         for name in sorted(named - columns)
     ]
-    problem = collect(DataError, missing)
+    problem = combine_errors(DataError, missing)
     if problem:
         raise problem
     known = columns | {"label"} if config.kind == "labelled" else columns
-    format = recognise(known, config.kind, data.path) if auto else data.format
+    format = recognise_format(known, config.kind, data.path) if auto else data.format
     check_format(format, known, config.kind, data.path)
-    how = describe(format, known - _aside(config) | ({"label"} & known), config.kind, recognised=auto)
+    how = describe_format(format, known - _aside(config) | ({"label"} & known), config.kind, recognised=auto)
     return format, how + (f", '{label}' is replaced" if label in columns else "")
 
 
 class _Reader:
     """Asks every source about one record after the other, and counts what people should know."""
 
-    def __init__(self, config: WeakConfig, functions: Mapping[str, Function]) -> None:
+    def __init__(self, config: WeakLabelConfig, functions: Mapping[str, VoteFunction]) -> None:
         self.config, self.functions = config, functions
         self.pairs = config.kind == "comparison"
         self.ties, self.by_place = Counter[str](), Counter[str]()
@@ -151,7 +153,7 @@ class _Reader:
             if count > 1:
                 raise ConfigError(f"two sources are called '{name}'", where="sources", do="give one another name")
 
-    def ask(self, row: Mapping[str, Any], shown: Row, record: Comparison | Labelled) -> dict[str, str | None]:
+    def ask(self, row: Mapping[str, Any], shown: VoteRow, record: Comparison | Labelled) -> dict[str, str | None]:
         """Source -> vote. `shown` is what functions see: no votes of others, no label, no gold.
 
         Raises: BadRow for a vote that is none; DataError if a function fails; ConfigError for one name twice.
@@ -208,7 +210,7 @@ class _Reader:
             raise BadRow("broken votes", what, found=f"{value!r:.40}", where=where)
         return value
 
-    def _call(self, name: str, function: str, shown: Row, where: str) -> str | None:
+    def _call(self, name: str, function: str, shown: VoteRow, where: str) -> str | None:
         first = self._once(name, function, shown, where)
         if not self.pairs:
             return first
@@ -218,7 +220,7 @@ class _Reader:
         self.by_place[name] += 1
         return None
 
-    def _once(self, name: str, function: str, shown: Row, where: str) -> str | None:
+    def _once(self, name: str, function: str, shown: VoteRow, where: str) -> str | None:
         try:
             value = self.functions[function](dict(shown))
         except Exception as error:
@@ -266,7 +268,7 @@ def _holds(source: VoteSource, text: str, other: str) -> bool:
     return words - len(other.split()) >= source.longer_by
 
 
-def _table(config: WeakConfig, items: Sequence[Item], reader: _Reader, notes: list[str]) -> Ballots:
+def _table(config: WeakLabelConfig, items: Sequence[VotedRecord], reader: _Reader, notes: list[str]) -> VoteTable:
     names = tuple(dict.fromkeys((*reader.fixed, *sorted({name for item in items for name in item.votes}))))
     labels = SIDES if config.kind == "comparison" else config.labels
     if not labels:
@@ -285,4 +287,4 @@ def _table(config: WeakConfig, items: Sequence[Item], reader: _Reader, notes: li
     strange = sum(item.gold is not None and item.gold not in index for item in items)
     if strange:
         notes.append(f"the gold of {strange} records is a class that nobody can vote for: left out of the table")
-    return Ballots([item.row for item in items], names, labels, votes, gold, notes)
+    return VoteTable([item.row for item in items], names, labels, votes, gold, notes)

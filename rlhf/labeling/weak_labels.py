@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from rlhf.config.labeling import WeakConfig
+from rlhf.config.labeling import WeakLabelConfig
 from rlhf.console import Console
-from rlhf.data.write import refuse_existing, write_lines
+from rlhf.data.write import refuse_existing_output, write_jsonl
 from rlhf.errors import DataError
 from rlhf.functional import dawid_skene, majority_vote, vote_accuracy, vote_shares
-from rlhf.labeling.votes import Ballots, read_ballots
-from rlhf.rollout.rewards import load_function
+from rlhf.labeling.votes import VoteTable, read_votes
+from rlhf.rollout.rewards import import_reward_function
 
 FEWEST = 3  # sources; the accuracies of two cannot be told apart by how often they agree
 
 
-def run(config: WeakConfig, console: Console) -> None:
+def make_weak_labels(config: WeakLabelConfig, console: Console) -> None:
     """Label, write the file, say how each source did.
 
     Raises: ConfigError if the file exists or a function does not import; DataError for what cannot be read, for too
@@ -29,17 +29,17 @@ def run(config: WeakConfig, console: Console) -> None:
     """
     output = Path(config.output)
     console.title(f"weak -> {output}")
-    refuse_existing(output)
+    refuse_existing_output(output)
     named = [source.function for source in config.sources if source.function]
-    functions = {name: load_function(name, what="labelling function", where="sources") for name in named}
-    ballots = read_ballots(config, functions)
+    functions = {name: import_reward_function(name, what="labelling function", where="sources") for name in named}
+    ballots = read_votes(config, functions)
     for note in ballots.notes:
         console.note(note)
     votes = torch.tensor(ballots.votes, dtype=torch.int64).reshape(len(ballots.rows), len(ballots.sources))
     _check_votes(config, votes, ballots)
     labels = _labels(config, votes, ballots, console)
     written = (votes >= 0).any(dim=1) if config.no_votes == "drop" else torch.ones(len(votes), dtype=torch.bool)
-    count = write_lines(output, _rows(config, ballots, labels, written))
+    count = write_jsonl(output, _rows(config, ballots, labels, written))
     _say_sources(votes, ballots, labels, console)
     silent = int((votes < 0).all(dim=1).sum())
     console.note(
@@ -48,7 +48,7 @@ def run(config: WeakConfig, console: Console) -> None:
     )
 
 
-def _check_votes(config: WeakConfig, votes: Tensor, ballots: Ballots) -> None:
+def _check_votes(config: WeakLabelConfig, votes: Tensor, ballots: VoteTable) -> None:
     if not bool((votes >= 0).any()):
         raise DataError(
             "nobody votes on any record",
@@ -67,7 +67,7 @@ def _check_votes(config: WeakConfig, votes: Tensor, ballots: Ballots) -> None:
         )
 
 
-def _labels(config: WeakConfig, votes: Tensor, ballots: Ballots, console: Console) -> Tensor:
+def _labels(config: WeakLabelConfig, votes: Tensor, ballots: VoteTable, console: Console) -> Tensor:
     """[R, N]: P(class | votes)."""
     settings, classes = config.label_model, len(ballots.labels)
     if settings.kind == "majority":
@@ -87,7 +87,7 @@ def _labels(config: WeakConfig, votes: Tensor, ballots: Ballots, console: Consol
     return found.posterior
 
 
-def _one_accuracy(config: WeakConfig, votes: Tensor, ballots: Ballots) -> bool:
+def _one_accuracy(config: WeakLabelConfig, votes: Tensor, ballots: VoteTable) -> bool:
     """Whether a source has one accuracy instead of a matrix. Raises: DataError if a matrix would say nothing."""
     if config.kind == "comparison" or config.label_model.accuracy == "one":
         return True
@@ -103,7 +103,7 @@ def _one_accuracy(config: WeakConfig, votes: Tensor, ballots: Ballots) -> bool:
     return bool(one_sided)
 
 
-def _rows(config: WeakConfig, ballots: Ballots, labels: Tensor, written: Tensor) -> Iterator[dict[str, Any]]:
+def _rows(config: WeakLabelConfig, ballots: VoteTable, labels: Tensor, written: Tensor) -> Iterator[dict[str, Any]]:
     for row, values, wanted in zip(ballots.rows, labels.tolist(), written.tolist(), strict=True):
         if not wanted:
             continue
@@ -113,7 +113,7 @@ def _rows(config: WeakConfig, ballots: Ballots, labels: Tensor, written: Tensor)
             yield row | {"label": {name: round(p, 6) for name, p in zip(ballots.labels, values, strict=True)}}
 
 
-def _say_sources(votes: Tensor, ballots: Ballots, labels: Tensor, console: Console) -> None:
+def _say_sources(votes: Tensor, ballots: VoteTable, labels: Tensor, console: Console) -> None:
     """The table of sources; with gold also how often they, the labels and the majority are right."""
     header = ["source", "coverage", "overlap", "conflict", "estimated accuracy"]
     columns = [*vote_shares(votes), vote_accuracy(votes, labels)]
@@ -135,12 +135,13 @@ def _say_sources(votes: Tensor, ballots: Ballots, labels: Tensor, console: Conso
         voted = known & (votes >= 0).any(dim=1)
         majority = majority_vote(votes, classes=labels.shape[1])
         console.text(
-            f"labels right: {_percent(right(labels[voted], gold[voted]))} (majority of the votes: "
-            f"{_percent(right(majority[voted], gold[voted]))}), of {int(voted.sum())} records with votes and gold"
+            f"labels right: {_percent(label_accuracy(labels[voted], gold[voted]))} (majority of the votes: "
+            f"{_percent(label_accuracy(majority[voted], gold[voted]))}), of {int(voted.sum())} records with votes and "
+            "gold"
         )
 
 
-def right(labels: Tensor, gold: Tensor) -> float:
+def label_accuracy(labels: Tensor, gold: Tensor) -> float:
     """Share of records whose likeliest class is the true one; a tie of k classes counts 1 / k if the truth is one.
 
     Args:

@@ -10,19 +10,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf.config.env_vars import DEFAULT_TIMEOUT, EXPECTED_PROCESSES, MEETING, TIMEOUT, timeout_seconds
+from rlhf.config.env_vars import (
+    DEFAULT_TIMEOUT,
+    EXPECTED_PROCESSES,
+    RENDEZVOUS_SECONDS,
+    TIMEOUT_VARIABLE,
+    timeout_seconds,
+)
 from rlhf.config.load import read_yaml
-from rlhf.errors import ConfigError, collect
+from rlhf.errors import ConfigError, combine_errors
 from rlhf.launch.network import interface_towards
-from rlhf.launch.supervisor import Ended, report, supervise
+from rlhf.launch.supervisor import JobResult, report_job, supervise
 
-SIDE_BY_SIDE = ("MULTI_GPU", "DEEPSPEED", "FSDP")  # types that start one process each for a number of them
+MULTI_PROCESS_TYPES = ("MULTI_GPU", "DEEPSPEED", "FSDP")  # types that start one process each for a number of them
 MACHINES, RANK, ADDRESS, PORT = "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"
 INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 @dataclass(frozen=True)
-class Options:
+class LaunchOptions:
     """What the command line says about processes; None = as the accelerate file says."""
 
     launcher: str | None = None
@@ -37,7 +43,7 @@ class Options:
     @property
     def given(self) -> bool:
         """Whether anything but a launcher was given."""
-        return self != Options(launcher=self.launcher)
+        return self != LaunchOptions(launcher=self.launcher)
 
     def flags(self) -> list[str]:
         """As they are typed, for the command that resumes."""
@@ -55,7 +61,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LaunchPlan:
     """A launch, resolved and found possible."""
 
     path: Path
@@ -86,7 +92,7 @@ class Plan:
             "--main_process_ip",
             str(self.ip),
             "--rdzv_conf",
-            f"timeout={max(seconds, MEETING)}",
+            f"timeout={max(seconds, RENDEZVOUS_SECONDS)}",
         ]
         if self.kind == "DEEPSPEED":
             several += ["--deepspeed_multinode_launcher", "standard"]  # the others write the environment to a file
@@ -121,7 +127,7 @@ def accelerate_config(name: str) -> Path:
     raise ConfigError("no such launcher", found=name, where="--launcher", do=f"one of {', '.join(known)}, or a path")
 
 
-def resolve_launch(options: Options, environment: Mapping[str, str] = os.environ) -> Plan:
+def resolve_launch(options: LaunchOptions, environment: Mapping[str, str] = os.environ) -> LaunchPlan:
     """What would be started.
 
     Of several machines, what no flag says is read from the environment: NNODES or SLURM_NNODES, NODE_RANK or
@@ -152,14 +158,14 @@ def resolve_launch(options: Options, environment: Mapping[str, str] = os.environ
     if machines > 1:
         ip = ip or environment.get(ADDRESS) or settings.get("main_process_ip")
         port = number("--main-process-port", port, settings.get("main_process_port") or 29500, PORT)
-    plan = Plan(path, settings, processes, machines, rank, ip, port)
-    raised = collect(ConfigError, [*problems, *(str(error) for error in _impossible(plan))])
+    plan = LaunchPlan(path, settings, processes, machines, rank, ip, port)
+    raised = combine_errors(ConfigError, [*problems, *(str(error) for error in _impossible(plan))])
     if raised is not None:
         raise raised
     return plan
 
 
-def _impossible(plan: Plan) -> Iterator[ConfigError]:
+def _impossible(plan: LaunchPlan) -> Iterator[ConfigError]:
     """What is wrong with a launch, in words."""
     kind, processes, machines = plan.kind, plan.processes, plan.machines
     if processes < 1 or machines < 1:
@@ -189,7 +195,7 @@ def _impossible(plan: Plan) -> Iterator[ConfigError]:
             where="--main-process-ip",
             do=f"give the address of machine 0 (or set {ADDRESS}), the same on every machine",
         )
-    if processes > 1 and kind not in SIDE_BY_SIDE:
+    if processes > 1 and kind not in MULTI_PROCESS_TYPES:
         yield ConfigError(
             f"distributed_type {kind} starts one process, in silence",
             found=f"{processes} processes",
@@ -213,19 +219,19 @@ def _impossible(plan: Plan) -> Iterator[ConfigError]:
         )
 
 
-def check_stage(stage: str, config: Any, plan: Plan) -> None:
+def check_stage_launch(stage: str, config: Any, plan: LaunchPlan) -> None:
     """What a stage and a launch must agree on.
 
     Raises: ConfigError for a batch that the processes cannot share, and for an engine that would not run.
     """
-    check_batch(config, plan.processes)
+    check_batch_shared(config, plan.processes)
     if plan.kind == "FSDP":
         from rlhf.distributed.launch_env import check_fsdp
 
         check_fsdp(stage)
 
 
-def check_batch(config: Any, processes: int) -> None:
+def check_batch_shared(config: Any, processes: int) -> None:
     """Raises: ConfigError for a batch that the processes cannot share."""
     if hasattr(config, "ppo"):
         config.ppo.check_shared(processes)
@@ -233,7 +239,7 @@ def check_batch(config: Any, processes: int) -> None:
         config.optim.accumulation(processes)
 
 
-def launch(options: Options, stage: str, arguments: list[str], *, output: str | None = None) -> int:
+def launch_stage(options: LaunchOptions, stage: str, arguments: list[str], *, output: str | None = None) -> int:
     """Run a stage of ours under `accelerate launch`, and again after a failure as often as is allowed.
 
     Args:
@@ -245,7 +251,7 @@ def launch(options: Options, stage: str, arguments: list[str], *, output: str | 
     plan = resolve_launch(options)
     environment = dict(os.environ)
     if options.timeout is not None:
-        environment[TIMEOUT] = str(options.timeout)
+        environment[TIMEOUT_VARIABLE] = str(options.timeout)
     seconds = timeout_seconds(environment)
     environment[EXPECTED_PROCESSES] = str(plan.processes)
     if plan.machines > 1 and INTERFACE not in environment and (found := interface_towards(str(plan.ip))):
@@ -263,15 +269,18 @@ def launch(options: Options, stage: str, arguments: list[str], *, output: str | 
             port=plan.port,
         )
     resume = "rlhf " + shlex.join([stage, *arguments, *options.flags()])
-    ended = Ended(0)
+    ended = JobResult(0)
     for attempt in range(options.max_restarts + 1):
-        command, meeting = plan.command([stage, *arguments], attempt, seconds), max(seconds, MEETING) + MEETING / 2
+        command, meeting = (
+            plan.command([stage, *arguments], attempt, seconds),
+            max(seconds, RENDEZVOUS_SECONDS) + RENDEZVOUS_SECONDS / 2,
+        )
         ended = supervise(command, environment, seconds, meeting if several else None)
         if ended.code == 0:
             return 0
         left = options.max_restarts - attempt
         again = left > 0 and ended.may_restart
-        report(
+        report_job(
             ended,
             Path(output) if output else None,
             resume,

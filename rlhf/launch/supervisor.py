@@ -16,26 +16,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf.checkpointing.files import MANIFEST
-from rlhf.config.env_vars import LAST_WORDS
-from rlhf.distributed.heartbeat import Sign, signs
-from rlhf.runs.preemption import STOPPED
+from rlhf.config.env_vars import HEARTBEAT_FOLDER
+from rlhf.distributed.heartbeat import Heartbeat, read_heartbeats
+from rlhf.runs.preemption import INTERRUPTED_EXIT_CODE, STOPPED_EXIT_CODE
 
-LOOK = 0.1  # seconds
-GRACE = 60.0  # for the others to end by themselves after one has died; less if the timeout is shorter
-INTERRUPTED = 130
+POLL_SECONDS = 0.1  # seconds
+GRACE_SECONDS = 60.0  # for the others to end by themselves after one has died; less if the timeout is shorter
 # What gloo, NCCL and the operating system say of a process at the other end that is gone or out of reach.
-LOST = re.compile(
+CONNECTION_LOST = re.compile(
     "Timed out waiting|timed out connecting|connectFullMesh|Connection (closed|reset|refused)|operation timeout"
     "|remote process exited|No route to host|Network is unreachable|Broken pipe|pair closure"
 )
 
 
 @dataclass(frozen=True)
-class Ended:
+class JobResult:
     """How a job ended."""
 
     code: int
-    culprit: Sign | None = None  # the process that was first
+    culprit: Heartbeat | None = None  # the process that was first
     at: float = 0.0  # seconds since the epoch
     silent: bool = False  # it left without a word, as one does that is killed
 
@@ -43,12 +42,12 @@ class Ended:
     def may_restart(self) -> bool:
         """Whether another attempt can help: not if the user stopped it, nor after an error that would come again."""
         refused = self.culprit is not None and self.culprit.what == "refused"
-        return self.code not in (0, INTERRUPTED, STOPPED) and not refused
+        return self.code not in (0, INTERRUPTED_EXIT_CODE, STOPPED_EXIT_CODE) and not refused
 
 
 def supervise(
     command: list[str], environment: Mapping[str, str], seconds: float, meeting: float | None = None
-) -> Ended:
+) -> JobResult:
     """Run a job to its end.
 
     Args:
@@ -60,24 +59,24 @@ def supervise(
     with tempfile.TemporaryDirectory(prefix="rlhf-") as name, _told() as told:
         folder = Path(name)
         # A group of its own: some launchers die of SIGTERM and leave their processes behind, which must have it too.
-        process = subprocess.Popen(command, env={**environment, LAST_WORDS: name}, start_new_session=True)
-        first: tuple[Sign, float] | None = None
+        process = subprocess.Popen(command, env={**environment, HEARTBEAT_FOLDER: name}, start_new_session=True)
+        first: tuple[Heartbeat, float] | None = None
         passed, begun = 0, time.monotonic()
         while process.poll() is None:
-            time.sleep(LOOK)
+            time.sleep(POLL_SECONDS)
             for number in told[passed:]:
                 passed += 1
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, number)
             first = first or (None if told else _first_gone(folder))
-            if first is not None and time.time() - first[1] > min(GRACE, seconds):
+            if first is not None and time.time() - first[1] > min(GRACE_SECONDS, seconds):
                 _end_all(process, folder)
-            if meeting is not None and time.monotonic() - begun > meeting and not signs(folder):
+            if meeting is not None and time.monotonic() - begun > meeting and not read_heartbeats(folder):
                 _end_all(process, folder)
         if told:
             _wait_for_group(process.pid)
             if process.returncode:
-                return Ended(STOPPED if signal.SIGTERM in told else INTERRUPTED)
+                return JobResult(STOPPED_EXIT_CODE if signal.SIGTERM in told else INTERRUPTED_EXIT_CODE)
         return _ended(process.returncode, folder, first)
 
 
@@ -95,7 +94,7 @@ def _told() -> Iterator[list[int]]:
 
 def _wait_for_group(group: int) -> None:
     """After a signal the launcher may end before the stage has saved."""
-    end = time.monotonic() + GRACE
+    end = time.monotonic() + GRACE_SECONDS
     while time.monotonic() < end:
         try:
             os.killpg(group, 0)
@@ -104,9 +103,9 @@ def _wait_for_group(group: int) -> None:
         time.sleep(0.05)
 
 
-def _first_gone(folder: Path) -> tuple[Sign, float] | None:
+def _first_gone(folder: Path) -> tuple[Heartbeat, float] | None:
     """A process of this machine that is gone or has failed, and when."""
-    found = signs(folder)
+    found = read_heartbeats(folder)
     silent = [sign for sign in found if sign.what == "running" and _gone(sign.pid)]
     if silent:  # before those that said why they ended: as a rule because this one was gone
         return silent[0], time.time()
@@ -133,33 +132,33 @@ def _gone(pid: int) -> bool:
 
 def _end_all(process: subprocess.Popen[bytes], folder: Path) -> None:
     """End what this job has started and nothing else."""
-    for pid in [*(sign.pid for sign in signs(folder) if not _gone(sign.pid)), process.pid]:
+    for pid in [*(sign.pid for sign in read_heartbeats(folder) if not _gone(sign.pid)), process.pid]:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
 
 
-def _ended(code: int, folder: Path, first: tuple[Sign, float] | None) -> Ended:
+def _ended(code: int, folder: Path, first: tuple[Heartbeat, float] | None) -> JobResult:
     if code == 0:
-        return Ended(0)
+        return JobResult(0)
     if first is None:
         first = _first_gone(folder)
     if first is None:
-        stopped = any(sign.what == "interrupted" for sign in signs(folder))
-        return Ended(INTERRUPTED if stopped else code if code > 0 else 1)
+        stopped = any(sign.what == "interrupted" for sign in read_heartbeats(folder))
+        return JobResult(INTERRUPTED_EXIT_CODE if stopped else code if code > 0 else 1)
     sign, at = first
     # Its own last words, if it had time for some.
-    spoken = next((s for s in signs(folder) if s.rank == sign.rank and s.what != "running"), None)
-    return Ended(code if code > 0 else 1, spoken or sign, at, silent=spoken is None)
+    spoken = next((s for s in read_heartbeats(folder) if s.rank == sign.rank and s.what != "running"), None)
+    return JobResult(code if code > 0 else 1, spoken or sign, at, silent=spoken is None)
 
 
-def newest_checkpoint(run: Path) -> str | None:
+def newest_checkpoint_path(run: Path) -> str | None:
     """The last complete checkpoint in a run directory."""
     found = [p.parent for p in (run / "checkpoints").glob(f"*/{MANIFEST}")]
     return str(max(found, key=lambda p: p.stat().st_mtime)) if found else None
 
 
-def report(
-    ended: Ended, run: Path | None, resume: str, *, restarts_left: int, meeting: str = "", writes: bool = True
+def report_job(
+    ended: JobResult, run: Path | None, resume: str, *, restarts_left: int, meeting: str = "", writes: bool = True
 ) -> None:
     """One message: who, when, the last good checkpoint, and how it goes on.
 
@@ -167,7 +166,7 @@ def report(
         meeting: where several machines meet.
         writes: whether this machine writes the run directory; the others may have disks of their own.
     """
-    if ended.code in (INTERRUPTED, STOPPED):
+    if ended.code in (INTERRUPTED_EXIT_CODE, STOPPED_EXIT_CODE):
         return  # said by whoever was told to end
     who = ended.culprit
     when = time.strftime("%H:%M:%S", time.localtime(ended.at or time.time()))
@@ -177,10 +176,10 @@ def report(
     else:
         how = "died without a word (killed, or out of memory)" if ended.silent else f"{who.what}: {who.words}"
         lines = [f"rank {who.rank} (process {who.pid} on {who.host}) {how}, at {when}, after step {who.step}"]
-        if who.what == "stuck" or LOST.search(who.words):
+        if who.what == "stuck" or CONNECTION_LOST.search(who.words):
             or_link = ", or its machine or the link to it is down" if meeting else ""
             lines.append(f"it waits for another process in vain: that one hangs or is gone{or_link}")
-    checkpoint = newest_checkpoint(run) if run is not None else None
+    checkpoint = newest_checkpoint_path(run) if run is not None else None
     none = "none yet; it starts over" if writes else "none on this machine's disk; machine 0 writes them"
     lines.append(f"last good checkpoint: {checkpoint or none}")
     if restarts_left:

@@ -11,7 +11,7 @@ from torch import nn
 from rlhf.config.sections import Peft
 from rlhf.errors import ConfigError
 
-ALL = "all-linear"
+ALL_LINEAR = "all-linear"
 ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 KEY_OR_VALUE = re.compile(r"(^|_)(k|v|key|value)(_|$)", re.IGNORECASE)
 
@@ -23,10 +23,10 @@ def lora_targets(model: Any, peft: Peft) -> str | list[str]:
     """
     wanted = peft.target_modules
     layers = linear_layers(model)
-    if wanted == ALL:
+    if wanted == ALL_LINEAR:
         if not layers:
             raise _nothing(model, layers, wanted)
-        return ALL
+        return ALL_LINEAR
     if isinstance(wanted, str):
         if not any(re.fullmatch(wanted, name) for name in layers):
             raise _nothing(model, layers, wanted)
@@ -53,7 +53,7 @@ def ia3_targets(model: Any, peft: Peft) -> tuple[list[str], list[str]]:
     scaled = scaled or [name for name, (reads, makes) in attention.items() if reads == hidden < makes]
     inner = [name for name, size in layers.items() if name not in attention and size[1] == hidden != size[0]]
     wanted = peft.target_modules
-    if wanted != ALL:
+    if wanted != ALL_LINEAR:
         found = lora_targets(model, peft)
         ends = _ends([n for n in layers if re.fullmatch(found, n)], layers) if isinstance(found, str) else found
         return ends, [end for end in ends if set(_ending(layers, [end])) <= set(inner)]

@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 from rlhf.config.sections import READ_BY, ModelSource, Peft
 from rlhf.errors import CheckpointError, ConfigError
-from rlhf.models.adapter_targets import ALL, ia3_targets, lora_targets
-from rlhf.models.load import disable_dropout, grow_embeddings, is_adapter, load_causal, load_pretrained, resolve
+from rlhf.models.adapter_targets import ALL_LINEAR, ia3_targets, lora_targets
+from rlhf.models.load import disable_dropout, grow_embeddings, load_pretrained, resolve_model
 
-REFERENCE = "reference"
-Task = Literal["CAUSAL_LM", "SEQ_CLS"]
-METHODS = {"LORA": "lora", "IA3": "ia3", "PROMPT_TUNING": "prompt"}  # PEFT's names and ours
-SAVED_AS = {
+REFERENCE_ADAPTER = "reference"
+PeftTask = Literal["CAUSAL_LM", "SEQ_CLS"]
+METHOD_NAMES = {"LORA": "lora", "IA3": "ia3", "PROMPT_TUNING": "prompt"}  # PEFT's names and ours
+PEFT_SETTING_NAMES = {
     "r": "r",
     "alpha": "lora_alpha",
     "rslora": "use_rslora",
@@ -48,10 +48,10 @@ def load_adapter(source: ModelSource, folder: str, auto_class: Any, *, trainable
     from peft.utils import load_peft_weights
 
     base = base_source(source, folder)
-    model = load_pretrained(auto_class, base, resolve(base))
+    model = load_pretrained(auto_class, base, resolve_model(base))
     fit_vocabulary(model, folder)
     disable_dropout(model)  # the base's; the adapter keeps its own
-    if trainable and method_of(folder) == "prompt":  # which PEFT loads frozen only
+    if trainable and saved_adapter_method(folder) == "prompt":  # which PEFT loads frozen only
         model = get_peft_model(model, config)
         set_peft_model_state_dict(model, load_peft_weights(folder, device="cpu"))
         return model
@@ -70,7 +70,7 @@ def fit_vocabulary(model: Any, folder: str) -> None:
             grow_embeddings(model, tensors.get_slice(key).get_shape()[0])
 
 
-def adapter_config(model: Any, peft: Peft, task: Task) -> Any:
+def adapter_config(model: Any, peft: Peft, task: PeftTask) -> Any:
     """PEFT configuration. SEQ_CLS also trains and saves the score head: without it a random head would be frozen.
 
     Raises: ConfigError if the model has no layers of the names that are asked for.
@@ -97,7 +97,7 @@ def adapter_config(model: Any, peft: Peft, task: Task) -> Any:
     )
 
 
-def continued_config(peft: Peft, folder: str, task: Task) -> Any:
+def continued_config(peft: Peft, folder: str, task: PeftTask) -> Any:
     """PEFT configuration of a saved adapter that is trained on, the head of SEQ_CLS with it.
 
     Raises: ConfigError if it was made with other settings.
@@ -113,7 +113,7 @@ def continued_config(peft: Peft, folder: str, task: Task) -> Any:
     return config
 
 
-def add_adapter(model: Any, peft: Peft, task: Task) -> Any:
+def add_adapter(model: Any, peft: Peft, task: PeftTask) -> Any:
     """Wrap a full model with a fresh adapter. LoRA starts with B = 0 and IA3 with factors of 1, so that the output
     does not change; a soft prompt starts as embeddings of random tokens."""
     from peft import get_peft_model
@@ -121,7 +121,7 @@ def add_adapter(model: Any, peft: Peft, task: Task) -> Any:
     return get_peft_model(model, adapter_config(model, peft, task))
 
 
-def rate_factor(name: str, peft: Peft) -> float:
+def adapter_rate_factor(name: str, peft: Peft) -> float:
     """By what the learning rate of a parameter is multiplied: LoRA+ (Hayou et al. 2024, arXiv:2402.12354) for B.
 
     Args:
@@ -135,15 +135,15 @@ def is_adapter_weight(name: str) -> bool:
     return "lora_" in name or "ia3_" in name
 
 
-def method_of(folder: str) -> str:
+def saved_adapter_method(folder: str) -> str:
     """The method of a saved adapter as `peft.method` names it, or PEFT's own name of one that is not ours."""
     kind = str(_saved(folder)["peft_type"])
-    return METHODS.get(kind, kind)
+    return METHOD_NAMES.get(kind, kind)
 
 
-def worn_method(model: Any) -> str:
+def active_adapter_method(model: Any) -> str:
     """The method of a PeftModel's trained adapter, as `peft.method` names it."""
-    return METHODS[model.peft_config["default"].peft_type.value]
+    return METHOD_NAMES[model.peft_config["default"].peft_type.value]
 
 
 def check_same_shape(peft: Peft, folder: str) -> None:
@@ -153,16 +153,16 @@ def check_same_shape(peft: Peft, folder: str) -> None:
     Raises: ConfigError that names every difference.
     """
     saved = _saved(folder)
-    pairs: dict[str, tuple[Any, Any]] = {"method": (peft.method, method_of(folder))}
+    pairs: dict[str, tuple[Any, Any]] = {"method": (peft.method, saved_adapter_method(folder))}
     if pairs["method"][0] == pairs["method"][1]:
-        keys = {name: key for name, key in SAVED_AS.items() if name in READ_BY[peft.method]}
+        keys = {name: key for name, key in PEFT_SETTING_NAMES.items() if name in READ_BY[peft.method]}
         pairs |= {name: (getattr(peft, name), saved.get(key, False)) for name, key in keys.items()}
-        if "target_modules" in READ_BY[peft.method] and peft.target_modules != ALL:
+        if "target_modules" in READ_BY[peft.method] and peft.target_modules != ALL_LINEAR:
             pairs["target_modules"] = (_sorted(peft.target_modules), _sorted(saved["target_modules"]))
     wrong = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     if wrong:
         made = [f"{name}={theirs}" for name, (_, theirs) in wrong.items()]
-        ours = method_of(folder) in METHODS.values()
+        ours = saved_adapter_method(folder) in METHOD_NAMES.values()
         fit = f"set {' '.join(f'peft.{pair}' for pair in made)}, or " if ours else ""
         raise ConfigError(
             f"the adapter in {folder} was trained with {', '.join(made)}",
@@ -181,33 +181,15 @@ def _sorted(names: Any) -> Any:
     return names if isinstance(names, str) else sorted(names)
 
 
-def policy_with_adapter(source: ModelSource, peft: Peft) -> Any:
-    """A trainable adapter policy; `reference_policy` gives its starting point without a second copy of the base.
-
-    From full weights: a fresh adapter (the reference is the adapter switched off). From an adapter: that adapter
-    continues, and a frozen copy of it is the reference, since base weights alone are not the SFT model.
-    """
-    from transformers import AutoModelForCausalLM
-
-    folder = resolve(source)
-    if not is_adapter(folder):
-        return add_adapter(load_causal(source), peft, "CAUSAL_LM")
-    check_same_shape(peft, folder)
-    model = load_adapter(source, folder, AutoModelForCausalLM, trainable=True)
-    model.load_adapter(folder, REFERENCE, is_trainable=False)
-    model.set_adapter("default")
-    return model
-
-
 @contextmanager
 def reference_policy(model: Any) -> Iterator[Any]:
     """Inside, an adapter policy computes as the model it started from."""
-    with wearing(model, REFERENCE if REFERENCE in model.peft_config else None):
+    with use_adapter(model, REFERENCE_ADAPTER if REFERENCE_ADAPTER in model.peft_config else None):
         yield model
 
 
 @contextmanager
-def wearing(model: Any, adapter: str | None) -> Iterator[None]:
+def use_adapter(model: Any, adapter: str | None) -> Iterator[None]:
     """Inside, a PeftModel computes with one of its adapters, or with the bare base (None).
 
     Nothing is copied and nothing else changes: `set_adapter` of PEFT would also switch what is trainable.
@@ -225,7 +207,7 @@ def wearing(model: Any, adapter: str | None) -> Iterator[None]:
             layer._active_adapter, layer._disable_adapters = active, disabled
 
 
-def worn(model: Any) -> str | None:
+def active_adapter(model: Any) -> str | None:
     """Name of the adapter that a PeftModel computes with now, or None."""
     layer = next(module for module in model.modules() if hasattr(module, "_disable_adapters"))
     return None if layer._disable_adapters else layer.active_adapters[0]

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from rlhf.distributed.zero_gather import whole
+from rlhf.distributed.zero_gather import gathered_parameters
 
 
-class Average:
+class WeightAverage:
     """w_avg <- decay w_avg + (1 - decay) w, for the parameters that are trained. Float32."""
 
     def __init__(self, trained: Mapping[str, nn.Parameter], decay: float, *, main: bool = True) -> None:
@@ -22,7 +22,7 @@ class Average:
         self.decay, self.main = decay, main
         self.weights: dict[str, Tensor] = {}
         for name, p in trained.items():
-            with whole([p]):
+            with gathered_parameters([p]):
                 if main:
                     self.weights[name] = p.detach().to("cpu", torch.float32, copy=True)
 
@@ -30,7 +30,7 @@ class Average:
     def update(self, trained: Mapping[str, nn.Parameter]) -> None:
         """Take in the present weights."""
         for name, p in trained.items():
-            with whole([p]):
+            with gathered_parameters([p]):
                 if self.main:
                     self.weights[name].lerp_(p.detach().to("cpu", torch.float32), 1.0 - self.decay)
 
@@ -39,7 +39,7 @@ class Average:
         """The model of the main process with its average weights, for saving."""
         present: dict[str, Tensor] = {}
         for name, p in trained.items():
-            with torch.no_grad(), whole([p], changed=True):
+            with torch.no_grad(), gathered_parameters([p], changed=True):
                 if self.main:
                     present[name] = p.detach().to("cpu", copy=True)
                     p.copy_(self.weights[name])
@@ -47,6 +47,6 @@ class Average:
             yield
         finally:
             for name, p in trained.items():
-                with torch.no_grad(), whole([p], changed=True):
+                with torch.no_grad(), gathered_parameters([p], changed=True):
                     if self.main:
                         p.copy_(present[name])

@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from rlhf.data.render import Renderer
 from rlhf.errors import CheckpointError
 from rlhf.runs.run_dir import read_json, write_json
 
-FILE = "handover.json"
+HANDOVER_FILE = "handover.json"
 MUST_AGREE = {
     "template_sha256": "the chat template",
     "tokenizer_sha256": "the tokenizer",
@@ -42,21 +43,21 @@ class Handover:
 
     def write(self, folder: Path) -> None:
         """Write the record into a model folder."""
-        write_json(folder / FILE, asdict(self))
+        write_json(folder / HANDOVER_FILE, asdict(self))
 
 
-def make(stage: str, identity: dict[str, Any], **more: Any) -> Handover:
+def make_handover(stage: str, identity: dict[str, Any], **more: Any) -> Handover:
     """A record from `Renderer.identity()`."""
     names = {f.name for f in fields(Handover)}
     return Handover(stage=stage, **{k: v for k, v in identity.items() if k in names}, **more)
 
 
-def read(folder: str | Path) -> Handover | None:
+def read_handover(folder: str | Path) -> Handover | None:
     """The record of a model folder, or None for a model that no stage of ours made.
 
     Raises: CheckpointError if it is damaged.
     """
-    path = Path(folder) / FILE
+    path = Path(folder) / HANDOVER_FILE
     if not path.is_file():
         return None
     values = read_json(path)
@@ -68,7 +69,7 @@ def read(folder: str | Path) -> Handover | None:
         ) from None
 
 
-def verify(ours: dict[str, Any], theirs: Handover | None, *, where: str, role: str) -> None:
+def verify_handover(ours: dict[str, Any], theirs: Handover | None, *, where: str, role: str) -> None:
     """Refuse a model whose text-to-token path differs from ours. A foreign model without a record passes.
 
     Args:
@@ -90,3 +91,9 @@ def verify(ours: dict[str, Any], theirs: Handover | None, *, where: str, role: s
             where=where,
             do="use models of the same pipeline, or retrain it from this SFT model",
         )
+
+
+def save_tokenizer_and_handover(folder: Path, stage: str, renderer: Renderer, tokenizer: Any, **more: Any) -> None:
+    """Write tokenizer and hand-over record beside a model (main process)."""
+    tokenizer.save_pretrained(str(folder))
+    make_handover(stage, renderer.identity(), **more).write(folder)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf.models.adapters import wearing
+from rlhf.models.adapters import use_adapter
 from rlhf.models.packed_batch import trunk_states
 
 
@@ -24,7 +24,7 @@ class Float32Head(nn.Linear):
             return nn.functional.linear(input.float(), self.weight, self.bias)
 
 
-class SharedValue(nn.Module):
+class SharedValueHead(nn.Module):
     """A value head on the policy's own last hidden states: no second trunk, V = 0 everywhere at the start.
 
     Its gradient moves the trunk too (weighted by ppo.value_coef), so it saves memory at the price of a conflict.
@@ -114,7 +114,7 @@ def token_outputs(model: Any, ids: Tensor, mask: Tensor, where: Tensor | None = 
     Returns: [B, M, N] float32; meaningless where mask is False.
     """
     if isinstance(model, AdapterScorer):
-        with wearing(model.base, model.adapter):
+        with use_adapter(model.base, model.adapter):
             states = trunk_states(model.base, ids, mask, where)
     else:
         states = trunk_states(model, ids, mask, where)

@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from rlhf.config.sections import ModelSource
+from rlhf.data.render import Renderer
 from rlhf.errors import CheckpointError
 
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 
 
-def resolve(source: ModelSource) -> str:
+def resolve_model(source: ModelSource) -> str:
     """The folder (or hub id) that a model path means: a finished run stands for the model it made.
 
     Raises: CheckpointError if a local folder holds no model, listing what is there and which runs nearby are finished.
@@ -33,7 +34,7 @@ def resolve(source: ModelSource) -> str:
     if (path / "run.json").is_file() and (path / "model").is_dir():
         path = path / "model"
     has_config = (path / "config.json").is_file() or (path / "adapter_config.json").is_file()
-    has_weights = any((path / name).is_file() for name in WEIGHTS)
+    has_weights = any((path / name).is_file() for name in WEIGHT_FILES)
     if not (has_config and has_weights):
         missing = "weights (.safetensors)" if has_config else "config.json or adapter_config.json"
         files = ", ".join(sorted(p.name for p in path.iterdir())[:8]) if path.is_dir() else "a file, not a folder"
@@ -80,7 +81,7 @@ def load_tokenizer(source: ModelSource) -> Any:
     """
     from transformers import AutoTokenizer
 
-    folder = resolve(source)
+    folder = resolve_model(source)
     try:
         return AutoTokenizer.from_pretrained(
             folder, revision=source.revision, trust_remote_code=source.trust_remote_code
@@ -109,36 +110,6 @@ def load_pretrained(auto_class: Any, source: ModelSource, folder: str, **options
                 "the model does not load", found=f"{kind}: {str(error).splitlines()[0][:200]}", where=folder
             ) from None
         raise
-
-
-def load_causal(source: ModelSource, *, vocab_size: int | None = None) -> Any:
-    """A causal LM with dropout off; an adapter is merged into its base in memory.
-
-    Args:
-        vocab_size: length of the tokenizer; embeddings grow to it if it is larger.
-    Raises: CheckpointError if the folder does not hold a loadable model.
-    """
-    from transformers import AutoModelForCausalLM
-
-    folder = resolve(source)
-    if is_adapter(folder):
-        from rlhf.models.adapters import load_adapter, method_of
-
-        if method_of(folder) == "prompt":
-            raise CheckpointError(
-                "a soft prompt has no weights to fold into the model",
-                found="peft.method=prompt",
-                where=folder,
-                do="'rlhf generate', 'rlhf chat' and 'rlhf evaluate' read it as it is; train with peft.method=lora or "
-                "ia3 for a model that other stages start from",
-            )
-        model = load_adapter(source, folder, AutoModelForCausalLM, trainable=False).merge_and_unload()
-    else:
-        model = load_pretrained(AutoModelForCausalLM, source, folder)
-    if vocab_size is not None:
-        grow_embeddings(model, vocab_size)
-    disable_dropout(model)
-    return model
 
 
 def grow_embeddings(model: Any, vocab_size: int) -> None:
@@ -177,3 +148,10 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, total) parameters."""
     total = sum(p.numel() for p in model.parameters())
     return sum(p.numel() for p in model.parameters() if p.requires_grad), total
+
+
+def set_stop_tokens(model: Any, renderer: Renderer) -> None:
+    """Make plain `generate` stop at the end token and pad with the pad token."""
+    model.generation_config.eos_token_id = renderer.end_id
+    model.generation_config.pad_token_id = renderer.pad_id
+    model.config.pad_token_id = renderer.pad_id

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 
-class Frozen:
+class OffloadedModels:
     """Models by role, in eval mode.
 
     Their weights do not change, so leaving the device copies nothing: those in CPU memory have stayed there. They are

@@ -22,14 +22,16 @@ from torch import Tensor
 
 from rlhf.models.load import backbone
 
-LINEAR = 512  # row length at which attention costs as much as all the rest of a token; smaller for narrow models
-TRIED = 6  # numbers of rows
-GRAINS = 64  # rounding the places of a batch may cost one part in so many
+LINEAR_COST_LENGTH = (
+    512  # row length at which attention costs as much as all the rest of a token; smaller for narrow models
+)
+MAX_ROW_COUNTS_TRIED = 6  # numbers of rows
+ROUNDING_SHARE = 64  # rounding the places of a batch may cost one part in so many
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}  # relative to the largest
 
 
 @dataclass(frozen=True)
-class Packing:
+class PackedBatch:
     """B sequences in b rows."""
 
     ids: Tensor  # [b, L] int64
@@ -42,7 +44,7 @@ class Packing:
         return float((self.slot > 0).sum() + 1) / self.ids.numel()  # exactly one real token has slot 0
 
 
-def pack(ids: Tensor, mask: Tensor) -> Packing:
+def pack(ids: Tensor, mask: Tensor) -> PackedBatch:
     """Pack rows so that they are full and yet short, because attention grows with their length.
 
     Args:
@@ -53,17 +55,17 @@ def pack(ids: Tensor, mask: Tensor) -> Packing:
     longest = max(lengths)
     most = -(-sum(lengths) // longest)
     powers = (2**n for n in range(most.bit_length()))
-    fewer = dict.fromkeys((*range(most, most - TRIED, -1), most // 2, most // 4, *powers))
+    fewer = dict.fromkeys((*range(most, most - MAX_ROW_COUNTS_TRIED, -1), most // 2, most // 4, *powers))
     candidates = [_fitted(lengths, longest), *(_dealt(lengths, rows) for rows in fewer if rows > 0)]
     rounded = [_rounded(layout, sum(lengths)) for layout in candidates]
-    places, rows, capacity = min(rounded, key=lambda c: c[1] * c[2] * (1 + c[2] / LINEAR))
+    places, rows, capacity = min(rounded, key=lambda c: c[1] * c[2] * (1 + c[2] / LINEAR_COST_LENGTH))
     start = torch.tensor([row * capacity + offset for row, offset in places], device=ids.device)
     within = (mask.long().cumsum(dim=1) - 1).clamp_min(0)
     slot = (start[:, None] + within) * mask
     packed = torch.zeros(rows * capacity, dtype=ids.dtype, device=ids.device)
     positions = torch.zeros_like(packed)
     packed[slot[mask]], positions[slot[mask]] = ids[mask], within[mask].to(ids.dtype)
-    return Packing(packed.view(rows, capacity), positions.view(rows, capacity), slot)
+    return PackedBatch(packed.view(rows, capacity), positions.view(rows, capacity), slot)
 
 
 def microbatches(lengths: Tensor, size: int, *, packed: bool) -> list[Tensor]:
@@ -82,7 +84,7 @@ def microbatches(lengths: Tensor, size: int, *, packed: bool) -> list[Tensor]:
     return [torch.stack([r[i] for r in rounds if i < len(r)]) for i in range(parts)]
 
 
-Layout = tuple[list[tuple[int, int]], int, int]  # (row, offset) of every sequence, rows, their length
+RowLayout = tuple[list[tuple[int, int]], int, int]  # (row, offset) of every sequence, rows, their length
 
 
 def packed_rows(lengths: Sequence[int], capacity: int) -> int:
@@ -94,7 +96,7 @@ def packed_rows(lengths: Sequence[int], capacity: int) -> int:
     return _fitted(list(lengths), capacity)[1]
 
 
-def _fitted(lengths: list[int], capacity: int) -> Layout:
+def _fitted(lengths: list[int], capacity: int) -> RowLayout:
     """Best fit: longest first, each into the fullest row of a given length that has room."""
     places, room = [(0, 0)] * len(lengths), list[tuple[int, int]]()  # room left and row, sorted
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -105,7 +107,7 @@ def _fitted(lengths: list[int], capacity: int) -> Layout:
     return places, len(room), capacity
 
 
-def _dealt(lengths: list[int], rows: int) -> Layout:
+def _dealt(lengths: list[int], rows: int) -> RowLayout:
     """A given number of rows: longest first, each to the emptiest."""
     places, used = [(0, 0)] * len(lengths), [(0, row) for row in range(rows)]
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -115,14 +117,14 @@ def _dealt(lengths: list[int], rows: int) -> Layout:
     return places, rows, max(used)[0]
 
 
-def _rounded(layout: Layout, tokens: int) -> Layout:
+def _rounded(layout: RowLayout, tokens: int) -> RowLayout:
     """Longer rows, so that the number of places is a multiple of 128 (less if there are few tokens).
 
     Kernels are prepared, and weights kept rearranged, once for each number of places: oneDNN's cache of bfloat16
     products takes a copy of a weight for every one.
     """
     places, rows, capacity = layout
-    grain = min(128, 2 ** max(0, (tokens // GRAINS).bit_length() - 1))
+    grain = min(128, 2 ** max(0, (tokens // ROUNDING_SHARE).bit_length() - 1))
     by = grain // math.gcd(rows, grain)
     return places, rows, -(-capacity // by) * by
 
@@ -203,7 +205,7 @@ def output_layer(model: Any) -> Any:
 
 
 @torch.no_grad()
-def plain_head(model: Any) -> bool:
+def has_plain_head(model: Any) -> bool:
     """Whether a causal LM's logits are its output layer's on the trunk's last states and nothing more is done to them
     (a soft cap, a scale); found out once a model, on a short sequence."""
     known = getattr(model, "_plain_head", None)

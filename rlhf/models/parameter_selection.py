@@ -22,7 +22,7 @@ HEAD_PARTS = ("lm_head", "score")
 
 
 @dataclass(frozen=True)
-class Place:
+class ParameterPlace:
     """Of one parameter: its block (None outside of them), its part, and its depth, 0 (embeddings) to n + 1 (head)."""
 
     block: int | None
@@ -31,19 +31,19 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ParameterMap:
     """Places of a model's parameters by name, its number of blocks, and whether its output layer is its embeddings."""
 
-    places: Mapping[str, Place]
+    places: Mapping[str, ParameterPlace]
     blocks: int
     tied: bool
 
-    def only(self, names: Iterable[str]) -> Layout:
+    def only(self, names: Iterable[str]) -> ParameterMap:
         """The same for some of the parameters."""
-        return Layout({name: self.places[name] for name in names}, self.blocks, self.tied)
+        return ParameterMap({name: self.places[name] for name in names}, self.blocks, self.tied)
 
 
-def layout(model: Any) -> Layout:
+def map_parameters(model: Any) -> ParameterMap:
     """Read a model: a causal LM or a scorer, with adapters or without. No blocks if they are not to be found."""
     stack, count = _stack(model)
     embeddings = model.get_input_embeddings()
@@ -54,7 +54,7 @@ def layout(model: Any) -> Layout:
         for name, _ in module.named_parameters(prefix=owner, recurse=False):
             places[name] = _place(name, module, stack, count, is_head=head is not None and module is head)
     kept = {name: places[name] for name, _ in model.named_parameters()}  # a tied tensor under its first name
-    return Layout(kept, count, tied)
+    return ParameterMap(kept, count, tied)
 
 
 def _stack(model: Any) -> tuple[str, int]:
@@ -67,26 +67,26 @@ def _stack(model: Any) -> tuple[str, int]:
     return min(lists, key=lambda item: item[0].count("."))
 
 
-def _place(name: str, module: nn.Module, stack: str, count: int, *, is_head: bool) -> Place:
+def _place(name: str, module: nn.Module, stack: str, count: int, *, is_head: bool) -> ParameterPlace:
     pieces = name.split(".")
     norm = "norm" in type(module).__name__.lower()
     if count and name.startswith(f"{stack}."):
         block = int(name[len(stack) + 1 :].split(".", 1)[0])
         inner = name[len(stack) + 1 :]
         part = "norms" if norm else "attention" if re.search(r"attn|attention", inner) else "mlp"
-        return Place(block, part, block + 1)
+        return ParameterPlace(block, part, block + 1)
     if "prompt_encoder" in pieces:  # a soft prompt stands below everything and is no part of the model
-        return Place(None, None, 0)
+        return ParameterPlace(None, None, 0)
     if "score" in pieces:
-        return Place(None, "score", count + 1)
+        return ParameterPlace(None, "score", count + 1)
     if is_head or "lm_head" in pieces:
-        return Place(None, "lm_head", count + 1)
+        return ParameterPlace(None, "lm_head", count + 1)
     if isinstance(module, nn.Embedding) or re.search(r"embed|\bwte\b|\bwpe\b", name):
-        return Place(None, "embeddings", 0)
-    return Place(None, "norms" if norm else None, count + 1)
+        return ParameterPlace(None, "embeddings", 0)
+    return ParameterPlace(None, "norms" if norm else None, count + 1)
 
 
-def select(selection: Selection, of: Layout, where: str) -> set[str]:
+def select_parameters(selection: Selection, of: ParameterMap, where: str) -> set[str]:
     """Names of the parameters that a selection names.
 
     Args:
@@ -108,7 +108,7 @@ def select(selection: Selection, of: Layout, where: str) -> set[str]:
     return found
 
 
-def _matching(pattern: str, of: Layout, where: str) -> set[str]:
+def _matching(pattern: str, of: ParameterMap, where: str) -> set[str]:
     if pattern.startswith("re:"):
         matching = {name for name in of.places if re.fullmatch(pattern[3:], name)}
     else:
@@ -124,7 +124,7 @@ def _matching(pattern: str, of: Layout, where: str) -> set[str]:
     return matching
 
 
-def need_blocks(of: Layout, where: str) -> None:
+def require_blocks(of: ParameterMap, where: str) -> None:
     """Raises: ConfigError for a model whose blocks are not to be found."""
     if not of.blocks:
         raise ConfigError(
@@ -135,11 +135,11 @@ def need_blocks(of: Layout, where: str) -> None:
         )
 
 
-def _numbered(selection: Selection, of: Layout, where: str) -> set[int]:
+def _numbered(selection: Selection, of: ParameterMap, where: str) -> set[int]:
     """Numbers of the selected blocks."""
     found: set[int] = set()
     if selection.first or selection.last or selection.layers:
-        need_blocks(of, where)
+        require_blocks(of, where)
     count = of.blocks
     if selection.first is not None:
         found |= set(range(_amount(selection.first, count, f"{where}.first")))
@@ -180,6 +180,6 @@ def _range(item: str, count: int, where: str) -> set[int]:
     return found
 
 
-def top(of: Layout, blocks: int) -> set[str]:
+def top_parameters(of: ParameterMap, blocks: int) -> set[str]:
     """Parameters above and in the last `blocks` blocks: the head, the final norm, these blocks."""
     return {name for name, place in of.places.items() if place.depth > of.blocks - blocks}

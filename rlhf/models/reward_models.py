@@ -14,15 +14,8 @@ from rlhf.config.sections import ModelSource, Peft
 from rlhf.errors import CheckpointError
 from rlhf.models.adapters import add_adapter, base_source, check_same_shape, continued_config, fit_vocabulary
 from rlhf.models.heads import Float32Head, score_head
-from rlhf.models.load import (
-    backbone,
-    disable_dropout,
-    grow_embeddings,
-    is_adapter,
-    load_causal,
-    load_pretrained,
-    resolve,
-)
+from rlhf.models.load import backbone, disable_dropout, grow_embeddings, is_adapter, load_pretrained, resolve_model
+from rlhf.models.policy import load_causal
 
 
 def new_reward_model(source: ModelSource, peft: Peft, *, pad_id: int, vocab_size: int, seed: int) -> Any:
@@ -40,11 +33,11 @@ def new_classifier(source: ModelSource, peft: Peft, *, outputs: int, pad_id: int
     """
     from transformers import AutoModelForSequenceClassification
 
-    folder = resolve(source)
+    folder = resolve_model(source)
     if is_adapter(folder) and peft.enabled:
         adapter = continued_config(peft, folder, "SEQ_CLS")
         base = base_source(source, folder)
-        model = load_pretrained(AutoModelForSequenceClassification, base, resolve(base))
+        model = load_pretrained(AutoModelForSequenceClassification, base, resolve_model(base))
         fit_vocabulary(model, folder)
         model.config.pad_token_id = pad_id
         _new_head(model, outputs, seed)
@@ -78,7 +71,7 @@ def load_classifier(source: ModelSource, *, role: str = "classifier", do: str = 
     """
     from transformers import AutoModelForSequenceClassification
 
-    folder = resolve(source)
+    folder = resolve_model(source)
     if is_adapter(folder):
         model = adapted_classifier(source, folder, role, do, trainable=False).merge_and_unload()
         disable_dropout(model)
@@ -102,7 +95,7 @@ def load_scorer(source: ModelSource, *, trainable: bool = False, peft: Peft | No
         trainable: keep (or add, if `peft` is enabled) adapters that can be trained; else adapters are merged.
     Raises: CheckpointError if the folder is not a one-output classifier.
     """
-    folder = resolve(source)
+    folder = resolve_model(source)
     keep = trainable and peft is not None and peft.enabled
     role, do = "reward model", "train it with 'rlhf reward'"
     if is_adapter(folder) and keep:
@@ -169,7 +162,7 @@ def adapted_classifier(source: ModelSource, folder: str, role: str, do: str, *, 
         )
     base = base_source(source, folder)
     model = load_pretrained(
-        AutoModelForSequenceClassification, base, resolve(base), num_labels=int(weights[0].shape[0])
+        AutoModelForSequenceClassification, base, resolve_model(base), num_labels=int(weights[0].shape[0])
     )
     fit_vocabulary(model, folder)
     _float32_head(model)

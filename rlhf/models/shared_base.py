@@ -21,25 +21,32 @@ from torch import Tensor
 
 from rlhf.config.sections import ModelSource
 from rlhf.errors import CheckpointError
-from rlhf.models.adapters import adapter_parameters, base_source, is_adapter_weight, method_of, wearing, worn
+from rlhf.models.adapters import (
+    active_adapter,
+    adapter_parameters,
+    base_source,
+    is_adapter_weight,
+    saved_adapter_method,
+    use_adapter,
+)
 from rlhf.models.heads import AdapterScorer, Float32Head
-from rlhf.models.load import is_adapter, resolve
+from rlhf.models.load import is_adapter, resolve_model
 from rlhf.models.reward_models import saved_head
 
 VALUE, REWARD = "value_model", "reward_model"
 
 
-def why_apart(policy: ModelSource, scorer: ModelSource, method: str) -> str | None:
+def reason_not_shared(policy: ModelSource, scorer: ModelSource, method: str) -> str | None:
     """Why a scorer cannot be an adapter on the policy's base, in words; None if it can.
 
     Args:
         method: `peft.method` of the policy; a layer has adapters of one kind.
     """
-    folder = resolve(scorer)
+    folder = resolve_model(scorer)
     if not is_adapter(folder):
         return f"{scorer.path} is no adapter"
-    if method_of(folder) != method:
-        return f"{scorer.path} is an adapter of method {method_of(folder)}, the policy's is {method}"
+    if saved_adapter_method(folder) != method:
+        return f"{scorer.path} is an adapter of method {saved_adapter_method(folder)}, the policy's is {method}"
     base, ours = base_source(scorer, folder).path, policy_base(policy)
     if _place(base) != _place(ours):
         return f"{scorer.path} is an adapter of {base}, the policy's base is {ours}"
@@ -51,18 +58,18 @@ def why_apart(policy: ModelSource, scorer: ModelSource, method: str) -> str | No
 
 def policy_base(policy: ModelSource) -> str:
     """Path of the full weights below the policy."""
-    folder = resolve(policy)
+    folder = resolve_model(policy)
     return base_source(policy, folder).path if is_adapter(folder) else folder
 
 
-def recompute_activations(model: Any) -> None:
+def enable_activation_checkpointing(model: Any) -> None:
     """Keep only the layers' inputs for the backward pass, which computes the rest again (arXiv:1604.06174).
 
     A layer is computed again with the adapter that it was computed with, whichever is worn by then.
     """
 
     def contexts() -> tuple[Any, Any]:
-        again = wearing(model, worn(model)) if hasattr(model, "peft_config") else nullcontext()
+        again = use_adapter(model, active_adapter(model)) if hasattr(model, "peft_config") else nullcontext()
         return nullcontext(), again
 
     model.gradient_checkpointing_enable(
@@ -74,7 +81,7 @@ def _place(path: str) -> str:
     return str(Path(path).resolve()) if Path(path).exists() else path
 
 
-def put_on(policy: Any, source: ModelSource, name: str, *, trainable: bool = False) -> AdapterScorer:
+def attach_scorer(policy: Any, source: ModelSource, name: str, *, trainable: bool = False) -> AdapterScorer:
     """Load the adapter and the head of a saved scorer onto the policy's base.
 
     Args:
@@ -84,7 +91,7 @@ def put_on(policy: Any, source: ModelSource, name: str, *, trainable: bool = Fal
     from peft import PeftConfig, set_peft_model_state_dict
     from peft.utils import load_peft_weights
 
-    folder = resolve(source)
+    folder = resolve_model(source)
     config = PeftConfig.from_pretrained(folder)
     config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, not trainable
     head = {tensor_name.rsplit(".", 1)[-1]: tensor for tensor_name, tensor in saved_head(folder)}
@@ -108,7 +115,7 @@ def put_on(policy: Any, source: ModelSource, name: str, *, trainable: bool = Fal
     return _scorer(policy, name, head, trainable)
 
 
-def new_on(policy: Any, folder: str, name: str = VALUE) -> AdapterScorer:
+def attach_new_value_model(policy: Any, folder: str, name: str = VALUE) -> AdapterScorer:
     """A value model that starts as the policy does, with a head of zeros."""
     from peft import set_peft_model_state_dict
     from peft.utils import load_peft_weights

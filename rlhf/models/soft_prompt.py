@@ -8,16 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.config.sections import ModelSource
-from rlhf.models.adapters import load_adapter, method_of
-from rlhf.models.load import context_length, is_adapter, load_causal, resolve
+from rlhf.models.adapters import load_adapter, saved_adapter_method
+from rlhf.models.load import context_length, is_adapter, resolve_model
+from rlhf.models.policy import load_causal
 
 
-def load_speaker(source: ModelSource, *, vocab_size: int | None = None) -> Any:
+def load_for_generation(source: ModelSource, *, vocab_size: int | None = None) -> Any:
     """A causal LM to sample from: as `load_causal`, and models with a soft prompt too."""
     from transformers import AutoModelForCausalLM
 
-    folder = resolve(source)
-    if not (is_adapter(folder) and method_of(folder) == "prompt"):
+    folder = resolve_model(source)
+    if not (is_adapter(folder) and saved_adapter_method(folder) == "prompt"):
         return load_causal(source, vocab_size=vocab_size)
     return SoftPrompt(load_adapter(source, folder, AutoModelForCausalLM, trainable=False))
 

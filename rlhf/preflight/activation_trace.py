@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rlhf.models.load import backbone
-from rlhf.preflight.memory_model import Traced
+from rlhf.preflight.memory_model import ActivationBytes
 
 
-class Tally(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Bytes of the tensors that were made inside and are still alive, and the most there have been."""
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Tally(TorchDispatchMode):
         self.live -= self._known.pop(key, 0)
 
 
-def trace(build: Callable[[int], Any], *, rows: int, length: int, bfloat16: bool) -> Traced:
+def trace_activations(build: Callable[[int], Any], *, rows: int, length: int, bfloat16: bool) -> ActivationBytes:
     """Trace the trunk of a model with one and with two blocks; the difference is a block.
 
     Args:
@@ -58,7 +58,7 @@ def trace(build: Callable[[int], Any], *, rows: int, length: int, bfloat16: bool
     """
     one, two = (_peak(build, blocks, rows, length, bfloat16) for blocks in (1, 2))
     block = max(0.0, two[0] - one[0])
-    return Traced(block, max(0.0, one[0] - block), float(rows * length * one[1]))
+    return ActivationBytes(block, max(0.0, one[0] - block), float(rows * length * one[1]))
 
 
 def _pretend(model: Any, mode: FakeTensorMode) -> None:
@@ -87,7 +87,7 @@ def _peak(build: Callable[[int], Any], blocks: int, rows: int, length: int, bflo
     with mode:
         ids = torch.zeros(rows, length, dtype=torch.long)
         mask = torch.ones_like(ids)
-        tally = Tally()
+        tally = LiveBytes()
         with tally:
             with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
                 hidden = backbone(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state

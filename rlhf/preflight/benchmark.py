@@ -16,23 +16,23 @@ import torch
 
 from rlhf.config.schema import PPOConfig
 from rlhf.console import Console
-from rlhf.generation.native import sample
-from rlhf.models.heads import SharedValue
+from rlhf.generation.native import generate_rollout
+from rlhf.models.heads import SharedValueHead
 from rlhf.models.packed_batch import can_pack, microbatches, pack
-from rlhf.preflight.cost import ADAMW_BYTES, Machine, Shape
+from rlhf.preflight.cost import ADAMW_BYTES, MachineRates, ModelCost
 from rlhf.rollout.types import Experience
 from rlhf.runs.run_dir import peak_memory_gib
-from rlhf.stages.ppo import Ready, prepare
-from rlhf.trainers.ppo.health import Watcher
-from rlhf.trainers.ppo.stats import Stats
+from rlhf.stages.ppo import PPOComponents, load_components
+from rlhf.trainers.ppo.health import HealthMonitor
+from rlhf.trainers.ppo.stats import StepStats
 from rlhf.trainers.ppo.trainer import PPOTrainer
 
-PHASES = ("sample", "score", "update")
-CLEAR = Path("/proc/self/clear_refs")
+MEASURED_PHASES = ("sample", "score", "update")
+CLEAR_REFS_FILE = Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
-class Limit:
+class PhaseLimit:
     """What one phase of one step must take."""
 
     operations: float
@@ -42,23 +42,23 @@ class Limit:
     bound: str
 
 
-def bench(config: PPOConfig, console: Console, *, steps: int) -> None:
+def run_benchmark(config: PPOConfig, console: Console, *, steps: int) -> None:
     """Run one step to warm up and `steps` more, and print the table. Writes nothing.
 
     Raises: as `rlhf ppo`.
     """
     config = config.model_copy(update={"ppo": config.ppo.model_copy(update={"steps": steps + 1, "value_warmup": 0})})
-    ready = prepare(config, console)
-    seen: list[tuple[Experience, Stats]] = []
+    ready = load_components(config, console)
+    seen: list[tuple[Experience, StepStats]] = []
     with console.progress("bench", steps + 1, "step") as bar:
 
-        def report(step: int, experience: Experience, stats: Stats) -> None:
+        def report(step: int, experience: Experience, stats: StepStats) -> None:
             seen.append((experience, stats))
             bar.update(step, {})
 
         trainer = ready.trainer(
             config,
-            watcher=Watcher(config.watch, None, console.note),
+            watcher=HealthMonitor(config.watch, None, console.note),
             report=report,
             checkpoint=lambda _: None,
             restore=lambda _: False,
@@ -66,21 +66,21 @@ def bench(config: PPOConfig, console: Console, *, steps: int) -> None:
         memory = watch_memory(trainer)
         trainer.train()
     device = ready.accelerator.device
-    machine, tau = Machine.measure(device), decode_step(trainer, ready)
+    machine, tau = MachineRates.measure(device), decode_step(trainer, ready)
     console.note(
         f"this machine: {machine.flops / 1e9:.0f} GFLOP/s in float32, {machine.flops_bfloat16 / 1e9:.0f} in bfloat16, "
         f"{machine.bandwidth / 1e9:.1f} GB/s; one decode step of one row: {1e3 * tau:.2f} ms"
     )
-    limits = [limits_of(config, ready, trainer, experience, machine, tau) for experience, _ in seen[1:]]
-    times = [[stats[f"time_{phase}"] for phase in PHASES] for _, stats in seen[1:]]
+    limits = [phase_limits(config, ready, trainer, experience, machine, tau) for experience, _ in seen[1:]]
+    times = [[stats[f"time_{phase}"] for phase in MEASURED_PHASES] for _, stats in seen[1:]]
     _show(limits, times, memory, console)
-    tokens, rows = fill(config, seen[-1][0], trainer)
+    tokens, rows = batch_fill(config, seen[-1][0], trainer)
     console.note(f"real tokens of those scored and updated: {100 * tokens / rows:.1f} %")
 
 
 def watch_memory(trainer: PPOTrainer) -> dict[str, float]:
     """Most memory that each phase holds from now on, in GiB: of the GPU, or else of this process."""
-    peaks = dict.fromkeys(PHASES, 0.0)
+    peaks = dict.fromkeys(MEASURED_PHASES, 0.0)
     gpu = trainer.accelerator.device.type == "cuda"
 
     def watched(name: str) -> Any:
@@ -89,8 +89,8 @@ def watch_memory(trainer: PPOTrainer) -> dict[str, float]:
         def run(*arguments: Any) -> Any:
             if gpu:
                 torch.cuda.reset_peak_memory_stats()
-            elif CLEAR.exists():
-                CLEAR.write_text("5", encoding="ascii")  # Linux: the peak starts again at what is held now
+            elif CLEAR_REFS_FILE.exists():
+                CLEAR_REFS_FILE.write_text("5", encoding="ascii")  # Linux: the peak starts again at what is held now
             result = phase(*arguments)
             peak = torch.cuda.max_memory_allocated() / 2**30 if gpu else peak_memory_gib()
             peaks[name] = max(peaks[name], peak)
@@ -98,20 +98,20 @@ def watch_memory(trainer: PPOTrainer) -> dict[str, float]:
 
         return run
 
-    for name in PHASES:
+    for name in MEASURED_PHASES:
         setattr(trainer, name, watched(name))
     return peaks
 
 
 @torch.no_grad()
-def decode_step(trainer: PPOTrainer, ready: Ready) -> float:
+def decode_step(trainer: PPOTrainer, ready: PPOComponents) -> float:
     """Median seconds of a decode step of one row: what Python and kernel launches cost, weights next to nothing."""
     policy = ready.accelerator.unwrap_model(trainer.model).policy
     settings, times = trainer.config.sampling, []
     for length in (8, 24) * 4:
         chosen = settings.model_copy(update={"max_new_tokens": length, "min_new_tokens": length, "stop": ()})
         begun = time.perf_counter()
-        sample(
+        generate_rollout(
             policy,
             [(0, ready.prompts[0])],
             chosen,
@@ -125,18 +125,18 @@ def decode_step(trainer: PPOTrainer, ready: Ready) -> float:
     return max(0.0, (statistics.median(times[1::2]) - statistics.median(times[::2])) / 16)
 
 
-def limits_of(
-    config: PPOConfig, ready: Ready, trainer: PPOTrainer, e: Experience, machine: Machine, tau: float
-) -> tuple[Limit, ...]:
+def phase_limits(
+    config: PPOConfig, ready: PPOComponents, trainer: PPOTrainer, e: Experience, machine: MachineRates, tau: float
+) -> tuple[PhaseLimit, ...]:
     """Limits of the three phases for one step's experience."""
     module = ready.accelerator.unwrap_model(trainer.model)
-    policy = Shape.of(module.policy)
-    value = None if isinstance(module.value_model, SharedValue) else Shape.of(module.value_model)
+    policy = ModelCost.of(module.policy)
+    value = None if isinstance(module.value_model, SharedValueHead) else ModelCost.of(module.value_model)
     everything, responses = int(e.mask.sum()), int(e.response_mask.sum())
     context = float(e.mask.sum(dim=1).double().square().sum() / 2 / everything)
     rate = machine.rate(trainer.bfloat16 or policy.weight_bytes == 2)
     forward = policy.forward(everything, context, responses)
-    scorers = [Shape.of(model) for model in ready.rewards.models()]
+    scorers = [ModelCost.of(model) for model in ready.rewards.models()]
     score = 2 * forward + sum(s.forward(everything, context) for s in (*scorers, *([value] if value else [])))
     whole = not config.peft.enabled
     passes = forward * policy.backward_factor(whole)
@@ -150,12 +150,14 @@ def limits_of(
     bound = "matrix products" if update / rate > optimizer else "optimizer"
     return (
         sampling_limit(config, policy, e, machine, rate, tau),
-        Limit(score, score / rate, score / rate, everything, "matrix products"),
-        Limit(update, seconds, seconds, everything * config.ppo.epochs, bound),
+        PhaseLimit(score, score / rate, score / rate, everything, "matrix products"),
+        PhaseLimit(update, seconds, seconds, everything * config.ppo.epochs, bound),
     )
 
 
-def sampling_limit(config: PPOConfig, policy: Shape, e: Experience, machine: Machine, rate: float, tau: float) -> Limit:
+def sampling_limit(
+    config: PPOConfig, policy: ModelCost, e: Experience, machine: MachineRates, rate: float, tau: float
+) -> PhaseLimit:
     """Prefill, then one step after the other: operations or weights, whichever takes longer."""
     prompts, lengths = e.prompt_mask.sum(dim=1), e.response_length
     operations = policy.forward(int(prompts.sum()), float(prompts.double().mean()) / 2, len(e))
@@ -171,12 +173,12 @@ def sampling_limit(config: PPOConfig, policy: Shape, e: Experience, machine: Mac
             limit += max(step / rate, weights)
             floor += max(step / rate, weights, tau)
             by_weights += weights if weights > step / rate else 0.0
-    return Limit(
+    return PhaseLimit(
         operations, limit, floor, int(lengths.sum()), "weights" if by_weights > limit / 2 else "matrix products"
     )
 
 
-def fill(config: PPOConfig, e: Experience, trainer: PPOTrainer) -> tuple[int, int]:
+def batch_fill(config: PPOConfig, e: Experience, trainer: PPOTrainer) -> tuple[int, int]:
     """(real tokens, tokens computed) of a pass over the rollout as it is scored."""
     policy = trainer.accelerator.unwrap_model(trainer.model).policy
     packed, computed = can_pack(policy), 0
@@ -187,12 +189,12 @@ def fill(config: PPOConfig, e: Experience, trainer: PPOTrainer) -> tuple[int, in
 
 
 def _show(
-    limits: list[tuple[Limit, ...]], times: list[list[float]], memory: dict[str, float], console: Console
+    limits: list[tuple[PhaseLimit, ...]], times: list[list[float]], memory: dict[str, float], console: Console
 ) -> None:
     """Medians over the steps; memory is the peak of all."""
     rows = []
     totals = [0.0, 0.0, 0.0]
-    for i, phase in enumerate(PHASES):
+    for i, phase in enumerate(MEASURED_PHASES):
         taken, limit, floor, operations, tokens = (
             statistics.median(values)
             for values in (

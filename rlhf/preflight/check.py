@@ -8,29 +8,29 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf.config.load import load, load_pipeline
-from rlhf.config.schema import STAGES, PPOConfig, Stage, Tuned
+from rlhf.config.load import load_pipeline, load_stage_config
+from rlhf.config.schema import STAGES, FineTuningStage, PPOConfig, StageConfig
 from rlhf.config.sections import Optim
 from rlhf.console import Console
 from rlhf.errors import CheckpointError, ConfigError, DataError, RLHFError, ShapeError
-from rlhf.launch.launcher import Options, Plan, check_batch, resolve_launch
-from rlhf.models.load import resolve
+from rlhf.launch.launcher import LaunchOptions, LaunchPlan, check_batch_shared, resolve_launch
+from rlhf.models.load import resolve_model
 from rlhf.preflight import memory_model
-from rlhf.preflight.data_audit import Audit, audit
-from rlhf.preflight.memory_estimate import Case, Load, device_bytes, estimate
-from rlhf.preflight.memory_model import Sharding, in_words
+from rlhf.preflight.data_audit import DataAudit, audit_data
+from rlhf.preflight.memory_estimate import DataProfile, EstimateInput, device_bytes, estimate_memory
+from rlhf.preflight.memory_model import Sharding, format_bytes
 from rlhf.preflight.model_shapes import (
     NO_ADAPTER,
-    Cast,
-    Made,
-    Skeleton,
-    cast_of,
-    foundation,
-    replies_of,
+    ModelShape,
+    PlannedModel,
+    PPOModelShapes,
+    base_weights,
+    expected_reply_tokens,
+    ppo_model_shapes,
     reward_sources,
-    trains,
+    trained_model_shape,
 )
-from rlhf.preflight.suggestions import adapters, changes
+from rlhf.preflight.suggestions import memory_suggestions, with_lora
 from rlhf.rollout.reward_loading import check_offload, same_tokenizer
 from rlhf.stages import lifecycle
 
@@ -38,7 +38,7 @@ FAILS, WELL = 1, 0
 
 
 @dataclass
-class Checkup:
+class PreflightReport:
     """What is checked against what, and what was found."""
 
     console: Console
@@ -46,7 +46,9 @@ class Checkup:
     limit: float | None  # bytes of one device
     gpu: bool
     response: int | None = None  # mean length of PPO's responses, if known
-    planned: dict[str, Made] = field(default_factory=dict)  # models that earlier stages of the pipeline will make
+    planned: dict[str, PlannedModel] = field(
+        default_factory=dict
+    )  # models that earlier stages of the pipeline will make
     templates: dict[str, str | None] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
@@ -56,7 +58,7 @@ class Checkup:
         self.console.text(f"FAILS  {problem}")
 
 
-def preflight(
+def run_preflight(
     path: Path,
     overrides: Sequence[str],
     console: Console,
@@ -84,14 +86,14 @@ def preflight(
     gpu = limit is not None or device_bytes() is not None
     jobs = _jobs(path, overrides, stage)
     problems: list[str] = []
-    planned: dict[str, Made] = {}
+    planned: dict[str, PlannedModel] = {}
     templates: dict[str, str | None] = {}
     for name, config, own in jobs:
         if name == "evaluate":
             console.note("evaluate: trains nothing, so it is not checked")
             continue
         sharding = _sharding(name, config, how[0] or own, *how[1:])
-        checkup = Checkup(console, sharding, limit or device_bytes(), gpu, response, planned, templates)
+        checkup = PreflightReport(console, sharding, limit or device_bytes(), gpu, response, planned, templates)
         console.title(f"{name} ({config.output_dir})")
         try:
             replies = _stage(checkup, name, config)
@@ -104,7 +106,7 @@ def preflight(
     return FAILS if problems else WELL
 
 
-def _jobs(path: Path, overrides: Sequence[str], stage: str | None) -> list[tuple[str, Stage, str | None]]:
+def _jobs(path: Path, overrides: Sequence[str], stage: str | None) -> list[tuple[str, StageConfig, str | None]]:
     """Stages, their configurations and the launchers that a pipeline names for them."""
     name = stage or next((s for s in (*STAGES, "pipeline") if path.stem == s or path.stem.startswith(f"{s}-")), None)
     if name == "pipeline":
@@ -116,37 +118,41 @@ def _jobs(path: Path, overrides: Sequence[str], stage: str | None) -> list[tuple
             where=str(path),
             do=f"give --stage: {', '.join(known)}",
         )
-    return [(name, load(STAGES[name], path, overrides).config, None)]
+    return [(name, load_stage_config(STAGES[name], path, overrides).config, None)]
 
 
-def _sharding(name: str, config: Stage, launcher: str | None, processes: int | None, machines: int | None) -> Sharding:
+def _sharding(
+    name: str, config: StageConfig, launcher: str | None, processes: int | None, machines: int | None
+) -> Sharding:
     if launcher is None:
         number = processes or 1
-        plan = Plan(Path(), {"distributed_type": "MULTI_GPU"}, number, 1, 0, None, None)
+        plan = LaunchPlan(Path(), {"distributed_type": "MULTI_GPU"}, number, 1, 0, None, None)
     else:
         address = "machine-0" if machines is None or machines > 1 else None  # any will do: nothing is started
-        plan = resolve_launch(Options(launcher, processes, machines, 0, address), {})
-    check_batch(config, plan.processes)
+        plan = resolve_launch(LaunchOptions(launcher, processes, machines, 0, address), {})
+    check_batch_shared(config, plan.processes)
     return Sharding.of(plan.settings, plan.processes)
 
 
 def _plan(
-    planned: dict[str, Made], templates: dict[str, str | None], name: str, config: Any, replies: float | None
+    planned: dict[str, PlannedModel], templates: dict[str, str | None], name: str, config: Any, replies: float | None
 ) -> None:
     """Remember the model that a stage makes: later stages may start from it."""
     source = getattr(config, "model", None) or getattr(config, "policy", None)
-    made = Made(name, source, getattr(config, "architecture", None), getattr(config, "peft", NO_ADAPTER), replies)
+    made = PlannedModel(
+        name, source, getattr(config, "architecture", None), getattr(config, "peft", NO_ADAPTER), replies
+    )
     for path in (config.output_dir.rstrip("/"), f"{config.output_dir.rstrip('/')}/model"):
         planned[path] = made
         templates[path] = getattr(config, "chat_template", None) or templates.get(getattr(source, "path", ""))
 
 
-def _stage(checkup: Checkup, name: str, config: Any) -> float | None:
+def _stage(checkup: PreflightReport, name: str, config: Any) -> float | None:
     """Check one. Returns: mean tokens of what it teaches to say, if it is known."""
     console = checkup.console
     source = config.policy if name == "ppo" else getattr(config, "model", None)
-    base = foundation(source, checkup.planned)[0] if source is not None else None
-    found: tuple[Audit, Audit | None] | None = None
+    base = base_weights(source, checkup.planned)[0] if source is not None else None
+    found: tuple[DataAudit, DataAudit | None] | None = None
     renderer = None
     if source is not None and base is not None:
         start = source if Path(source.path).exists() else base
@@ -155,7 +161,7 @@ def _stage(checkup: Checkup, name: str, config: Any) -> float | None:
         console.note(
             f"tokens: {len(tokenizer)}; a response ends with {tokenizer.convert_ids_to_tokens(renderer.end_id)!r}"
         )
-        found = audit(name, config, renderer)
+        found = audit_data(name, config, renderer)
         for one in found:
             if one is not None:
                 one.show(console, end_matters=name in ("sft", "reward"))
@@ -168,12 +174,12 @@ def _stage(checkup: Checkup, name: str, config: Any) -> float | None:
     _lengths(config, models)
     load = _load(config, found[0] if found else None)
     _run(config, load, checkup.sharding.processes, console)
-    case = Case(name, config, models, load, checkup.sharding, checkup.gpu, checkup.response)
-    _memory(checkup, case, replies_of(config, checkup.planned), fits)
+    case = EstimateInput(name, config, models, load, checkup.sharding, checkup.gpu, checkup.response)
+    _memory(checkup, case, expected_reply_tokens(config, checkup.planned), fits)
     return found[0].reply_tokens if found is not None and name == "sft" else None
 
 
-def _pairing(checkup: Checkup, config: PPOConfig, renderer: Any) -> bool:
+def _pairing(checkup: PreflightReport, config: PPOConfig, renderer: Any) -> bool:
     """Whether the models of PPO read the same tokens; says so by their hand-over records. Returns: whether the reward
     model, if any, has the policy's tokenizer."""
     fits = True
@@ -186,7 +192,7 @@ def _pairing(checkup: Checkup, config: PPOConfig, renderer: Any) -> bool:
         if renderer is None:
             continue
         same = same_tokenizer(source, renderer)
-        record = lifecycle.handover.read(resolve(source))
+        record = lifecycle.handover.read_handover(resolve_model(source))
         said = "agrees with the policy's hand-over record" if record is not None else "has no hand-over record"
         other = "has another tokenizer: responses will be decoded and tokenised again"
         checkup.console.note(f"pairing: {source.path} {said if same else other}")
@@ -201,28 +207,28 @@ def _pairing(checkup: Checkup, config: PPOConfig, renderer: Any) -> bool:
     return fits
 
 
-def _models(checkup: Checkup, name: str, config: Any, fits: bool) -> Skeleton | Cast:
+def _models(checkup: PreflightReport, name: str, config: Any, fits: bool) -> ModelShape | PPOModelShapes:
     if not isinstance(config, PPOConfig):
-        return trains(name, config, checkup.planned)
-    found = cast_of(config, checkup.planned, shared=_shared(config, checkup.planned), fits=fits)
+        return trained_model_shape(name, config, checkup.planned)
+    found = ppo_model_shapes(config, checkup.planned, shared=_shared(config, checkup.planned), fits=fits)
     check_offload(config, 0 if found.shared else len(found.scorers))
     return found
 
 
-def _shared(config: PPOConfig, planned: Mapping[str, Made]) -> bool:
+def _shared(config: PPOConfig, planned: Mapping[str, PlannedModel]) -> bool:
     """Whether the roles will share a base; of models that are yet to be made, by the adapters that they will be."""
     if not config.peft.enabled or config.roles == "separate":
         return False
     scorer = config.reward_model
     if scorer is not None and not Path(scorer.path).exists() and scorer.path in planned:
         return planned[scorer.path].peft.method == config.peft.method
-    from rlhf.stages.ppo import share
+    from rlhf.stages.ppo import decide_shared_base
 
-    return share(config, Console(quiet=True))
+    return decide_shared_base(config, Console(quiet=True))
 
 
-def _lengths(config: Any, models: Skeleton | Cast) -> None:
-    model = models.policy if isinstance(models, Cast) else models
+def _lengths(config: Any, models: ModelShape | PPOModelShapes) -> None:
+    model = models.policy if isinstance(models, PPOModelShapes) else models
     context = getattr(model.config, "max_position_embeddings", None)
     if isinstance(config, PPOConfig):
         longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
@@ -231,22 +237,22 @@ def _lengths(config: Any, models: Skeleton | Cast) -> None:
         lifecycle.check_context(config.data.max_length, context, "data.max_length")
 
 
-def _load(config: Any, found: Audit | None) -> Load:
+def _load(config: Any, found: DataAudit | None) -> DataProfile:
     limit = config.data.max_prompt_tokens if isinstance(config, PPOConfig) else config.data.max_length
     if found is None or not found.kept:
-        return Load(0, 0, limit, 1.0)
+        return DataProfile(0, 0, limit, 1.0)
     micro = config.optim.microbatch_size
     longest, loss = found.longest(micro)
     tokens = sum(n for n, _ in sorted(found.kept, reverse=True)[:micro])
     lengths = tuple(sorted(n for n, _ in found.kept))
-    return Load(len(found.kept), found.tokens, longest, loss / max(tokens, 1), lengths)
+    return DataProfile(len(found.kept), found.tokens, longest, loss / max(tokens, 1), lengths)
 
 
 def _some(processes: int) -> str:
     return f"{processes} process{'es' if processes > 1 else ''}"
 
 
-def _run(config: Any, load: Load, processes: int, console: Console) -> None:
+def _run(config: Any, load: DataProfile, processes: int, console: Console) -> None:
     """Batch arithmetic, steps and tokens in words."""
     if isinstance(config, PPOConfig):
         p = config.ppo
@@ -272,7 +278,7 @@ def _run(config: Any, load: Load, processes: int, console: Console) -> None:
         return
     rows = load.rows(config)
     per_epoch = math.ceil(rows / optim.batch_size)
-    phases = config.unfreeze if isinstance(config, Tuned) else ()
+    phases = config.unfreeze if isinstance(config, FineTuningStage) else ()
     if any(phase.train == "top-down" for phase in phases):
         console.text(
             f"run: {per_epoch:,} updates an epoch; a phase from the top down repeats its length for each block"
@@ -290,26 +296,26 @@ def _run(config: Any, load: Load, processes: int, console: Console) -> None:
     )
 
 
-def _memory(checkup: Checkup, case: Case, replies: int | None, fits: bool) -> None:
+def _memory(checkup: PreflightReport, case: EstimateInput, replies: int | None, fits: bool) -> None:
     """The table of the worst phase, and what would help if it does not fit.
 
     Args:
         replies: tokens of a response as PPO starts. They are what the table shows, if nobody says better; but responses
             may grow, so that the longest must fit.
     """
-    limit, longest = checkup.limit, estimate(case)
+    limit, longest = checkup.limit, estimate_memory(case)
     expected = replies is not None and case.response is None
-    found = estimate(replace(case, response=replies)) if expected else longest
+    found = estimate_memory(replace(case, response=replies)) if expected else longest
     where = "GPU" if checkup.gpu else "process, above what imports take"
     rows = [
-        [part.name, in_words(part.bytes), "host" if part.host and checkup.gpu else ""]
+        [part.name, format_bytes(part.bytes), "host" if part.host and checkup.gpu else ""]
         for part in found.phases[found.largest]
     ]
-    rows.append([f"peak (while: {found.largest})", in_words(found.peak), ""])
+    rows.append([f"peak (while: {found.largest})", format_bytes(found.peak), ""])
     if len(found.phases) > 1:
-        rows += [[f"  {phase}", in_words(found.needed(phase)), ""] for phase in found.phases]
+        rows += [[f"  {phase}", format_bytes(found.needed(phase)), ""] for phase in found.phases]
     if expected:
-        rows.append(["peak if all responses grow to their limit", in_words(longest.peak), ""])
+        rows.append(["peak if all responses grow to their limit", format_bytes(longest.peak), ""])
     s = case.sharding
     spread = f"ZeRO-{s.zero}" if s.deepspeed else "FSDP" if s.zero else "whole models"
     checkup.console.table(
@@ -325,32 +331,32 @@ def _memory(checkup: Checkup, case: Case, replies: int | None, fits: bool) -> No
     if limit is None:
         return
     if longest.peak <= limit:
-        checkup.console.text(f"fits: {in_words(longest.peak)} of {in_words(limit)}")
+        checkup.console.text(f"fits: {format_bytes(longest.peak)} of {format_bytes(limit)}")
         return
-    begins = f" (as it begins {in_words(found.peak)})" if expected else ""
+    begins = f" (as it begins {format_bytes(found.peak)})" if expected else ""
     checkup.fails(
-        f"{case.stage} needs {in_words(longest.peak)} of {in_words(limit)}{begins}: "
+        f"{case.stage} needs {format_bytes(longest.peak)} of {format_bytes(limit)}{begins}: "
         f"{_way_out(checkup, case, limit, fits)}"
     )
 
 
-def _way_out(checkup: Checkup, case: Case, limit: float, fits: bool) -> str:
+def _way_out(checkup: PreflightReport, case: EstimateInput, limit: float, fits: bool) -> str:
     least, words = math.inf, ""
-    for change, other in changes(case):
+    for change, other in memory_suggestions(case):
         try:
-            needed = estimate(other).peak
+            needed = estimate_memory(other).peak
         except RLHFError:  # a batch that so many processes cannot share
             continue
         if needed <= limit:
-            return f"the cheapest change that fits is {change} ({in_words(needed)})"
+            return f"the cheapest change that fits is {change} ({format_bytes(needed)})"
         if needed < least:
             least, words = needed, change
-    config = adapters(case.config)
+    config = with_lora(case.config)
     if config is not None:
         models = _models(checkup, case.stage, config, fits)
-        needed = estimate(replace(case, config=config, models=models)).peak
+        needed = estimate_memory(replace(case, config=config, models=models)).peak
         if needed <= limit:
-            return f"only adapters fit, which train other weights: peft.method=lora ({in_words(needed)})"
+            return f"only adapters fit, which train other weights: peft.method=lora ({format_bytes(needed)})"
     if not words:
         return "nothing smaller was found"
-    return f"nothing fits; the least is {in_words(least)} with {words}"
+    return f"nothing fits; the least is {format_bytes(least)} with {words}"

@@ -21,12 +21,12 @@ from rlhf.models.adapters import adapter_parameters
 from rlhf.models.heads import AdapterScorer
 from rlhf.models.load import backbone
 
-GEMM = (256, 512, 1024)  # sides of the matrices that F is measured with: the best counts
+GEMM_SIZES = (256, 512, 1024)  # sides of the matrices that F is measured with: the best counts
 ADAMW_BYTES = 28
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelCost:
     """What the formulas need of a model."""
 
     blocks: int  # N: weights of the blocks, without embeddings
@@ -37,7 +37,7 @@ class Shape:
     weight_bytes: int  # bytes a weight
 
     @classmethod
-    def of(cls, model: Any) -> Shape:
+    def of(cls, model: Any) -> ModelCost:
         """Of a causal LM or a scorer; the adapter that it computes with counts as blocks, others do not."""
         adapter = "default"
         if isinstance(model, AdapterScorer):
@@ -83,7 +83,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Machine:
+class MachineRates:
     """Measured rates of one device."""
 
     flops: float  # operations a second in float32
@@ -91,9 +91,11 @@ class Machine:
     bandwidth: float  # bytes a second, reading and writing together
 
     @classmethod
-    def measure(cls, device: torch.device) -> Machine:
+    def measure(cls, device: torch.device) -> MachineRates:
         """A few seconds of matrix products and copies; the best of each counts."""
-        rates = {dtype: max(_gemm(side, dtype, device) for side in GEMM) for dtype in (torch.float32, torch.bfloat16)}
+        rates = {
+            dtype: max(_gemm(side, dtype, device) for side in GEMM_SIZES) for dtype in (torch.float32, torch.bfloat16)
+        }
         return cls(rates[torch.float32], rates[torch.bfloat16], _copy(device))
 
     def rate(self, bfloat16: bool) -> float:

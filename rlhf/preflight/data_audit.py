@@ -11,10 +11,11 @@ import numpy as np
 from rlhf.config.schema import ClassifyConfig, PPOConfig, PretrainConfig, RewardConfig, SFTConfig
 from rlhf.console import Console
 from rlhf.data import tokenize
-from rlhf.data.collate import LengthReport, TooLong, fit, fit_pair, replies
-from rlhf.data.records import BadRow, Comparison, reasons
+from rlhf.data.collate import LengthReport, TooLong, fit_pair_to_length, fit_to_length, loss_spans
+from rlhf.data.records import BadRow, Comparison, count_reasons
 from rlhf.data.render import Rendered, Renderer
-from rlhf.data.sources import load_records, split
+from rlhf.data.sources import load_records
+from rlhf.data.splits import split_records
 
 KINDS: dict[str, Any] = {
     "pretrain": "document",
@@ -23,11 +24,11 @@ KINDS: dict[str, Any] = {
     "classify": "labelled",
     "ppo": "prompt",
 }
-Sides = list[Rendered]
+RenderedSides = list[Rendered]
 
 
 @dataclass
-class Audit:
+class DataAudit:
     """Counts of one set of records. A pair is one record, as long as its longer side."""
 
     what: str
@@ -66,7 +67,7 @@ class Audit:
         rows = [
             ["records", f"{len(self.kept):,} used of {len(self.lengths):,}"],
             ["dropped on reading", ", ".join(f"{n} {why}" for why, n in self.dropped.items()) or "none"],
-            ["dropped on rendering", reasons(self.bad) or "none"],
+            ["dropped on rendering", count_reasons(self.bad) or "none"],
             ["tokens: median, 95 %, longest", f"{median:.0f}, {high:.0f}, {max(self.lengths)} (limit {self.limit})"],
             [
                 "longer than the limit",
@@ -92,7 +93,7 @@ class Audit:
         return found
 
 
-def audit(stage: str, config: Any, renderer: Renderer) -> tuple[Audit, Audit | None]:
+def audit_data(stage: str, config: Any, renderer: Renderer) -> tuple[DataAudit, DataAudit | None]:
     """Training records (of PPO: prompts) and held-out ones.
 
     Raises: DataError as the stage itself would.
@@ -102,7 +103,7 @@ def audit(stage: str, config: Any, renderer: Renderer) -> tuple[Audit, Audit | N
         loaded = load_records(
             "prompt", data.prompts, seed=config.seed, on_bad_row=data.on_bad_row, deduplicate=data.deduplicate
         )
-        prompts = Audit("prompts", data.max_prompt_tokens, loaded.notes, dict(loaded.dropped))
+        prompts = DataAudit("prompts", data.max_prompt_tokens, loaded.notes, dict(loaded.dropped))
         return _count(
             prompts, loaded.records, _sides(stage, config, renderer), renderer.end_id, data.too_long, data.on_bad_row
         ), None
@@ -116,10 +117,10 @@ def audit(stage: str, config: Any, renderer: Renderer) -> tuple[Audit, Audit | N
         other = load_records(KINDS[stage], data.validation, **options)
         held, held_notes = other.records, other.notes
     elif data.validation_fraction:
-        train, held = split(train, data.validation_fraction, config.seed)
+        train, held = split_records(train, data.validation_fraction, config.seed)
     sides, too_long = _sides(stage, config, renderer), data.too_long
-    first = Audit("training records", data.max_length, loaded.notes, dict(loaded.dropped))
-    second = Audit("held-out records", data.max_length, held_notes)
+    first = DataAudit("training records", data.max_length, loaded.notes, dict(loaded.dropped))
+    second = DataAudit("held-out records", data.max_length, held_notes)
     if isinstance(config, PretrainConfig):  # cut into blocks: nothing is too long
         first.limit = second.limit = 2**31
     return (
@@ -128,18 +129,18 @@ def audit(stage: str, config: Any, renderer: Renderer) -> tuple[Audit, Audit | N
     )
 
 
-def _sides(stage: str, config: Any, renderer: Renderer) -> Callable[[Any], Sides]:
+def _sides(stage: str, config: Any, renderer: Renderer) -> Callable[[Any], RenderedSides]:
     """Record -> the rows that are made of it."""
 
-    def sft(record: Any) -> Sides:
+    def sft(record: Any) -> RenderedSides:
         return [renderer.conversation(record.messages, loss_on=config.data.loss_on, where=record.where)]
 
-    def pair(record: Comparison) -> Sides:
+    def pair(record: Comparison) -> RenderedSides:
         start = renderer.prompt(record.prompt, where=record.where)
         responses = [renderer.response(text, where=record.where) for text in (record.chosen, record.rejected)]
         return [Rendered(start + r, [False] * len(start) + [True] * len(r)) for r in responses]
 
-    def whole(ids: list[int]) -> Sides:
+    def whole(ids: list[int]) -> RenderedSides:
         return [Rendered(ids, [True] * len(ids))]
 
     if isinstance(config, SFTConfig):
@@ -150,12 +151,17 @@ def _sides(stage: str, config: Any, renderer: Renderer) -> Callable[[Any], Sides
         return lambda record: whole(tokenize.content_ids(record, renderer))
     if isinstance(config, PPOConfig):
         return lambda record: whole(renderer.prompt(record.messages, where=record.where))
-    return lambda record: [tokenize.document(record, renderer)]
+    return lambda record: [tokenize.tokenize_document(record, renderer)]
 
 
 def _count(
-    found: Audit, records: Sequence[Any], sides: Callable[[Any], Sides], end_id: int, too_long: TooLong, on_bad_row: str
-) -> Audit:
+    found: DataAudit,
+    records: Sequence[Any],
+    sides: Callable[[Any], RenderedSides],
+    end_id: int,
+    too_long: TooLong,
+    on_bad_row: str,
+) -> DataAudit:
     for record in records:
         try:
             rows = sides(record)
@@ -166,16 +172,16 @@ def _count(
             continue
         found.lengths.append(max(len(row.ids) for row in rows))
         if len(rows) == 2:
-            used: Sequence[Rendered] | None = fit_pair(
+            used: Sequence[Rendered] | None = fit_pair_to_length(
                 rows[0], rows[1], found.limit, too_long, found.fit, where=record.where
             )
         else:
-            one = fit(rows[0], found.limit, too_long, found.fit, where=record.where)
+            one = fit_to_length(rows[0], found.limit, too_long, found.fit, where=record.where)
             used = None if one is None else [one]
         if used is None:
             continue
         found.kept.append((max(len(row.ids) for row in used), max(sum(row.mask) for row in used)))
         found.tokens += sum(len(row.ids) for row in used)
-        found.replies += sum(replies(row) for row in used)
+        found.replies += sum(loss_spans(row) for row in used)
         found.ended += all(row.ids[-1] == end_id for row in used)
     return found

@@ -28,7 +28,7 @@ from typing import Any
 
 BUCKET = 500_000_000  # numbers that DeepSpeed reduces at once, its default
 LIVE = 1_000_000_000  # parameters that ZeRO-3 keeps gathered, its default
-COLUMNS = 32  # by which the cache of sampling grows
+CACHE_COLUMNS = 32  # by which the cache of sampling grows
 LOSS = 12  # bytes a logit while a full cross-entropy and its gradient exist (float32 logits, log-softmax, gradient)
 FUSED = 16  # the same in TRL's head for SFT, which sees the tokens with loss only and VOCABULARY_PART columns at once
 VOCABULARY_PART = 32768
@@ -36,7 +36,9 @@ POLICY = 24  # the same in PPO's forward pass: logits, log-softmax, and what the
 POLICY_KEPT = 8  # of it, what stays until the backward pass
 FILTERED = 9  # more of both where sampling was filtered: a bool and masked logits
 DRAWN = 16  # the same where a token is drawn: logits, probabilities and their sums
-COPIES = 120  # of a weight, that CPU kernels of bfloat16 keep rearranged: one for each number of rows that they met
+ONEDNN_COPIES = (
+    120  # of a weight, that CPU kernels of bfloat16 keep rearranged: one for each number of rows that they met
+)
 RECORD, TOKEN = 2048, 56  # bytes of a record and of a token as Python keeps them, rows and data set together
 
 
@@ -73,7 +75,7 @@ class Sharding:
 
 
 @dataclass(frozen=True)
-class Weights:
+class WeightCounts:
     """Parameters of one model, or of several that are trained as one."""
 
     trained: int
@@ -86,9 +88,9 @@ class Weights:
         """Of all of them, whole."""
         return self.trained * self.trained_bytes + self.frozen * self.frozen_bytes
 
-    def __add__(self, other: Weights) -> Weights:
+    def __add__(self, other: WeightCounts) -> WeightCounts:
         """Both together; the wider numbers count for both, so that nothing is counted too small."""
-        return Weights(
+        return WeightCounts(
             self.trained + other.trained,
             self.frozen + other.frozen,
             max(self.trained_bytes, other.trained_bytes),
@@ -97,7 +99,7 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Part:
+class MemoryPart:
     """Some bytes with a name, on the device or in the machine's memory (host)."""
 
     name: str
@@ -106,7 +108,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Traced:
+class ActivationBytes:
     """Bytes that autograd keeps and needs for one microbatch: of one block, beside the blocks, and a block's input."""
 
     block: float
@@ -114,7 +116,7 @@ class Traced:
     boundary: float
 
 
-def states(w: Weights, s: Sharding, active: int | None = None) -> list[Part]:
+def state_parts(w: WeightCounts, s: Sharding, active: int | None = None) -> list[MemoryPart]:
     """Weights, gradients, optimizer, master copy and communication of what is trained, on one process.
 
     Args:
@@ -126,16 +128,16 @@ def states(w: Weights, s: Sharding, active: int | None = None) -> list[Part]:
     ranks = s.processes > 1
     bucket = min(w.trained, BUCKET) if s.deepspeed else w.trained if ranks and s.zero == 0 else 0
     parts = [
-        Part("weights", s.share(w.bytes, 3), s.offload_weights),
-        Part("gradients", s.share(now * w.trained_bytes, 2), s.offload_optimizer),
-        Part("optimizer (Adam)", s.share(adam * w.trained, 1), s.offload_optimizer),
-        Part("master copy", s.share(4 * w.trained, 1) if s.deepspeed else 0.0, s.offload_optimizer),
-        Part("communication", float(bucket * w.trained_bytes)),
+        MemoryPart("weights", s.share(w.bytes, 3), s.offload_weights),
+        MemoryPart("gradients", s.share(now * w.trained_bytes, 2), s.offload_optimizer),
+        MemoryPart("optimizer (Adam)", s.share(adam * w.trained, 1), s.offload_optimizer),
+        MemoryPart("master copy", s.share(4 * w.trained, 1) if s.deepspeed else 0.0, s.offload_optimizer),
+        MemoryPart("communication", float(bucket * w.trained_bytes)),
     ]
     return [part for part in parts if part.bytes]
 
 
-def gathered(w: Weights, blocks: int, s: Sharding, *, whole: bool = False) -> Part:
+def gathered_part(w: WeightCounts, blocks: int, s: Sharding, *, whole: bool = False) -> MemoryPart:
     """Weights that are put together again while they are used.
 
     Args:
@@ -143,13 +145,13 @@ def gathered(w: Weights, blocks: int, s: Sharding, *, whole: bool = False) -> Pa
         whole: all at once, as for sampling.
     """
     if s.zero < 3:
-        return Part("gathered weights", 0.0)
+        return MemoryPart("gathered weights", 0.0)
     numbers = w.trained + w.frozen
     share = 1.0 if whole else min(1.0, LIVE / max(numbers, 1)) if s.deepspeed else min(1.0, 2 / max(blocks, 1))
-    return Part("gathered weights", share * w.bytes)
+    return MemoryPart("gathered weights", share * w.bytes)
 
 
-def activations(traced: Traced, blocks: int, *, recompute: bool) -> float:
+def activation_part(traced: ActivationBytes, blocks: int, *, recompute: bool) -> float:
     """Kept for the backward pass of one microbatch.
 
     Args:
@@ -161,24 +163,24 @@ def activations(traced: Traced, blocks: int, *, recompute: bool) -> float:
     return traced.fixed + blocks * traced.block
 
 
-def logits(tokens: float, vocabulary: int, bytes_each: int) -> float:
+def logit_bytes(tokens: float, vocabulary: int, bytes_each: int) -> float:
     """Of an output layer with loss; `bytes_each` is one of LOSS, FUSED, POLICY, DRAWN."""
     return tokens * vocabulary * bytes_each
 
 
-def kv_cache(layers: int, heads: int, width: int, rows: int, length: int, number_bytes: int) -> float:
+def kv_cache_bytes(layers: int, heads: int, width: int, rows: int, length: int, number_bytes: int) -> float:
     """Keys and values of rows being sampled; one layer's is held twice while it grows."""
-    columns = math.ceil(length / COLUMNS) * COLUMNS
+    columns = math.ceil(length / CACHE_COLUMNS) * CACHE_COLUMNS
     return 2.0 * (layers + 1) * heads * width * rows * columns * number_bytes
 
 
-def records(number: int, tokens: int) -> float:
+def record_bytes(number: int, tokens: int) -> float:
     """Records and their rows, in the machine's memory."""
     return float(number * RECORD + tokens * TOKEN)
 
 
 @dataclass(frozen=True)
-class Runtime:
+class ProcessOverhead:
     """What a process holds beside its tensors: a fixed amount, and a factor on memory that comes and goes.
 
     On a CPU freed blocks stay in the heap (glibc): a forward and backward pass that holds 232 MiB makes the process
@@ -190,16 +192,16 @@ class Runtime:
     heap: float
 
     @classmethod
-    def of(cls, gpu: bool) -> Runtime:
+    def of(cls, gpu: bool) -> ProcessOverhead:
         """Of a device."""
         return cls(0.6 * 2**30, 1.1) if gpu else cls(130 * 2**20, 1.6)
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MemoryEstimate:
     """Phases of a stage, each with its parts; what the process needs is the largest phase."""
 
-    phases: Mapping[str, Sequence[Part]]
+    phases: Mapping[str, Sequence[MemoryPart]]
     device_is_host: bool  # a CPU: everything counts
 
     def needed(self, phase: str) -> float:
@@ -224,26 +226,28 @@ class Estimate:
         return max(sum(part.bytes for part in parts if part.host) for parts in self.phases.values())
 
 
-def with_runtime(parts: Sequence[Part], transient: Sequence[Part], runtime: Runtime) -> list[Part]:
+def with_runtime(
+    parts: Sequence[MemoryPart], transient: Sequence[MemoryPart], runtime: ProcessOverhead
+) -> list[MemoryPart]:
     """All parts of a phase and what the allocator and the libraries add."""
     extra = sum(part.bytes for part in transient) * (runtime.heap - 1.0) + runtime.fixed
-    return [*(p for p in (*parts, *transient) if p.bytes), Part("libraries and allocator", extra)]
+    return [*(p for p in (*parts, *transient) if p.bytes), MemoryPart("libraries and allocator", extra)]
 
 
-UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+BYTE_UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def parse_bytes(text: str) -> float | None:
     """'80G', '80GiB', '512M', '16e9' as bytes (powers of 1024); None if it is no amount."""
     short = text.strip().upper().removesuffix("IB").removesuffix("B")
-    number, unit = (short[:-1], short[-1]) if short[-1:] in UNITS and short[-1:] else (short, "")
+    number, unit = (short[:-1], short[-1]) if short[-1:] in BYTE_UNITS and short[-1:] else (short, "")
     try:
-        value = float(number) * UNITS[unit]
+        value = float(number) * BYTE_UNITS[unit]
     except ValueError:
         return None
     return value if math.isfinite(value) and value > 0 else None
 
 
-def in_words(amount: float) -> str:
+def format_bytes(amount: float) -> str:
     """'1.2 GiB', '340 MiB'."""
     return f"{amount / 2**30:.2f} GiB" if amount >= 2**30 else f"{amount / 2**20:.0f} MiB"

@@ -15,23 +15,22 @@ from typing import Any, cast
 
 import torch
 
-from rlhf.config.schema import ClassifyConfig, PPOConfig, PretrainConfig, RewardConfig, SFTConfig
+from rlhf.config.schema import PPOConfig
 from rlhf.config.sections import ModelSource, Peft
 from rlhf.errors import CheckpointError
 from rlhf.models import handover
 from rlhf.models.adapters import add_adapter, base_source
-from rlhf.models.load import disable_dropout, dtype_of, is_adapter, resolve
-from rlhf.models.parameter_selection import Layout, layout
-from rlhf.preflight.memory_model import Weights
-from rlhf.trainers.phase_schedule import Program, Stretch, ppo_program, program
+from rlhf.models.load import disable_dropout, dtype_of, is_adapter, resolve_model
+from rlhf.models.parameter_selection import ParameterMap, map_parameters
+from rlhf.preflight.memory_model import WeightCounts
+from rlhf.trainers.phase_schedule import PhaseSchedule, ResolvedPhase, make_ppo_schedule, make_schedule
 
-Trains = PretrainConfig | SFTConfig | RewardConfig | ClassifyConfig | PPOConfig
-Plan = Callable[[Layout], Program]  # of the weights that may be trained at all
+PhasePlanner = Callable[[ParameterMap], PhaseSchedule]  # of the weights that may be trained at all
 NO_ADAPTER = Peft()
 
 
 @dataclass(frozen=True)
-class Made:
+class PlannedModel:
     """A model that an earlier stage of the pipeline will make."""
 
     stage: str
@@ -42,7 +41,7 @@ class Made:
 
 
 @dataclass(frozen=True)
-class Active:
+class TrainablePhase:
     """What takes gradients in a phase: so many weights, and the blocks that keep activations for them.
 
     A block that keeps any counts as if all of it were trained.
@@ -54,15 +53,15 @@ class Active:
 
 
 @dataclass(frozen=True)
-class Skeleton:
+class ModelShape:
     """One model: how to build it with any number of blocks, and what it has."""
 
     name: str
     build: Callable[[int | None], Any]
     config: Any
-    weights: Weights  # trained = in any phase
+    weights: WeightCounts  # trained = in any phase
     blocks: int
-    phases: tuple[Active, ...]
+    phases: tuple[TrainablePhase, ...]
 
     @property
     def vocabulary(self) -> int:
@@ -70,7 +69,7 @@ class Skeleton:
         return int(self.config.vocab_size)
 
 
-def foundation(source: ModelSource, planned: Mapping[str, Made]) -> tuple[ModelSource | None, Any]:
+def base_weights(source: ModelSource, planned: Mapping[str, PlannedModel]) -> tuple[ModelSource | None, Any]:
     """The full weights below a model: their source, or the architecture of one that is yet to be made.
 
     Args:
@@ -80,21 +79,21 @@ def foundation(source: ModelSource, planned: Mapping[str, Made]) -> tuple[ModelS
     path = source.path.rstrip("/")
     if not Path(path).exists() and path in planned:
         made = planned[path]
-        return (None, made.architecture) if made.source is None else foundation(made.source, planned)
-    folder = resolve(source)
-    return foundation(base_source(source, folder), planned) if is_adapter(folder) else (source, None)
+        return (None, made.architecture) if made.source is None else base_weights(made.source, planned)
+    folder = resolve_model(source)
+    return base_weights(base_source(source, folder), planned) if is_adapter(folder) else (source, None)
 
 
-def skeleton(
+def model_shape(
     name: str,
     source: ModelSource,
-    planned: Mapping[str, Made],
+    planned: Mapping[str, PlannedModel],
     *,
     scorer: bool = False,
     peft: Peft = NO_ADAPTER,
     trained: bool = True,
-    plan: Plan | None = None,
-) -> Skeleton:
+    plan: PhasePlanner | None = None,
+) -> ModelShape:
     """A model in one role.
 
     Args:
@@ -103,7 +102,7 @@ def skeleton(
         plan: what is trained of it, and when; None = everything throughout.
     Raises: CheckpointError, or ConfigError for a selection that matches nothing.
     """
-    base, architecture = foundation(source, planned)
+    base, architecture = base_weights(source, planned)
     config = _config(base, architecture)
     attention = None if source.attention == "auto" else source.attention
     dtype = dtype_of(source)
@@ -113,18 +112,20 @@ def skeleton(
 
     with torch.device("meta"):
         whole = build(None)
-    places, numbers = layout(whole), {name: p.numel() for name, p in whole.named_parameters()}
+    places, numbers = map_parameters(whole), {name: p.numel() for name, p in whole.named_parameters()}
     free = frozenset(name for name, p in whole.named_parameters() if p.requires_grad)
-    stretches = plan(places.only(free)).stretches if plan is not None else (Stretch(free, 1, 1.0),)
+    stretches = plan(places.only(free)).stretches if plan is not None else (ResolvedPhase(free, 1, 1.0),)
     blocks, begins, phases = int(config.num_hidden_layers), 0, []
     for stretch in stretches:
-        phases.append(Active(begins, sum(numbers[n] for n in stretch.names), _kept(places, stretch.names, blocks)))
+        phases.append(
+            TrainablePhase(begins, sum(numbers[n] for n in stretch.names), _kept(places, stretch.names, blocks))
+        )
         begins += stretch.length
     ever = sum(numbers[name] for name in frozenset().union(*(stretch.names for stretch in stretches)))
     size = torch.empty((), dtype=dtype).element_size()
     wide = next((p.element_size() for p in whole.parameters() if p.requires_grad), size)
-    weights = Weights(ever, sum(numbers.values()) - ever, wide, size)
-    return Skeleton(name, build, config, weights, blocks, tuple(phases))
+    weights = WeightCounts(ever, sum(numbers.values()) - ever, wide, size)
+    return ModelShape(name, build, config, weights, blocks, tuple(phases))
 
 
 def _config(base: ModelSource | None, architecture: Any) -> Any:
@@ -138,7 +139,7 @@ def _config(base: ModelSource | None, architecture: Any) -> Any:
 
     try:
         found = AutoConfig.from_pretrained(
-            resolve(base), revision=base.revision, trust_remote_code=base.trust_remote_code
+            resolve_model(base), revision=base.revision, trust_remote_code=base.trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
@@ -172,63 +173,67 @@ def _build(
     return model
 
 
-def _kept(of: Layout, names: Collection[str], blocks: int) -> int:
+def _kept(of: ParameterMap, names: Collection[str], blocks: int) -> int:
     """Blocks from the lowest one with a trained weight upwards; a trained soft prompt or embedding keeps all."""
     lowest = min((of.places[name].depth for name in names), default=blocks + 1)
     return blocks if lowest == 0 else max(0, blocks + 1 - lowest)
 
 
-def trains(stage: str, config: Any, planned: Mapping[str, Made]) -> Skeleton:
+def trained_model_shape(stage: str, config: Any, planned: Mapping[str, PlannedModel]) -> ModelShape:
     """The one model that a stage other than PPO trains."""
     if stage == "pretrain":
-        made = {config.output_dir: Made("pretrain", None, config.architecture, NO_ADAPTER)}
-        return skeleton("model", ModelSource(path=config.output_dir), {**planned, **made})
+        made = {config.output_dir: PlannedModel("pretrain", None, config.architecture, NO_ADAPTER)}
+        return model_shape("model", ModelSource(path=config.output_dir), {**planned, **made})
 
-    def plan(of: Layout) -> Program:
-        return program(of, config.optim, freeze=config.freeze, unfreeze=config.unfreeze, per_epoch=1, factors={})
+    def plan(of: ParameterMap) -> PhaseSchedule:
+        return make_schedule(of, config.optim, freeze=config.freeze, unfreeze=config.unfreeze, per_epoch=1, factors={})
 
-    return skeleton("model", config.model, planned, scorer=stage in ("reward", "classify"), peft=config.peft, plan=plan)
+    return model_shape(
+        "model", config.model, planned, scorer=stage in ("reward", "classify"), peft=config.peft, plan=plan
+    )
 
 
 @dataclass(frozen=True)
-class Cast:
+class PPOModelShapes:
     """The roles of PPO. What is None costs nothing: the reference of an adapter, the trunk of a shared value head."""
 
-    policy: Skeleton
-    value: Skeleton | None
-    reference: Skeleton | None
-    scorers: tuple[Skeleton, ...]
+    policy: ModelShape
+    value: ModelShape | None
+    reference: ModelShape | None
+    scorers: tuple[ModelShape, ...]
     shared: bool  # value model and scorers are adapters on the policy's base
 
 
-def cast_of(config: PPOConfig, planned: Mapping[str, Made], *, shared: bool, fits: bool) -> Cast:
+def ppo_model_shapes(
+    config: PPOConfig, planned: Mapping[str, PlannedModel], *, shared: bool, fits: bool
+) -> PPOModelShapes:
     """Of a configuration.
 
     Args:
         shared: the roles share a base. fits: the reward model reads the policy's tokens.
     """
 
-    def plan(where: str, of: Layout) -> Program:
+    def plan(where: str, of: ParameterMap) -> PhaseSchedule:
         freeze, unfreeze = getattr(config.freeze, where), getattr(config.unfreeze, where)
-        return ppo_program(
+        return make_ppo_schedule(
             of, freeze=freeze, unfreeze=unfreeze, steps=config.ppo.steps, learning_rate=1.0, where=where, factors={}
         )
 
-    policy = skeleton("policy", config.policy, planned, peft=config.peft, plan=partial(plan, "policy"))
+    policy = model_shape("policy", config.policy, planned, peft=config.peft, plan=partial(plan, "policy"))
     kind = config.ppo.value_model
     if kind == "auto":
         kind = "reward" if fits and config.reward_model is not None else "policy"
     start = config.reward_model if kind == "reward" and config.reward_model is not None else config.policy
     value = None
     if kind != "trunk":
-        value = skeleton(
+        value = model_shape(
             "value model", start, planned, scorer=True, peft=config.peft, plan=partial(plan, "value_model")
         )
-    reference = None if config.peft.enabled else skeleton("reference", config.policy, planned, trained=False)
+    reference = None if config.peft.enabled else model_shape("reference", config.policy, planned, trained=False)
     scorers = tuple(
-        skeleton("reward model", source, planned, scorer=True, trained=False) for source in reward_sources(config)
+        model_shape("reward model", source, planned, scorer=True, trained=False) for source in reward_sources(config)
     )
-    return Cast(policy, value, reference, scorers, shared)
+    return PPOModelShapes(policy, value, reference, scorers, shared)
 
 
 def reward_sources(config: PPOConfig) -> list[ModelSource]:
@@ -243,7 +248,7 @@ def reward_sources(config: PPOConfig) -> list[ModelSource]:
     return found
 
 
-def replies_of(config: Any, planned: Mapping[str, Made]) -> int | None:
+def expected_reply_tokens(config: Any, planned: Mapping[str, PlannedModel]) -> int | None:
     """Mean tokens of what PPO's policy says as it starts: of the demonstrations that it learnt from, or of its last
     step of PPO."""
     if not isinstance(config, PPOConfig):
@@ -252,6 +257,6 @@ def replies_of(config: Any, planned: Mapping[str, Made]) -> int | None:
     if not Path(path).exists() and path in planned:
         found = planned[path].replies
     else:
-        record = handover.read(resolve(config.policy))
+        record = handover.read_handover(resolve_model(config.policy))
         found = record.reply_tokens if record is not None else None
     return None if found is None else max(math.ceil(found), config.sampling.min_new_tokens)

@@ -8,14 +8,14 @@ from typing import Any
 
 from rlhf.config.schema import PPOConfig
 from rlhf.config.sections import Peft
-from rlhf.preflight.memory_estimate import Case, offloadable
+from rlhf.preflight.memory_estimate import EstimateInput, offloadable
 from rlhf.preflight.memory_model import Sharding
-from rlhf.preflight.model_shapes import Cast
+from rlhf.preflight.model_shapes import PPOModelShapes
 
-Change = tuple[str, Case]
+Suggestion = tuple[str, EstimateInput]
 
 
-def changes(case: Case) -> Iterator[Change]:
+def memory_suggestions(case: EstimateInput) -> Iterator[Suggestion]:
     """What would need less, in words, the cheapest first: smaller microbatches, frozen models off the device,
     recomputed activations, fewer rows decoded at once, sharding on the processes that there are, more processes,
     adapters (which train something else)."""
@@ -43,7 +43,7 @@ def changes(case: Case) -> Iterator[Change]:
     yield from _spread(frugal, words)
 
 
-def _smaller(case: Case, words: str) -> Iterator[Change]:
+def _smaller(case: EstimateInput, words: str) -> Iterator[Suggestion]:
     """Microbatches, halved again and again."""
     small = case.config.optim.microbatch_size
     while small > 1:
@@ -52,9 +52,9 @@ def _smaller(case: Case, words: str) -> Iterator[Change]:
             yield f"{words} optim.microbatch_size={small}".strip(), _with(case, "optim", microbatch_size=small)
 
 
-def _offloaded(case: Case) -> tuple[Case, str]:
+def _offloaded(case: EstimateInput) -> tuple[EstimateInput, str]:
     """The case with all frozen models at rest that can be, and the words for it; none if nothing changes."""
-    if not isinstance(case.models, Cast) or not case.gpu:
+    if not isinstance(case.models, PPOModelShapes) or not case.gpu:
         return case, ""
     roles = offloadable(case.models)
     if set(roles) <= set(case.config.offload):
@@ -63,7 +63,7 @@ def _offloaded(case: Case) -> tuple[Case, str]:
     return away, f"offload=[{','.join(roles)}]"
 
 
-def _spread(case: Case, words: str) -> Iterator[Change]:
+def _spread(case: EstimateInput, words: str) -> Iterator[Suggestion]:
     s = case.sharding
     most = _most(case)
     for stage, name in ((1, "zero1"), (2, "zero2"), (3, "zero3")):
@@ -79,14 +79,14 @@ def _spread(case: Case, words: str) -> Iterator[Change]:
         yield f"--launcher zero3_offload {words}".strip(), replace(case, sharding=near)
 
 
-def _most(case: Case) -> int:
+def _most(case: EstimateInput) -> int:
     """Processes that can share the batch, at most 64."""
     if isinstance(case.config, PPOConfig):
         return min(64, case.config.ppo.rollout_size // case.config.ppo.minibatches)
     return min(64, int(case.config.optim.batch_size))
 
 
-def _divides(case: Case, micro: int) -> bool:
+def _divides(case: EstimateInput, micro: int) -> bool:
     """Whether a microbatch is possible."""
     if isinstance(case.config, PPOConfig):
         return True
@@ -94,12 +94,12 @@ def _divides(case: Case, micro: int) -> bool:
     return bool(share % min(micro, share) == 0)
 
 
-def _with(case: Case, section: str, **values: Any) -> Case:
+def _with(case: EstimateInput, section: str, **values: Any) -> EstimateInput:
     part = getattr(case.config, section).model_copy(update=values)
     return replace(case, config=case.config.model_copy(update={section: part}))
 
 
-def adapters(config: Any) -> Any | None:
+def with_lora(config: Any) -> Any | None:
     """The same configuration with LoRA, if all weights are trained and an adapter is possible."""
     peft = getattr(config, "peft", None)
     if peft is None or peft.enabled:

@@ -11,23 +11,29 @@ from typing import Any
 
 from rlhf.console import Console
 from rlhf.errors import ConfigError
-from rlhf.reports.html import embedded, page, table
+from rlhf.reports.html import embed_figure, html_page, html_table
 from rlhf.runs.run_dir import read_json
 
-Row = Mapping[str, Any]
-NUMBERS = {"win": "win rate", "kl": "KL nats", "utility": "utility", "score": "score", "perplexity": "perplexity"}
+ResultRow = Mapping[str, Any]
+COMPARED_NUMBERS = {
+    "win": "win rate",
+    "kl": "KL nats",
+    "utility": "utility",
+    "score": "score",
+    "perplexity": "perplexity",
+}
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationResult:
     """What one evaluate run measured."""
 
     name: str
     reference: str
-    rows: tuple[Row, ...]
+    rows: tuple[ResultRow, ...]
 
 
-def compare(folders: Sequence[Path], console: Console, *, output: Path | None) -> None:
+def compare_runs(folders: Sequence[Path], console: Console, *, output: Path | None) -> None:
     """Print a table for every split, and write a page with a picture of them if `output` is given.
 
     Raises: ConfigError if a folder holds no finished evaluation, they have another reference, or nothing in common.
@@ -41,7 +47,7 @@ def compare(folders: Sequence[Path], console: Console, *, output: Path | None) -
             where="command line",
             do="give evaluations with one reference",
         )
-    tables = summaries(found)
+    tables = summarize(found)
     for (split, model), (header, rows) in tables.items():
         console.table(f"{split}: {model} against {references[0]}", header, rows)
     if output is not None:
@@ -49,7 +55,7 @@ def compare(folders: Sequence[Path], console: Console, *, output: Path | None) -
         console.note(f"all of them in one picture: {output}")
 
 
-def _read(folder: Path) -> Evaluation:
+def _read(folder: Path) -> EvaluationResult:
     """The evaluation in a folder, which may also be the pipeline's."""
     inside = sorted(folder.glob("*-evaluate/results.json"))
     path = folder / "results.json" if (folder / "results.json").is_file() or not inside else inside[-1]
@@ -60,10 +66,10 @@ def _read(folder: Path) -> Evaluation:
             do="give the run directory of an evaluate stage, or of a pipeline that has one",
         )
     results = read_json(path)
-    return Evaluation(str(folder), results["reference"], tuple(results["models"]))
+    return EvaluationResult(str(folder), results["reference"], tuple(results["models"]))
 
 
-def summaries(found: Sequence[Evaluation]) -> dict[tuple[str, str], tuple[list[str], list[list[str]]]]:
+def summarize(found: Sequence[EvaluationResult]) -> dict[tuple[str, str], tuple[list[str], list[list[str]]]]:
     """(split, model) -> header and rows: every run, then their mean, deviation and worst to best.
 
     Raises: ConfigError if no model but the reference is in all of them.
@@ -75,7 +81,7 @@ def summaries(found: Sequence[Evaluation]) -> dict[tuple[str, str], tuple[list[s
     tables = {}
     for split, model in common:
         rows = [next(r for r in e.rows if (r["split"], r["model"]) == (split, model)) for e in found]
-        columns = [name for name in NUMBERS if all(row.get(name) is not None for row in rows)]
+        columns = [name for name in COMPARED_NUMBERS if all(row.get(name) is not None for row in rows)]
         measures = [name for name in rows[0].get("measures", {}) if all(name in r.get("measures", {}) for r in rows)]
         series = [[row[name] for row in rows] for name in columns]
         series += [[row["measures"][name] for row in rows] for name in measures]
@@ -85,11 +91,11 @@ def summaries(found: Sequence[Evaluation]) -> dict[tuple[str, str], tuple[list[s
         percent = [name == "win" for name in columns] + [False] * len(measures)
         for words, function in (("mean", _mean), ("deviation", _deviation), ("lowest, highest", _ends)):
             cells.append([words, *(function(s, p) for s, p in zip(series, percent, strict=True))])
-        tables[split, model] = (["run", *(NUMBERS[name] for name in columns), *measures], cells)
+        tables[split, model] = (["run", *(COMPARED_NUMBERS[name] for name in columns), *measures], cells)
     return tables
 
 
-def _cell(name: str, row: Row) -> str:
+def _cell(name: str, row: ResultRow) -> str:
     if name == "win":
         return f"{100 * row['win']:.1f} % [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
     return f"{row[name]:.2f}"
@@ -111,7 +117,9 @@ def _ends(values: Sequence[float], percent: bool) -> str:
     return f"{_text(min(values), percent)}, {_text(max(values), percent)}"
 
 
-def _page(found: Sequence[Evaluation], tables: Mapping[tuple[str, str], tuple[list[str], list[list[str]]]]) -> str:
+def _page(
+    found: Sequence[EvaluationResult], tables: Mapping[tuple[str, str], tuple[list[str], list[list[str]]]]
+) -> str:
     parts = [f"<h1>{len(found)} evaluations</h1>", _picture(found, list(tables))]
     parts.append(
         "<p class='note'>One point is one run, with the 95 % bootstrap interval over its prompts; the dotted line is "
@@ -119,11 +127,11 @@ def _page(found: Sequence[Evaluation], tables: Mapping[tuple[str, str], tuple[li
     )
     for (split, model), (header, rows) in tables.items():
         parts.append(f"<h2>{html.escape(split)}: {html.escape(model)}</h2>")
-        parts.append(table(header, [[html.escape(cell) for cell in row] for row in rows]))
-    return page("rlhf compare", "".join(parts))
+        parts.append(html_table(header, [[html.escape(cell) for cell in row] for row in rows]))
+    return html_page("rlhf compare", "".join(parts))
 
 
-def _picture(found: Sequence[Evaluation], keys: Sequence[tuple[str, str]]) -> str:
+def _picture(found: Sequence[EvaluationResult], keys: Sequence[tuple[str, str]]) -> str:
     """Win rate over KL, one panel a split, one colour a model, one point a run."""
     import matplotlib
 
@@ -148,4 +156,4 @@ def _picture(found: Sequence[Evaluation], keys: Sequence[tuple[str, str]]) -> st
         axis.set_ylabel(f"win rate against {found[0].reference} (%)")
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
-    return embedded(figure, "win rate over KL, one point a run")
+    return embed_figure(figure, "win rate over KL, one point a run")

@@ -9,15 +9,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.runs.metrics import METRICS, read_lines
+from rlhf.runs.metrics import METRICS, read_jsonl
 
-CURVES = {
+CURVES_BY_STAGE = {
     "pretrain": ("loss", "eval_loss"),
     "sft": ("loss", "eval_loss"),
     "reward": ("loss", "eval_accuracy"),
     "ppo": ("score", "kl", "kl_coef", "response_length", "finished", "entropy", "explained_variance", "clip_fraction"),
 }
-STYLE = """
+PAGE_STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1080px;padding:0 1rem;color:#1c1c1c}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}table{border-collapse:collapse;margin:.5rem 0}
 td,th{padding:.3rem .7rem;border-bottom:1px solid #ddd;text-align:right}td:first-child,th:first-child,
@@ -47,10 +47,10 @@ def write_report(path: Path, results: Mapping[str, Any], runs: Mapping[str, Path
         if picture:
             parts += [f"<h2>Training: {html.escape(name)}</h2>", picture]
     parts += ["<h2>Answers side by side</h2>", _side_by_side(results["side_by_side"])]
-    path.write_text(page("rlhf report", "\n".join(parts)), encoding="utf-8")
+    path.write_text(html_page("rlhf report", "\n".join(parts)), encoding="utf-8")
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
+def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
     """An HTML table; cells are HTML already."""
     head = "".join(f"<th>{html.escape(h)}</th>" for h in header)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
@@ -76,7 +76,7 @@ def _models(rows: Sequence[Mapping[str, Any]], reference: str) -> str:
         )
     win = f"win rate vs {reference} [95 %]"
     header = ["split", "model", win, "utility", "KL (nats)", "tokens", "ended", "perplexity"]
-    return table([*header, *map(html.escape, measures)], cells)
+    return html_table([*header, *map(html.escape, measures)], cells)
 
 
 def _number(value: float | None, digits: int = 2) -> str:
@@ -95,12 +95,12 @@ def _reward(row: Mapping[str, Any]) -> str:
         if key in row:
             interval = f" [{100 * row['low']:.1f}, {100 * row['high']:.1f}]" if key == "accuracy" else ""
             cells.append([words, f"{100 * row[key]:.1f} %{interval}"])
-    return table(["", f"accuracy on {row['pairs']} held-out pairs"], cells)
+    return html_table(["", f"accuracy on {row['pairs']} held-out pairs"], cells)
 
 
 def _curves(name: str, folder: Path) -> str:
-    lines = list(read_lines(folder / "metrics.jsonl"))
-    wanted = next((names for stage, names in CURVES.items() if stage in folder.name or stage == name), ())
+    lines = list(read_jsonl(folder / "metrics.jsonl"))
+    wanted = next((names for stage, names in CURVES_BY_STAGE.items() if stage in folder.name or stage == name), ())
     series = {m: [(line["step"], line[m]) for line in lines if m in line] for m in wanted}
     series = {m: points for m, points in series.items() if len(points) > 1}
     if not series:
@@ -120,10 +120,10 @@ def _curves(name: str, folder: Path) -> str:
         axis.set_title(f"{metric} ({METRICS[metric].unit})", fontsize=9)
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.3)
-    return embedded(figure, f"training curves of {name}")
+    return embed_figure(figure, f"training curves of {name}")
 
 
-def embedded(figure: Any, alt: str) -> str:
+def embed_figure(figure: Any, alt: str) -> str:
     """A matplotlib figure as an image inside the page; the figure is closed."""
     from matplotlib import pyplot
 
@@ -135,9 +135,9 @@ def embedded(figure: Any, alt: str) -> str:
     return f"<img alt='{html.escape(alt)}' src='data:image/png;base64,{data}'>"
 
 
-def page(title: str, body: str) -> str:
+def html_page(title: str, body: str) -> str:
     """A whole HTML page that needs nothing else."""
-    head = f"<meta charset='utf-8'><title>{html.escape(title)}</title><style>{STYLE}</style>"
+    head = f"<meta charset='utf-8'><title>{html.escape(title)}</title><style>{PAGE_STYLE}</style>"
     return f"<!doctype html><html lang='en'><head>{head}</head><body>{body}</body></html>\n"
 
 
@@ -147,4 +147,4 @@ def _side_by_side(items: Sequence[Mapping[str, Any]]) -> str:
         talk = "\n".join(f"{m['role']}: {m['content']}" for m in item["prompt"])
         replies = "".join(f"<p><b>{html.escape(n)}</b>: {html.escape(t)}</p>" for n, t in item["replies"].items())
         rows.append([html.escape(item["split"]), f"<div class='prompt'>{html.escape(talk)}</div>", replies])
-    return table(["split", "prompt", "replies"], rows, "talk")
+    return html_table(["split", "prompt", "replies"], rows, "talk")

@@ -12,12 +12,12 @@ from rlhf.console import Console
 from rlhf.data.render import Renderer, prepare_tokenizer, tokenizer_fingerprint
 from rlhf.errors import CheckpointError, ConfigError
 from rlhf.models import handover
-from rlhf.models.adapters import worn_method
+from rlhf.models.adapters import active_adapter_method
 from rlhf.models.heads import score_head
-from rlhf.models.load import load_tokenizer, resolve
+from rlhf.models.load import load_tokenizer, resolve_model
 from rlhf.models.reward_models import check_one_output, load_classifier, load_scorer
-from rlhf.models.shared_base import REWARD, put_on, why_apart
-from rlhf.rollout.rewards import EnsembleReward, FunctionReward, ModelReward, Reward, Rewards, load_function
+from rlhf.models.shared_base import REWARD, attach_scorer, reason_not_shared
+from rlhf.rollout.rewards import EnsembleReward, FunctionReward, ModelReward, Reward, Rewards, import_reward_function
 
 
 def build_rewards(config: PPOConfig, renderer: Renderer, console: Console, *, base: Any = None) -> Rewards:
@@ -46,7 +46,9 @@ def build_rewards(config: PPOConfig, renderer: Renderer, console: Console, *, ba
         else:
             assert source.function is not None
             part = FunctionReward(
-                source.function, load_function(source.function, what="reward function", where="rewards"), renderer
+                source.function,
+                import_reward_function(source.function, what="reward function", where="rewards"),
+                renderer,
             )
         parts.append((source.weight, part))
     if len(parts) > 1:
@@ -74,7 +76,7 @@ def reward_deviation(config: PPOConfig) -> float:
     """What the scores of `reward_model` are divided by."""
     if config.reward_model is None or config.ppo.normalize_scores != "stored":
         return 1.0
-    record = handover.read(resolve(config.reward_model))
+    record = handover.read_handover(resolve_model(config.reward_model))
     return record.score_std if record is not None and record.score_std is not None else 1.0
 
 
@@ -83,13 +85,13 @@ def same_tokenizer(source: ModelSource, renderer: Renderer) -> bool:
 
     Raises: CheckpointError if its record says that it has the same tokenizer but other text-to-token settings.
     """
-    record = handover.read(resolve(source))
+    record = handover.read_handover(resolve_model(source))
     ours = renderer.identity()
     if record is None:  # a foreign model: the tokenizer in its folder is all there is to compare
         return tokenizer_fingerprint(load_tokenizer(source)) == ours["tokenizer_sha256"]
     if record.tokenizer_sha256 != ours["tokenizer_sha256"]:
         return False
-    handover.verify(ours, record, where=source.path, role="the reward model")
+    handover.verify_handover(ours, record, where=source.path, role="the reward model")
     return True
 
 
@@ -113,10 +115,10 @@ class _Loader:
         self.policy, self.base, self.number = policy, base, 0
 
     def __call__(self, source: ModelSource, alone: Callable[[ModelSource], Any]) -> Any:
-        if self.base is None or why_apart(self.policy, source, worn_method(self.base)) is not None:
+        if self.base is None or reason_not_shared(self.policy, source, active_adapter_method(self.base)) is not None:
             return alone(source).requires_grad_(False)
         self.number += 1
-        return put_on(self.base, source, f"{REWARD}_{self.number}")
+        return attach_scorer(self.base, source, f"{REWARD}_{self.number}")
 
 
 def _score(source: ModelSource, load: _Loader, renderer: Renderer, stored: bool, console: Console) -> ModelReward:
@@ -126,7 +128,7 @@ def _score(source: ModelSource, load: _Loader, renderer: Renderer, stored: bool,
     part = ModelReward(source.path, model, renderer, theirs)
     if not stored:
         return part
-    record = handover.read(resolve(source))
+    record = handover.read_handover(resolve_model(source))
     if record is None or record.score_mean is None or record.score_std is None:
         raise CheckpointError(
             "the reward model carries no mean and deviation of its scores",
@@ -141,7 +143,7 @@ def _probability(
     source: ModelSource, label: str | dict[str, float], load: _Loader, renderer: Renderer, console: Console
 ) -> ModelReward:
     model = load(source, load_classifier)
-    record = handover.read(resolve(source))
+    record = handover.read_handover(resolve_model(source))
     names = {str(name): int(index) for index, name in model.config.id2label.items()}
     several = model.config.problem_type == "multi_label_classification"
     if record is not None and record.labels is not None:  # an adapter's folder has no config.json to say it

@@ -23,7 +23,7 @@ from rlhf.functional import ensemble_score
 from rlhf.models.heads import sequence_outputs
 from rlhf.rollout.types import Rollout
 
-Function = Callable[[Messages, str, Mapping[str, Any]], float]
+RewardFunction = Callable[[Messages, str, Mapping[str, Any]], float]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class FunctionReward:
     """The user's own function of (prompt, response, record)."""
 
     name: str
-    function: Function
+    function: RewardFunction
     ours: Renderer
 
     def __call__(self, part: Rollout, prompts: Sequence[Prompt]) -> Tensor:
@@ -145,7 +145,7 @@ class Rewards:
         return Rewards(tuple((w, r) for w, r in self.parts if not isinstance(r, FunctionReward)))
 
 
-def load_function(name: str, *, what: str, where: str) -> Callable[..., Any]:
+def import_reward_function(name: str, *, what: str, where: str) -> Callable[..., Any]:
     """Import 'module:function'. It is the user's own code and runs with the user's rights.
 
     Args:

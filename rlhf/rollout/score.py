@@ -15,17 +15,19 @@ from rlhf.config.schema import PPO
 from rlhf.functional import gae, masked_whiten, shaped_rewards, token_entropy, token_logprobs
 from rlhf.models.heads import position_ids, token_scores
 from rlhf.models.load import backbone
-from rlhf.models.packed_batch import can_pack, head_reads, microbatches, output_layer, pack, plain_head
-from rlhf.rollout.types import Experience, Measured, Rollout, unpack_bits
+from rlhf.models.packed_batch import can_pack, has_plain_head, head_reads, microbatches, output_layer, pack
+from rlhf.rollout.types import Experience, Rollout, ScoredRollout, unpack_bits
 
-CHUNK = 2**25  # logits that a policy's output layer may hold at once (128 MiB in float32); more go in parts
+MAX_LOGITS_AT_ONCE = (
+    2**25
+)  # logits that a policy's output layer may hold at once (128 MiB in float32); more go in parts
 
 
-Asked = AbstractContextManager[Callable[[Rollout], Tensor]]
+ScoringContext = AbstractContextManager[Callable[[Rollout], Tensor]]
 """Numbers about a rollout from models that are there while the context lasts."""
 
 
-class Read(NamedTuple):
+class PolicyOutput(NamedTuple):
     """What a policy says about a rollout: [B, R] nats, 0 off-mask; entropy or None; states [B, R, H] or None."""
 
     logprobs: Tensor
@@ -48,7 +50,7 @@ def response_logprobs(
 
 def read_policy(
     policy: Any, rollout: Rollout, temperature: float, *, entropy: bool = False, states: bool = False
-) -> Read:
+) -> PolicyOutput:
     """The policy's forward on prompt and response. The output layer sees the response positions only.
 
     Args:
@@ -69,8 +71,8 @@ def read_policy(
     packing = pack(rollout.ids, rollout.mask)
     before = packing.slot[:, -width - 1 : -1]  # the position that each response token is predicted from
     inputs = {"input_ids": packing.ids, "position_ids": packing.positions, "use_cache": False}
-    at_once = max(1, CHUNK // policy.config.get_text_config().vocab_size)
-    if int(real.sum()) > at_once and plain_head(policy):
+    at_once = max(1, MAX_LOGITS_AT_ONCE // policy.config.get_text_config().vocab_size)
+    if int(real.sum()) > at_once and has_plain_head(policy):
         every = backbone(policy)(**inputs).last_hidden_state.flatten(0, 1)
         numbers = _in_chunks(output_layer(policy), every[before[real]], rollout, temperature, entropy, at_once)
         return _finish(rollout, *numbers, every[before] if states else None)
@@ -80,10 +82,12 @@ def read_policy(
     return _finish(rollout, *_numbers(output.logits[0], rollout, temperature, entropy), hidden)
 
 
-Numbers = tuple[Tensor, Tensor | None]  # log-probs and entropies of the real response tokens, [n] nats
+LogprobsAndEntropy = tuple[Tensor, Tensor | None]  # log-probs and entropies of the real response tokens, [n] nats
 
 
-def _numbers(logits: Tensor, rollout: Rollout, temperature: float, entropy: bool, part: slice = slice(None)) -> Numbers:
+def _numbers(
+    logits: Tensor, rollout: Rollout, temperature: float, entropy: bool, part: slice = slice(None)
+) -> LogprobsAndEntropy:
     """Of logits [n, V] that predict the real response tokens, or a part of them."""
     real = rollout.response_mask
     if rollout.support.shape[-1]:
@@ -96,13 +100,15 @@ def _numbers(logits: Tensor, rollout: Rollout, temperature: float, entropy: bool
         return logprobs, token_entropy(logits.detach() / temperature)
 
 
-def _in_chunks(head: Any, states: Tensor, rollout: Rollout, temperature: float, entropy: bool, size: int) -> Numbers:
+def _in_chunks(
+    head: Any, states: Tensor, rollout: Rollout, temperature: float, entropy: bool, size: int
+) -> LogprobsAndEntropy:
     """`_numbers` from the states [n, H] before the output layer: logits of no more than `size` tokens exist at once.
 
     The backward pass computes them a second time (2 H V more operations a token).
     """
 
-    def some(chunk: Tensor, part: slice) -> Numbers:
+    def some(chunk: Tensor, part: slice) -> LogprobsAndEntropy:
         return _numbers(head(chunk), rollout, temperature, entropy, part)
 
     found = [
@@ -112,9 +118,9 @@ def _in_chunks(head: Any, states: Tensor, rollout: Rollout, temperature: float, 
     return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found]) if entropy else None
 
 
-def _finish(rollout: Rollout, logprobs: Tensor, entropy: Tensor | None, states: Tensor | None) -> Read:
+def _finish(rollout: Rollout, logprobs: Tensor, entropy: Tensor | None, states: Tensor | None) -> PolicyOutput:
     real = rollout.response_mask
-    return Read(_unflatten(logprobs, real), None if entropy is None else _unflatten(entropy, real), states)
+    return PolicyOutput(_unflatten(logprobs, real), None if entropy is None else _unflatten(entropy, real), states)
 
 
 def _unflatten(flat: Tensor, mask: Tensor) -> Tensor:
@@ -129,20 +135,20 @@ def response_values(value_model: Any, rollout: Rollout) -> Tensor:
     return token_scores(value_model, rollout.ids, rollout.mask, before).masked_fill(~rollout.response_mask, 0.0)
 
 
-class Spread(NamedTuple):
+class RunningStats(NamedTuple):
     """Moments of all raw scores of a run so far: number, mean, sum of squared residuals (Welford; Chan et al. 1979)."""
 
     number: float = 0.0
     mean: float = 0.0
     squares: float = 0.0
 
-    def seen(self, scores: Tensor) -> Spread:
+    def seen(self, scores: Tensor) -> RunningStats:
         """With more scores, [B] of all processes."""
         x = scores.double()
         n, mean = float(len(x)), float(x.mean())
         total, apart = self.number + n, mean - self.mean
         squares = self.squares + float((x - mean).square().sum()) + apart**2 * self.number * n / total
-        return Spread(total, self.mean + apart * n / total, squares)
+        return RunningStats(total, self.mean + apart * n / total, squares)
 
     @property
     def deviation(self) -> float:
@@ -151,15 +157,15 @@ class Spread(NamedTuple):
 
 
 @torch.no_grad()
-def measure(
+def score_rollout(
     rollout: Rollout,
     *,
     read: Callable[[Rollout], tuple[Tensor, Any, Tensor]],
-    reference: Asked,
-    rewards: Asked,
+    reference: ScoringContext,
+    rewards: ScoringContext,
     microbatch: int,
     packed: bool,
-) -> Measured:
+) -> ScoredRollout:
     """What policy, reference, value model and rewards say about a rollout; rows do not depend on each other.
 
     They are asked one after the other, each about all rows, so that no two of the frozen ones need be there at a time.
@@ -185,10 +191,10 @@ def measure(
         width = part.response_ids.shape[1]
         old[rows, :width], _, values[rows, :width] = read(part)
     own = {f.name: getattr(rollout, f.name) for f in fields(Rollout)}
-    return Measured(**own, old_logprobs=old, ref_logprobs=ref, values=values, raw_scores=raw)
+    return ScoredRollout(**own, old_logprobs=old, ref_logprobs=ref, values=values, raw_scores=raw)
 
 
-def shape(measured: Measured, *, kl_coef: float, deviation: float, settings: PPO) -> Experience:
+def make_experience(measured: ScoredRollout, *, kl_coef: float, deviation: float, settings: PPO) -> Experience:
     """Scores, per-token rewards and advantages of all processes' episodes together.
 
         score  = clip(raw / deviation) - penalty without an end token      (or a fixed score without an end token)
@@ -213,5 +219,5 @@ def shape(measured: Measured, *, kl_coef: float, deviation: float, settings: PPO
     returns = advantages + measured.values * mask
     if settings.whiten_advantages:
         advantages = masked_whiten(advantages, mask)
-    own = {f.name: getattr(measured, f.name) for f in fields(Measured)}
+    own = {f.name: getattr(measured, f.name) for f in fields(ScoredRollout)}
     return Experience(**own, scores=scores, rewards=rewards, advantages=advantages, returns=returns)

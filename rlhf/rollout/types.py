@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rlhf.errors import ShapeError
 
-R = TypeVar("R", bound="Rollout")
+RolloutT = TypeVar("RolloutT", bound="Rollout")
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Rollout:
         """Real response tokens, [B] int64."""
         return self.response_mask.sum(dim=1)
 
-    def select(self: R, rows: Tensor) -> R:
+    def select(self: RolloutT, rows: Tensor) -> RolloutT:
         """Some rows, with padding that none of them needs cut off."""
         taken = replace(self, **{f.name: getattr(self, f.name)[rows] for f in fields(self)})
         prompt = int(taken.prompt_mask.sum(dim=1).max())
@@ -92,13 +92,13 @@ class Rollout:
                 cut[f.name] = value[:, :response]
         return replace(taken, **cut)
 
-    def to(self: R, device: torch.device) -> R:
+    def to(self: RolloutT, device: torch.device) -> RolloutT:
         """The same on another device."""
         return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
 
 @dataclass(frozen=True)
-class Measured(Rollout):
+class ScoredRollout(Rollout):
     """A rollout with what the four models say about it, each row by itself."""
 
     old_logprobs: Tensor  # [B, R] nats, teacher-forced, at the sampling temperature
@@ -108,7 +108,7 @@ class Measured(Rollout):
 
 
 @dataclass(frozen=True)
-class Experience(Measured):
+class Experience(ScoredRollout):
     """A rollout with everything the update needs. Nothing here carries a gradient."""
 
     scores: Tensor  # [B] score units: rescaled, clipped, end-token rule applied
@@ -122,7 +122,7 @@ class Experience(Measured):
         return ((self.old_logprobs - self.ref_logprobs) * self.response_mask).sum(dim=1)
 
 
-def merge(parts: list[R], pad_id: int) -> R:
+def merge_rollouts(parts: list[RolloutT], pad_id: int) -> RolloutT:
     """Stack rollouts (or experiences) of unequal padding into one, in order."""
     widest_prompt = max(p.prompt_ids.shape[1] for p in parts)
     widest_response = max(p.response_ids.shape[1] for p in parts)

@@ -101,7 +101,7 @@ class MetricsWriter:
         self.lines = 0
         if not main:
             return
-        self.lines = cut(path, -1 if keep_until is None else keep_until, keep_lines)
+        self.lines = truncate_jsonl(path, -1 if keep_until is None else keep_until, keep_lines)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -113,7 +113,7 @@ class MetricsWriter:
         if unknown:
             raise TrainingError("undeclared metric", found=", ".join(unknown), do="declare it in rlhf/runs/metrics.py")
         if self._file is not None:
-            self._file.write(json.dumps({"step": step, **{k: rounded(v) for k, v in values.items()}}) + "\n")
+            self._file.write(json.dumps({"step": step, **{k: round_metric(v) for k, v in values.items()}}) + "\n")
             self._file.flush()
             self.lines += 1
 
@@ -128,23 +128,23 @@ class MetricsWriter:
             self._file.close()
 
 
-def rounded(value: float) -> float:
+def round_metric(value: float) -> float:
     """A number as it is written, so that what is computed from it is the same after a resume."""
     return round(float(value), 8)
 
 
-def cut(path: Path, until: int, lines: int | None = None) -> int:
+def truncate_jsonl(path: Path, until: int, lines: int | None = None) -> int:
     """Drop the lines of a JSONL file that are of later steps, or beyond a number of lines. Returns: how many stay.
 
     The file is replaced as a whole: a kill meanwhile loses none of them.
     """
-    found = read_lines(path) if path.is_file() else iter(())
+    found = read_jsonl(path) if path.is_file() else iter(())
     kept = [json.dumps(line, ensure_ascii=False) + "\n" for line in found if line.get("step", 0) <= until][:lines]
     write_text(path, "".join(kept))
     return len(kept)
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """Lines of a JSONL file of ours; a last line cut by a crash is skipped."""
     with path.open(encoding="utf-8") as file:
         for line in file:

@@ -28,14 +28,14 @@ from pydantic import BaseModel
 from rlhf import __version__
 from rlhf.errors import CheckpointError, ConfigError
 from rlhf.runs.lock import LOCK_FILE, Lock, refuse_if_held
-from rlhf.runs.preemption import Stopped
+from rlhf.runs.preemption import RunStopped
 
 RUN_FILE, CONFIG_FILE = "run.json", "config.yaml"
-STARTING = {LOCK_FILE, f"{RUN_FILE}.tmp", f"{CONFIG_FILE}.new", f"{CONFIG_FILE}.new.tmp"}
+FILES_AT_START = {LOCK_FILE, f"{RUN_FILE}.tmp", f"{CONFIG_FILE}.new", f"{CONFIG_FILE}.new.tmp"}
 """What a run that dies in its first moment leaves behind: it may begin again."""
 
 
-def sync(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     """Have the disk hold a file, or the names in a folder, before going on."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -48,7 +48,7 @@ def write_text(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old one or the new one, never a half, also after a power cut."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
+    fsync_path(temporary)
     os.replace(temporary, path)
 
 
@@ -118,7 +118,7 @@ class RunDir:
             raise ConfigError(
                 "the output folder is a file", where=f"output_dir {self.path}", do="choose another output_dir"
             )
-        if not self.path.exists() or {p.name for p in self.path.iterdir()} <= STARTING:
+        if not self.path.exists() or {p.name for p in self.path.iterdir()} <= FILES_AT_START:
             self._check_writable()
             return "new"
         if not (self.path / RUN_FILE).is_file():
@@ -130,7 +130,7 @@ class RunDir:
             )
         info = read_json(self.path / RUN_FILE)
         saved = self._saved_config()
-        same = saved.is_file() and yaml.safe_load(saved.read_text(encoding="utf-8")) == plain(config)
+        same = saved.is_file() and yaml.safe_load(saved.read_text(encoding="utf-8")) == config_to_dict(config)
         if info.get("stage") != stage or not same:
             raise ConfigError(
                 "the output folder already holds another run",
@@ -199,7 +199,7 @@ class RunDir:
             )
         new = self.path / f"{CONFIG_FILE}.new"
         if not (self.path / CONFIG_FILE).is_file():
-            write_text(new, yaml.safe_dump(plain(config), sort_keys=False))
+            write_text(new, yaml.safe_dump(config_to_dict(config), sort_keys=False))
         attempts = int(self.info.get("attempts", 0)) + 1
         self.info = {
             "id": uuid.uuid4().hex,
@@ -250,7 +250,7 @@ class RunDir:
         how: dict[str, Any] = {}
         try:
             yield
-        except (KeyboardInterrupt, Stopped):
+        except (KeyboardInterrupt, RunStopped):
             how = {"status": "interrupted", "ended": _now()}
             raise
         except BaseException as error:
@@ -272,7 +272,7 @@ class RunDir:
         yield temporary
         if self.main:
             for path in temporary.rglob("*"):
-                sync(path)
+                fsync_path(path)
             shutil.rmtree(self.model, ignore_errors=True)
             os.replace(temporary, self.model)
 
@@ -292,7 +292,7 @@ def fingerprint_path(path: Path) -> str:
     return hashlib.sha256(repr(sizes).encode()).hexdigest()[:16]
 
 
-def plain(config: BaseModel) -> dict[str, Any]:
+def config_to_dict(config: BaseModel) -> dict[str, Any]:
     """The configuration as YAML-able values."""
     return config.model_dump(mode="json")
 

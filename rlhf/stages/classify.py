@@ -19,23 +19,23 @@ from rlhf.functional import balanced_weights
 from rlhf.models.heads import head_dtype
 from rlhf.models.load import context_length
 from rlhf.models.reward_models import new_classifier
-from rlhf.stages.lifecycle import RunResult, begin, check_context, open_tokenizer, read_data, start
-from rlhf.trainers.phase_plan import plan
-from rlhf.trainers.supervised.probe_data import probe
-from rlhf.trainers.supervised.run import fit, save_trained
+from rlhf.stages.lifecycle import RunResult, begin_run, check_context, load_data, open_tokenizer, start_run
+from rlhf.trainers.phase_plan import plan_phases
+from rlhf.trainers.supervised.probe_data import load_probe
+from rlhf.trainers.supervised.run import run_training, save_trained
 
 
 def run(config: ClassifyConfig, console: Console) -> RunResult:
     """Train; writes the run directory and prints how well each label is recognised on held-out records."""
-    directory, state = begin("classify", config, console)
+    directory, state = begin_run("classify", config, console)
     if state == "finished":
         return RunResult(directory.path, directory.info.get("summary", {}), skipped=True)
     tokenizer, renderer = open_tokenizer(config.model, console)
-    train, validation, prints = read_data("labelled", config.data, config.seed, console)
+    train, validation, prints = load_data("labelled", config.data, config.seed, console)
     labels = label_names(config, train, validation)
 
     def render(records: Sequence[Labelled], what: str = "probe") -> list[dict[str, Any]]:
-        return tokenize.labelled(records, renderer, config.data, labels, config.several, what, console)
+        return tokenize.tokenize_labelled(records, renderer, config.data, labels, config.several, what, console)
 
     rows, held_out = render(train, "training"), render(validation, "validation")
     target = torch.tensor([row["target"] for row in rows])
@@ -52,8 +52,8 @@ def run(config: ClassifyConfig, console: Console) -> RunResult:
     model.config.id2label, model.config.label2id = dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}
     model.config.problem_type = "multi_label_classification" if config.several else "single_label_classification"
     check_context(config.data.max_length, context_length(model), "data.max_length")
-    program = plan(model, config, rows=len(rows), evaluate=bool(held_out), console=console)
-    probed = probe(
+    program = plan_phases(model, config, rows=len(rows), evaluate=bool(held_out), console=console)
+    probed = load_probe(
         config,
         config.data,
         config.model,
@@ -64,11 +64,11 @@ def run(config: ClassifyConfig, console: Console) -> RunResult:
         scorer=True,
         render=render,
     )
-    start(directory, "classify", config)
+    start_run(directory, "classify", config)
     directory.note(data=prints)
-    from rlhf.trainers.supervised.classify import Counts, build
+    from rlhf.trainers.supervised.classify import ConfusionCounts, build_classifier_trainer
 
-    counts: list[Counts] = []
+    counts: list[ConfusionCounts] = []
 
     def save(trainer: Any, folder: Path) -> dict[str, Any]:
         counts.extend(c for mode, c in trainer.counts.items() if mode == "eval")
@@ -76,7 +76,7 @@ def run(config: ClassifyConfig, console: Console) -> RunResult:
         save_trained(trainer, folder, "classify", renderer, tokenizer, head_dtype=head_dtype(model), **named)
         return {"records": len(rows), **named}
 
-    summary, final = fit(
+    summary, final = run_training(
         "classify",
         directory,
         config.optim,
@@ -85,7 +85,7 @@ def run(config: ClassifyConfig, console: Console) -> RunResult:
         program=program,
         saving=config.saving,
         evaluate=bool(held_out),
-        build=lambda args, report: build(
+        build=lambda args, report: build_classifier_trainer(
             model, tokenizer, rows, held_out, args, report, several=config.several, weight=weight
         ),
         save=save,
@@ -97,7 +97,9 @@ def run(config: ClassifyConfig, console: Console) -> RunResult:
     )
     if final:
         names = ("eval_loss", "eval_label_accuracy", "eval_macro_f1")
-        summary |= {name: final[name] for name in names} | {"baseline_accuracy": guess(target, held_out, config)}
+        summary |= {name: final[name] for name in names} | {
+            "baseline_accuracy": majority_accuracy(target, held_out, config)
+        }
         _say(labels, counts[-1], summary, console)
     directory.note(summary=summary)
     directory.finish()
@@ -170,7 +172,7 @@ def _weight(config: ClassifyConfig, labels: tuple[str, ...], target: torch.Tenso
     return balanced_weights(target, several=config.several)
 
 
-def guess(target: torch.Tensor, held_out: Sequence[dict[str, Any]], config: ClassifyConfig) -> float:
+def majority_accuracy(target: torch.Tensor, held_out: Sequence[dict[str, Any]], config: ClassifyConfig) -> float:
     """Accuracy on the held-out records of what needs no model: the training records' commonest answer."""
     held = torch.tensor([row["target"] for row in held_out])
     if config.several:

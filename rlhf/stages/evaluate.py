@@ -18,24 +18,24 @@ from rlhf.data import tokenize
 from rlhf.data.records import Comparison, Prompt
 from rlhf.data.render import Renderer
 from rlhf.data.sources import load_records
-from rlhf.distributed.engine import everybody, make_accelerator
-from rlhf.distributed.launch_env import is_main, rank, use_cpu
+from rlhf.distributed.engine import all_gather_objects, make_accelerator
+from rlhf.distributed.launch_env import get_rank, is_main_process, use_cpu, world_size
 from rlhf.errors import DataError
-from rlhf.evaluation.answers import Answer, answer, perplexity, score_rows
+from rlhf.evaluation.answers import GeneratedResponse, generate_responses, perplexity, score_sequences
 from rlhf.evaluation.baselines import longer_wins, tfidf_accuracy
 from rlhf.evaluation.judge import Judge, load_judge
-from rlhf.evaluation.stats import best_of_n_kl, bootstrap, wins
+from rlhf.evaluation.stats import best_of_n_kl, bootstrap_mean, win_indicators
 from rlhf.models.reward_models import load_scorer
-from rlhf.models.soft_prompt import load_speaker
+from rlhf.models.soft_prompt import load_for_generation
 from rlhf.reports.html import write_report
 from rlhf.runs.run_dir import write_json
-from rlhf.stages.lifecycle import RunResult, begin, open_tokenizer, processes, start
+from rlhf.stages.lifecycle import RunResult, begin_run, open_tokenizer, start_run
 
-Row = dict[str, Any]
+TableRow = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Bench:
+class EvaluationInputs:
     """What is measured with: prompts of every split, the judge, the reference and the reward model."""
 
     records: dict[str, Sequence[Prompt]]
@@ -50,31 +50,31 @@ class Bench:
 
 def run(config: EvaluateConfig, console: Console) -> RunResult:
     """Measure; writes results.json, answers.jsonl and report.html into the run directory."""
-    directory, state = begin("evaluate", config, console)
+    directory, state = begin_run("evaluate", config, console)
     if state == "finished":
-        show(json.loads((directory.path / "results.json").read_text(encoding="utf-8")), console)
+        print_results(json.loads((directory.path / "results.json").read_text(encoding="utf-8")), console)
         return RunResult(directory.path, directory.info.get("summary", {}), skipped=True)
     bench = _prepare(config, console)
-    start(directory, "evaluate", config)
+    start_run(directory, "evaluate", config)
     with directory.guard():
         answers = _answers(config, bench, console)
         results: dict[str, Any] = {"reference": config.reference, "models": _table(config, bench, answers)}
         if config.preferences and bench.reward_model is not None:
             results["reward_model"] = _reward_table(config, bench)
         results["side_by_side"] = _side_by_side(config, bench, answers)
-        if is_main():
+        if is_main_process():
             write_json(directory.path / "results.json", results)
             _write_answers(directory.path / "answers.jsonl", bench, answers)
             write_report(directory.path / "report.html", results, _run_folders(config))
-    show(results, console)
+    print_results(results, console)
     console.note(f"report: {directory.path / 'report.html'}")
     directory.note(summary={"models": results["models"], "reward_model": results.get("reward_model")})
     directory.finish()
     return RunResult(directory.path, results)
 
 
-def _prepare(config: EvaluateConfig, console: Console) -> Bench:
-    if processes() > 1:
+def _prepare(config: EvaluateConfig, console: Console) -> EvaluationInputs:
+    if world_size() > 1:
         device = make_accelerator().device  # of several GPUs, this process's own; starts the process group
     else:
         device = torch.device("cpu" if use_cpu() else "cuda")
@@ -84,7 +84,9 @@ def _prepare(config: EvaluateConfig, console: Console) -> Bench:
     for split, source in config.prompts.items():
         loaded = load_records("prompt", [source], seed=config.seed, on_bad_row="error", deduplicate=False)
         records[split] = loaded.records
-        ids[split] = tokenize.prompts(loaded.records, renderer, config.max_prompt_tokens, "error", "error", console)
+        ids[split] = tokenize.tokenize_prompts(
+            loaded.records, renderer, config.max_prompt_tokens, "error", "error", console
+        )
     text: list[list[int]] = []
     if config.text:
         loaded = load_records("text", config.text, seed=config.seed, on_bad_row="error", deduplicate=False)
@@ -92,20 +94,26 @@ def _prepare(config: EvaluateConfig, console: Console) -> Bench:
     reward_model = load_scorer(config.reward_model).to(device).eval() if config.reward_model else None
     judge = load_judge(config.judge) if config.judge else None
     measures = {name: load_judge(function, where=f"measures.{name}") for name, function in config.measures.items()}
-    return Bench(records, ids, text, judge, measures, reward_model, renderer, device)
+    return EvaluationInputs(records, ids, text, judge, measures, reward_model, renderer, device)
 
 
-def _load(source: ModelSource, bench: Bench) -> Any:
-    return load_speaker(source).to(bench.device).eval()
+def _load(source: ModelSource, bench: EvaluationInputs) -> Any:
+    return load_for_generation(source).to(bench.device).eval()
 
 
 def _answer_all(
-    model: Any, ids: Sequence[list[int]], config: EvaluateConfig, bench: Bench, *, draw: int = 0, reference: Any = None
-) -> list[Answer]:
+    model: Any,
+    ids: Sequence[list[int]],
+    config: EvaluateConfig,
+    bench: EvaluationInputs,
+    *,
+    draw: int = 0,
+    reference: Any = None,
+) -> list[GeneratedResponse]:
     """A response to every prompt, on every process: each process generates its share of them."""
-    world = processes()
-    mine = range(rank(), len(ids), world)
-    answers = answer(
+    world = world_size()
+    mine = range(get_rank(), len(ids), world)
+    answers = generate_responses(
         model,
         [ids[i] for i in mine],
         bench.renderer,
@@ -118,11 +126,11 @@ def _answer_all(
     )
     if world == 1:
         return answers
-    shares = everybody(answers, world)
+    shares = all_gather_objects(answers, world)
     return [shares[i % world][i // world] for i in range(len(ids))]
 
 
-def _answers(config: EvaluateConfig, bench: Bench, console: Console) -> dict[str, dict[str, Any]]:
+def _answers(config: EvaluateConfig, bench: EvaluationInputs, console: Console) -> dict[str, dict[str, Any]]:
     """name -> {split: [Answer], 'perplexity': float}; best-of-n of the reference is one more name."""
     reference = _load(config.models[config.reference], bench)
     out: dict[str, dict[str, Any]] = {}
@@ -146,7 +154,7 @@ def _answers(config: EvaluateConfig, bench: Bench, console: Console) -> dict[str
     return out
 
 
-def _table(config: EvaluateConfig, bench: Bench, answers: dict[str, dict[str, Any]]) -> list[Row]:
+def _table(config: EvaluateConfig, bench: EvaluationInputs, answers: dict[str, dict[str, Any]]) -> list[TableRow]:
     rows = []
     for split, records in bench.records.items():
         judged: dict[str, list[float]] = {}
@@ -156,9 +164,9 @@ def _table(config: EvaluateConfig, bench: Bench, answers: dict[str, dict[str, An
                 for name, per_split in answers.items()
             }
         for name, per_split in answers.items():
-            drawn: list[Answer] = per_split[split]
+            drawn: list[GeneratedResponse] = per_split[split]
             kls = [a.kl for a in drawn if a.kl is not None]
-            row: Row = {
+            row: TableRow = {
                 "split": split,
                 "model": name,
                 "prompts": len(drawn),
@@ -174,19 +182,19 @@ def _table(config: EvaluateConfig, bench: Bench, answers: dict[str, dict[str, An
                     np.mean([_judge(function, r, a) for r, a in zip(records, drawn, strict=True)])
                 )
             if bench.judge is not None:
-                win = bootstrap(
-                    wins(judged[name], judged[config.reference]), resamples=config.bootstrap, seed=config.seed
+                win = bootstrap_mean(
+                    win_indicators(judged[name], judged[config.reference]), resamples=config.bootstrap, seed=config.seed
                 )
                 row |= {"utility": float(np.mean(judged[name])), "win": win.mean, "low": win.low, "high": win.high}
             rows.append(row)
     return rows
 
 
-def _judge(judge: Judge, record: Prompt, drawn: Answer) -> float:
+def _judge(judge: Judge, record: Prompt, drawn: GeneratedResponse) -> float:
     return judge(record.messages, drawn.text, record.record, drawn.finished)
 
 
-def _reward_table(config: EvaluateConfig, bench: Bench) -> Row:
+def _reward_table(config: EvaluateConfig, bench: EvaluationInputs) -> TableRow:
     """Accuracy on held-out decided pairs, beside the ceiling (what the judge itself gets) and cheap baselines."""
     options: dict[str, Any] = {"seed": config.seed, "on_bad_row": "error", "deduplicate": False}
     pairs: Sequence[Comparison] = load_records("comparison", config.preferences, **options).records
@@ -197,16 +205,16 @@ def _reward_table(config: EvaluateConfig, bench: Bench) -> Row:
         )
     prompts = [bench.renderer.prompt(p.prompt) for p in decided]
     scores = [
-        score_rows(
+        score_sequences(
             bench.reward_model,
             [ids + bench.renderer.response(getattr(p, side)) for ids, p in zip(prompts, decided, strict=True)],
             bench.renderer.pad_id,
         )
         for side in ("chosen", "rejected")
     ]
-    right = wins(scores[0], scores[1])
-    estimate = bootstrap(right, resamples=config.bootstrap, seed=config.seed)
-    row: Row = {
+    right = win_indicators(scores[0], scores[1])
+    estimate = bootstrap_mean(right, resamples=config.bootstrap, seed=config.seed)
+    row: TableRow = {
         "pairs": len(decided),
         "accuracy": estimate.mean,
         "low": estimate.low,
@@ -220,12 +228,14 @@ def _reward_table(config: EvaluateConfig, bench: Bench) -> Row:
         chosen, rejected = (
             [bench.judge(p.prompt, getattr(p, side), p.extra, True) for p in decided] for side in ("chosen", "rejected")
         )
-        row["ceiling"] = float(wins(chosen, rejected).mean())
+        row["ceiling"] = float(win_indicators(chosen, rejected).mean())
     return row
 
 
-def _side_by_side(config: EvaluateConfig, bench: Bench, answers: dict[str, dict[str, Any]]) -> list[Row]:
-    shown: list[Row] = []
+def _side_by_side(
+    config: EvaluateConfig, bench: EvaluationInputs, answers: dict[str, dict[str, Any]]
+) -> list[TableRow]:
+    shown: list[TableRow] = []
     for split, records in bench.records.items():
         for i in range(min(config.show, len(records))):
             row = i * len(records) // max(config.show, 1)  # spread over the file
@@ -234,14 +244,14 @@ def _side_by_side(config: EvaluateConfig, bench: Bench, answers: dict[str, dict[
     return shown
 
 
-def _write_answers(path: Path, bench: Bench, answers: dict[str, dict[str, Any]]) -> None:
+def _write_answers(path: Path, bench: EvaluationInputs, answers: dict[str, dict[str, Any]]) -> None:
     """Every response; its utility only if a judge gave one."""
     with path.open("w", encoding="utf-8") as file:
         for split, records in bench.records.items():
             for i, record in enumerate(records):
-                replies: dict[str, Row] = {}
+                replies: dict[str, TableRow] = {}
                 for name, per_split in answers.items():
-                    drawn: Answer = per_split[split][i]
+                    drawn: GeneratedResponse = per_split[split][i]
                     replies[name] = {"text": drawn.text, "finished": drawn.finished}
                     if bench.judge is not None:
                         replies[name]["utility"] = round(_judge(bench.judge, record, drawn), 4)
@@ -259,7 +269,7 @@ def _run_folders(config: EvaluateConfig) -> dict[str, Path]:
     return {name: p for name, p in folders.items() if (p / "metrics.jsonl").is_file()}
 
 
-def show(results: dict[str, Any], console: Console) -> None:
+def print_results(results: dict[str, Any], console: Console) -> None:
     """Print the tables and the side-by-side answers."""
     win = f"win rate vs {results['reference']} [95 %]"
     header = ["split", "model", win, "utility", "KL nats", "tokens", "ended", "perplexity"]

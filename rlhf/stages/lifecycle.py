@@ -10,19 +10,25 @@ from typing import Any
 
 import torch
 
-from rlhf.config.schema import Stage
+from rlhf.config.schema import StageConfig
 from rlhf.config.sections import Data, ModelSource, Optim
 from rlhf.console import Console
 from rlhf.data.render import CHATML, Renderer, prepare_tokenizer
-from rlhf.data.sources import RecordSet, load_records, split
-from rlhf.distributed.engine import bound_waiting, forget_accelerator, library_versions, quiet_libraries
-from rlhf.distributed.heartbeat import beat, watch
-from rlhf.distributed.launch_env import check_launch, is_main
+from rlhf.data.sources import RecordSet, load_records
+from rlhf.data.splits import split_records
+from rlhf.distributed.engine import (
+    library_versions,
+    quiet_libraries,
+    reset_accelerator_state,
+    set_process_group_timeout,
+)
+from rlhf.distributed.heartbeat import report_progress, start_watchdog
+from rlhf.distributed.launch_env import check_launch, is_main_process, world_size
 from rlhf.errors import ConfigError, DataError, RLHFError
-from rlhf.launch.rank_consistency import same_run
+from rlhf.launch.rank_consistency import check_same_run
 from rlhf.models import handover
-from rlhf.models.load import count_parameters, load_tokenizer, resolve
-from rlhf.runs.run_dir import RunDir, fingerprint_path, plain
+from rlhf.models.load import load_tokenizer, resolve_model
+from rlhf.runs.run_dir import RunDir, config_to_dict, fingerprint_path
 
 
 @dataclass(frozen=True)
@@ -34,13 +40,13 @@ class RunResult:
     skipped: bool = False
 
 
-def begin(stage: str, config: Stage, console: Console) -> tuple[RunDir, str]:
+def begin_run(stage: str, config: StageConfig, console: Console) -> tuple[RunDir, str]:
     """Check the output folder, seed everything, silence the libraries. Nothing is written yet.
 
     Returns: the run directory and 'new', 'interrupted' or 'finished'; the same on every process.
     """
     console.title(f"{stage} -> {config.output_dir}")
-    run = RunDir(config.output_dir, main=is_main())
+    run = RunDir(config.output_dir, main=is_main_process())
     state, inputs, trouble = "", {}, None
     try:
         inputs = inputs_of(config)
@@ -49,19 +55,19 @@ def begin(stage: str, config: Stage, console: Console) -> tuple[RunDir, str]:
             check_launch(stage)
     except RLHFError as error:
         trouble = error
-    same_run(run, state, config, inputs, trouble)
+    check_same_run(run, state, config, inputs, trouble)
     if state == "finished":
         console.note("already finished with this configuration: skipped")
         return run, state
     quiet_libraries(telemetry=config.telemetry)
-    forget_accelerator()
-    if processes() > 1:
-        bound_waiting()
+    reset_accelerator_state()
+    if world_size() > 1:
+        set_process_group_timeout()
     optim = getattr(config, "optim", None)
     if isinstance(optim, Optim):
-        optim.accumulation(processes())  # refuse a batch that cannot be shared, before anything is read or written
+        optim.accumulation(world_size())  # refuse a batch that cannot be shared, before anything is read or written
     seed_everything(config.seed, deterministic=config.deterministic)
-    watch()
+    start_watchdog()
     return run, state
 
 
@@ -80,7 +86,7 @@ def inputs_of(config: Any) -> dict[str, str]:
             for inner in value:
                 walk(inner)
 
-    walk(plain(config))
+    walk(config_to_dict(config))
     return found
 
 
@@ -96,16 +102,11 @@ def seed_everything(seed: int, *, deterministic: bool) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def processes() -> int:
-    """World size as the launcher set it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def start(run: RunDir, stage: str, config: Stage) -> None:
+def start_run(run: RunDir, stage: str, config: StageConfig) -> None:
     """Make the run directory. Called once all inputs have been read and found good."""
-    beat()
+    report_progress()
     run.start(
-        stage, config, seed=config.seed, processes=processes(), versions=library_versions(), inputs=inputs_of(config)
+        stage, config, seed=config.seed, processes=world_size(), versions=library_versions(), inputs=inputs_of(config)
     )
 
 
@@ -139,11 +140,13 @@ def open_tokenizer(source: ModelSource, console: Console, *, template: str | Non
     for note in renderer.notes:
         console.note(f"template: {note}")
     if template is None:
-        handover.verify(renderer.identity(), handover.read(resolve(source)), where=source.path, role="this model")
+        handover.verify_handover(
+            renderer.identity(), handover.read_handover(resolve_model(source)), where=source.path, role="this model"
+        )
     return tokenizer, renderer
 
 
-def read_data(
+def load_data(
     kind: Any, data: Data, seed: int, console: Console
 ) -> tuple[Sequence[Any], Sequence[Any], dict[str, str]]:
     """Training and validation records, and their fingerprints.
@@ -161,7 +164,7 @@ def read_data(
         _say(held_out, console)
         validation, prints["validation"] = held_out.records, held_out.fingerprint
     elif data.validation_fraction:
-        train, validation = split(train, data.validation_fraction, seed)
+        train, validation = split_records(train, data.validation_fraction, seed)
         console.note(f"validation: {len(validation)} of {len(train_set.records)} records split off by prompt")
     if not train:
         raise DataError("no training record is left", where=", ".join(s.path for s in data.train))
@@ -184,31 +187,3 @@ def check_context(length: int, context: int | None, where: str) -> None:
             where=where,
             do=f"lower it to at most {context}",
         )
-
-
-def say_model(model: Any, console: Console) -> None:
-    """Trainable and total parameters."""
-    trainable, total = count_parameters(model)
-    console.note(f"model: {total:,} parameters, {trainable:,} trainable ({100 * trainable / total:.1f} %)")
-
-
-def say_batch(processes: int, microbatch: int, accumulation: int, updates: int, what: str, console: Console) -> None:
-    """The batch arithmetic in words."""
-    size = processes * microbatch * accumulation
-    console.note(
-        f"batch: {processes} process{'es' if processes > 1 else ''} x {microbatch} {what} x {accumulation} accumulation"
-        f" = {size} {what} per update; {updates} updates"
-    )
-
-
-def seal(folder: Path, stage: str, renderer: Renderer, tokenizer: Any, **more: Any) -> None:
-    """Write tokenizer and hand-over record beside a model (main process)."""
-    tokenizer.save_pretrained(str(folder))
-    handover.make(stage, renderer.identity(), **more).write(folder)
-
-
-def stop_at(model: Any, renderer: Renderer) -> None:
-    """Make plain `generate` stop at the end token and pad with the pad token."""
-    model.generation_config.eos_token_id = renderer.end_id
-    model.generation_config.pad_token_id = renderer.pad_id
-    model.config.pad_token_id = renderer.pad_id

@@ -9,23 +9,22 @@ from pathlib import Path
 
 import yaml
 
-from rlhf.config.load import Pipeline, Stanza
+from rlhf.config.load import PipelineStep, ResolvedPipeline
 from rlhf.console import Console
 from rlhf.errors import TrainingError
-from rlhf.launch.launcher import Options, check_stage, launch, resolve_launch
-from rlhf.launch.supervisor import INTERRUPTED
-from rlhf.runs.preemption import STOPPED, Stopped
-from rlhf.runs.run_dir import plain, read_json
+from rlhf.launch.launcher import LaunchOptions, check_stage_launch, launch_stage, resolve_launch
+from rlhf.runs.preemption import INTERRUPTED_EXIT_CODE, STOPPED_EXIT_CODE, RunStopped
+from rlhf.runs.run_dir import config_to_dict, read_json
 
 
-def run(pipeline: Pipeline, console: Console) -> None:
+def run(pipeline: ResolvedPipeline, console: Console) -> None:
     """Run every enabled stage; the evaluation's report.html is copied to the top of the pipeline's folder."""
     begun = time.monotonic()
     top = Path(pipeline.config.output_dir)
     for stanza in pipeline.stages:
         if stanza.launcher is not None:
-            plan = resolve_launch(Options(stanza.launcher))  # refuse a wrong one before anything has run
-            check_stage(stanza.name, stanza.loaded.config, plan)
+            plan = resolve_launch(LaunchOptions(stanza.launcher))  # refuse a wrong one before anything has run
+            check_stage_launch(stanza.name, stanza.loaded.config, plan)
     for stanza in pipeline.stages:
         if stanza.launcher is None:
             import_module(f"rlhf.stages.{stanza.name}").run(stanza.loaded.config, console)
@@ -46,18 +45,18 @@ def run(pipeline: Pipeline, console: Console) -> None:
         console.note(f"talk to it: rlhf chat {chatty[-1]}")
 
 
-def _launched(stanza: Stanza, launcher: str, top: Path) -> None:
+def _launched(stanza: PipelineStep, launcher: str, top: Path) -> None:
     """One stage under `accelerate launch`, from its resolved configuration."""
     folder = top / "configs"
     folder.mkdir(parents=True, exist_ok=True)
     resolved = folder / f"{stanza.name}.yaml"
-    resolved.write_text(yaml.safe_dump(plain(stanza.loaded.config), sort_keys=False), encoding="utf-8")
+    resolved.write_text(yaml.safe_dump(config_to_dict(stanza.loaded.config), sort_keys=False), encoding="utf-8")
     output = stanza.loaded.config.output_dir
-    code = launch(Options(launcher), stanza.name, [str(resolved)], output=output)
-    if code == INTERRUPTED:
+    code = launch_stage(LaunchOptions(launcher), stanza.name, [str(resolved)], output=output)
+    if code == INTERRUPTED_EXIT_CODE:
         raise KeyboardInterrupt
-    if code == STOPPED:
-        raise Stopped
+    if code == STOPPED_EXIT_CODE:
+        raise RunStopped
     if code:
         raise TrainingError(
             f"stage {stanza.name} ended with exit code {code}", where=f"launcher {launcher}", do="see its message above"

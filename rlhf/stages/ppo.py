@@ -14,30 +14,32 @@ from rlhf.data import tokenize
 from rlhf.data.records import Prompt
 from rlhf.data.render import Rendered, Renderer
 from rlhf.data.sources import load_records
-from rlhf.distributed.engine import make_accelerator, set_batch
+from rlhf.distributed.engine import make_accelerator, set_deepspeed_batch_size
 from rlhf.distributed.engine_limits import check_deepspeed
-from rlhf.distributed.heartbeat import beat
-from rlhf.distributed.launch_env import is_main
-from rlhf.distributed.zero_gather import whole
+from rlhf.distributed.heartbeat import report_progress
+from rlhf.distributed.launch_env import is_main_process
+from rlhf.distributed.zero_gather import gathered_parameters
 from rlhf.errors import ConfigError
-from rlhf.models.adapters import check_same_shape, policy_with_adapter
-from rlhf.models.heads import AdapterScorer, SharedValue, rescale_head
-from rlhf.models.load import context_length, disable_dropout, load_causal, resolve
+from rlhf.models.adapters import check_same_shape
+from rlhf.models.handover import save_tokenizer_and_handover
+from rlhf.models.heads import AdapterScorer, SharedValueHead, rescale_head
+from rlhf.models.load import context_length, disable_dropout, resolve_model, set_stop_tokens
+from rlhf.models.policy import load_causal, policy_with_adapter
 from rlhf.models.reward_models import load_scorer, new_value_model
-from rlhf.models.shared_base import VALUE, new_on, put_on, why_apart
+from rlhf.models.shared_base import VALUE, attach_new_value_model, attach_scorer, reason_not_shared
 from rlhf.rollout.reward_loading import build_rewards, check_offload, reward_deviation, same_tokenizer
 from rlhf.rollout.rewards import Rewards
 from rlhf.rollout.types import Experience
 from rlhf.runs import preemption
-from rlhf.runs.metrics import MetricsWriter, cut
+from rlhf.runs.metrics import MetricsWriter, truncate_jsonl
 from rlhf.runs.run_dir import RunDir
-from rlhf.stages.lifecycle import RunResult, begin, check_context, open_tokenizer, seal, start, stop_at
-from rlhf.trainers.phase_plan import say_phases
-from rlhf.trainers.ppo.checkpointer import Keeper
-from rlhf.trainers.ppo.health import Watcher
+from rlhf.stages.lifecycle import RunResult, begin_run, check_context, open_tokenizer, start_run
+from rlhf.trainers.phase_plan import print_ppo_phases
+from rlhf.trainers.ppo.checkpointer import PPOCheckpointer
+from rlhf.trainers.ppo.health import HealthMonitor
 from rlhf.trainers.ppo.policy_value import PolicyAndValue
-from rlhf.trainers.ppo.ptx import TextMix
-from rlhf.trainers.ppo.stats import Stats
+from rlhf.trainers.ppo.ptx import PtxMixture
+from rlhf.trainers.ppo.stats import StepStats
 from rlhf.trainers.ppo.trainer import PPOTrainer
 
 SAMPLES = "samples.jsonl"
@@ -50,30 +52,30 @@ VALUE_MODELS = {
 
 def run(config: PPOConfig, console: Console) -> RunResult:
     """Train the policy; writes the run directory, the value model beside the policy."""
-    directory, state = begin("ppo", config, console)
+    directory, state = begin_run("ppo", config, console)
     if state == "finished":
         return RunResult(directory.path, directory.info.get("summary", {}), skipped=True)
-    ready = prepare(config, console)
+    ready = load_components(config, console)
     _say_plan(config, ready.accelerator.num_processes, len(ready.prompts), console)
     tokenizer, renderer = ready.tokenizer, ready.renderer
     with console.progress("ppo", config.ppo.steps, "step") as bar:
-        reporter, keeper = _Reporter(config, directory, tokenizer, bar), Keeper(config, directory, console)
+        reporter, keeper = _Reporter(config, directory, tokenizer, bar), PPOCheckpointer(config, directory, console)
         trainer = ready.trainer(
             config,
-            watcher=Watcher(config.watch, directory.path if is_main() else None, console.note),
+            watcher=HealthMonitor(config.watch, directory.path if is_main_process() else None, console.note),
             report=reporter.report,
             checkpoint=keeper.after_step,
             pause=keeper.pause,
             restore=lambda t: keeper.load(t) and reporter.reopen(t.step),
         )
-        start(directory, "ppo", config)
+        start_run(directory, "ppo", config)
         directory.note(data={"prompts": ready.fingerprint})
         with directory.guard():
             if state == "interrupted" and keeper.load(trainer):
                 console.note(f"continuing after step {trainer.step}{_in_hand(trainer)}")
-                beat(trainer.step)
+                report_progress(trainer.step)
             reporter.open(trainer.step)
-            with preemption.at_safe_points(config.saving.grace):
+            with preemption.delay_sigterm(config.saving.grace):
                 trainer.train()
             _save(trainer, directory, renderer, tokenizer, reporter.last.get("response_length"))
     reporter.close()
@@ -84,7 +86,7 @@ def run(config: PPOConfig, console: Console) -> RunResult:
 
 
 @dataclass(frozen=True)
-class Ready:
+class PPOComponents:
     """Everything that a trainer is made of: models, rewards and prompts, loaded and checked."""
 
     tokenizer: Any
@@ -95,7 +97,7 @@ class Ready:
     rewards: Rewards
     prompts: list[list[int]]
     records: list[Prompt]
-    text: TextMix | None
+    text: PtxMixture | None
     fingerprint: str
 
     def trainer(self, config: PPOConfig, **hooks: Any) -> PPOTrainer:
@@ -116,14 +118,14 @@ class Ready:
         )
 
 
-def prepare(config: PPOConfig, console: Console) -> Ready:
+def load_components(config: PPOConfig, console: Console) -> PPOComponents:
     """Load what the configuration names, and refuse what does not fit together.
 
     Raises: ConfigError, DataError or CheckpointError.
     """
     check_deepspeed(config)
     tokenizer, renderer = open_tokenizer(config.policy, console)
-    shared = share(config, console)
+    shared = decide_shared_base(config, console)
     policy, reference = _policy(config, len(tokenizer))
     rewards = build_rewards(config, renderer, console, base=policy if shared else None)
     check_offload(config, sum(not isinstance(model, AdapterScorer) for model in rewards.models()))
@@ -136,27 +138,27 @@ def prepare(config: PPOConfig, console: Console) -> Ready:
     )
     for note in loaded.notes:
         console.note(note)
-    prompts, records = tokenize.prompts_with_records(
+    prompts, records = tokenize.tokenize_prompts_with_records(
         loaded.records, renderer, config.data.max_prompt_tokens, config.data.too_long, config.data.on_bad_row, console
     )
     text = _text(config, renderer, console)
     model = PolicyAndValue(policy, _value_model(config, policy, shared, len(tokenizer), renderer, console))
     if config.optim.activation_checkpointing:
         model.recompute_activations()
-    beat()
+    report_progress()
     # After the models: once an accelerator of ZeRO-3 exists, transformers loads shards of them, which no head fits.
     accelerator = make_accelerator(unused=bool(config.unfreeze.policy or config.unfreeze.value_model))
-    beat()
-    set_batch(accelerator, config.optim.microbatch_size, config.optim.max_grad_norm)
+    report_progress()
+    set_deepspeed_batch_size(accelerator, config.optim.microbatch_size, config.optim.max_grad_norm)
     longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
     check_context(longest, context_length(model.policy), "data.max_prompt_tokens + sampling.max_new_tokens")
-    say_phases(config, model, console)
-    return Ready(
+    print_ppo_phases(config, model, console)
+    return PPOComponents(
         tokenizer, renderer, accelerator, model, reference, rewards, prompts, records, text, loaded.fingerprint
     )
 
 
-def share(config: PPOConfig, console: Console) -> bool:
+def decide_shared_base(config: PPOConfig, console: Console) -> bool:
     """Whether policy, value and reward model are adapters of one base; says why not if they might have been.
 
     Raises: ConfigError if they should be and cannot.
@@ -164,7 +166,7 @@ def share(config: PPOConfig, console: Console) -> bool:
     if config.roles == "separate" or not config.peft.enabled:
         return False
     scorer, method = config.reward_model, config.peft.method
-    reason = why_apart(config.policy, scorer, method) if scorer is not None else None
+    reason = reason_not_shared(config.policy, scorer, method) if scorer is not None else None
     if reason is None:
         console.note("roles: one frozen base; policy, value and reward model are adapters on it")
     elif config.roles == "shared":
@@ -205,9 +207,9 @@ def _value_model(
         kind = "reward" if fits else "policy"
     console.note(f"value model: {VALUE_MODELS[kind]}")
     if kind == "trunk":
-        return SharedValue(policy.config.get_text_config().hidden_size)
+        return SharedValueHead(policy.config.get_text_config().hidden_size)
     if kind == "policy" and shared:
-        return new_on(policy, resolve(config.policy))
+        return attach_new_value_model(policy, resolve_model(config.policy))
     if kind == "policy":
         return new_value_model(
             config.policy, config.peft, pad_id=renderer.pad_id, vocab_size=vocab_size, seed=config.seed
@@ -220,15 +222,15 @@ def _value_model(
             do="set ppo.value_model=policy",
         )
     if shared:
-        check_same_shape(config.peft, resolve(source))
-        model = put_on(policy, source, VALUE, trainable=True)
+        check_same_shape(config.peft, resolve_model(source))
+        model = attach_scorer(policy, source, VALUE, trainable=True)
     else:
         model = load_scorer(source, trainable=True, peft=config.peft)
     rescale_head(model, reward_deviation(config))  # values predict rescaled rewards
     return model
 
 
-def _text(config: PPOConfig, renderer: Renderer, console: Console) -> TextMix | None:
+def _text(config: PPOConfig, renderer: Renderer, console: Console) -> PtxMixture | None:
     """The documents of the ptx term, rendered."""
     if not config.ptx.data:
         return None
@@ -242,11 +244,13 @@ def _text(config: PPOConfig, renderer: Renderer, console: Console) -> TextMix | 
     for note in loaded.notes:
         console.note(f"ptx: {note}")
     limit = config.ptx.max_length
-    rows = [tokenize.document(record, renderer) for record in loaded.records]
+    rows = [tokenize.tokenize_document(record, renderer) for record in loaded.records]
     cut = [Rendered(row.ids[:limit], row.mask[:limit]) for row in rows]
     if long := sum(len(row.ids) > limit for row in rows):
         console.note(f"ptx: {long} of {len(rows)} documents cut to {limit} tokens")
-    return TextMix(cut, config.ptx, seed=config.seed, pad_id=renderer.pad_id, microbatch=config.optim.microbatch_size)
+    return PtxMixture(
+        cut, config.ptx, seed=config.seed, pad_id=renderer.pad_id, microbatch=config.optim.microbatch_size
+    )
 
 
 def _say_plan(config: PPOConfig, ranks: int, prompts: int, console: Console) -> None:
@@ -265,16 +269,16 @@ class _Reporter:
 
     def __init__(self, config: PPOConfig, directory: RunDir, tokenizer: Any, bar: Bar) -> None:
         self.config, self.directory, self.tokenizer, self.bar = config, directory, tokenizer, bar
-        self.last: Stats = {}
+        self.last: StepStats = {}
         self.writer: MetricsWriter | None = None
 
     def open(self, step: int) -> None:
         """Start the files, keeping what was written up to `step`."""
         path = self.directory.path / "metrics.jsonl"
-        self.writer = MetricsWriter(path, main=is_main(), keep_until=step if step else None)
+        self.writer = MetricsWriter(path, main=is_main_process(), keep_until=step if step else None)
         samples = self.directory.path / SAMPLES
-        if is_main() and samples.is_file():
-            cut(samples, step)
+        if is_main_process() and samples.is_file():
+            truncate_jsonl(samples, step)
 
     def reopen(self, step: int) -> bool:
         """After a rollback: forget what was written beyond `step`."""
@@ -282,13 +286,13 @@ class _Reporter:
         self.open(step)
         return True
 
-    def report(self, step: int, experience: Experience, stats: Stats) -> None:
+    def report(self, step: int, experience: Experience, stats: StepStats) -> None:
         """One step's numbers, and now and then a few samples."""
         assert self.writer is not None
         self.last = stats
         self.writer.write(step, stats)
         self.bar.update(step, {k: stats[k] for k in ("score", "kl", "response_length")})
-        if is_main() and (step % self.config.sample_every == 0 or step == 1):
+        if is_main_process() and (step % self.config.sample_every == 0 or step == 1):
             with (self.directory.path / SAMPLES).open("a", encoding="utf-8") as file:
                 for row in range(min(4, len(experience))):
                     file.write(json.dumps(self._sample(step, experience, row), ensure_ascii=False) + "\n")
@@ -331,18 +335,18 @@ def _save(
 ) -> None:
     a = trainer.accelerator
     inner = a.unwrap_model(trainer.model)
-    stop_at(inner.policy, renderer)
+    set_stop_tokens(inner.policy, renderer)
     average = trainer.average.applied(inner.trained_policy()) if trainer.average is not None else nullcontext()
-    with average, whole(inner.parameters()), directory.new_model() as folder:
+    with average, gathered_parameters(inner.parameters()), directory.new_model() as folder:
         for part, where in ((inner.policy, folder), (inner.value_model, folder.parent / "value_model")):
             save_part(part, where, trainer)
-        if is_main():
-            seal(folder, "ppo", renderer, tokenizer, reply_tokens=reply_tokens)
+        if is_main_process():
+            save_tokenizer_and_handover(folder, "ppo", renderer, tokenizer, reply_tokens=reply_tokens)
 
 
 def save_part(part: Any, folder: Path, trainer: PPOTrainer) -> None:
     """One of the two trained models as a plain folder."""
-    if is_main():
+    if is_main_process():
         # Only the live adapter: the frozen reference copy is the SFT model and lies in its own folder.
         options = {"selected_adapters": ["default"]} if hasattr(part, "peft_config") else {}
         part.save_pretrained(str(folder), **options)

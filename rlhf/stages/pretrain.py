@@ -11,14 +11,14 @@ from rlhf.data import tokenize
 from rlhf.data.records import Text
 from rlhf.data.render import Rendered, Renderer
 from rlhf.distributed.launch_env import use_cpu
-from rlhf.stages.lifecycle import RunResult, begin, check_context, read_data, start
-from rlhf.trainers.phase_plan import plan
-from rlhf.trainers.supervised.run import fit_lm
+from rlhf.stages.lifecycle import RunResult, begin_run, check_context, load_data, start_run
+from rlhf.trainers.phase_plan import plan_phases
+from rlhf.trainers.supervised.run import train_language_model
 
 PAD, EOS, USER, ASSISTANT, END = "<|pad|>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"
 # One special token a turn keeps sequences short. The user's next words follow the end of a reply at once, so a language
 # model has to know at the end token what they will be: that token's state then says how the reply was received.
-TEMPLATE = (
+CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}<|assistant|>{{ message['content'] }}<|end|>"
     "{% else %}{% if loop.first %}<|user|>{% endif %}{{ message['content'] }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -27,23 +27,23 @@ TEMPLATE = (
 
 def run(config: PretrainConfig, console: Console) -> RunResult:
     """Train tokenizer and model; writes the run directory."""
-    directory, state = begin("pretrain", config, console)
+    directory, state = begin_run("pretrain", config, console)
     if state == "finished":
         return RunResult(directory.path, directory.info.get("summary", {}), skipped=True)
-    train, validation, prints = read_data("document", config.data, config.seed, console)
+    train, validation, prints = load_data("document", config.data, config.seed, console)
     tokenizer = new_tokenizer(_texts(train), config.architecture.vocab_size)
     renderer = Renderer(tokenizer)
     console.note(f"tokenizer: {len(tokenizer)} byte-level BPE tokens trained on {len(train)} documents")
     length = config.data.max_length
     check_context(length, config.architecture.context, "data.max_length")
     model = new_model(config.architecture, renderer, len(tokenizer))
-    train_rows, valid_rows = (blocks(documents, renderer, length) for documents in (train, validation))
-    program = plan(model, config, rows=len(train_rows), evaluate=bool(valid_rows), console=console)
-    start(directory, "pretrain", config)
+    train_rows, valid_rows = (cut_into_blocks(documents, renderer, length) for documents in (train, validation))
+    program = plan_phases(model, config, rows=len(train_rows), evaluate=bool(valid_rows), console=console)
+    start_run(directory, "pretrain", config)
     directory.note(data=prints)
-    from rlhf.trainers.supervised.sft import build_lm
+    from rlhf.trainers.supervised.sft import build_pretrain_trainer
 
-    summary = fit_lm(
+    summary = train_language_model(
         "pretrain",
         model,
         tokenizer,
@@ -57,7 +57,7 @@ def run(config: PretrainConfig, console: Console) -> RunResult:
         records=len(train_rows),
         evaluate=bool(valid_rows),
         resume=state == "interrupted",
-        build=lambda args, report: build_lm(model, tokenizer, train_rows, valid_rows, args, report),
+        build=lambda args, report: build_pretrain_trainer(model, tokenizer, train_rows, valid_rows, args, report),
     )
     return RunResult(directory.path, summary)
 
@@ -86,7 +86,7 @@ def new_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
         additional_special_tokens=[USER, ASSISTANT, END],
         clean_up_tokenization_spaces=False,
     )
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
@@ -116,11 +116,11 @@ def new_model(architecture: Architecture, renderer: Renderer, vocab_size: int) -
     return LlamaForCausalLM(config)
 
 
-def blocks(documents: Sequence[Any], renderer: Renderer, length: int) -> list[Rendered]:
+def cut_into_blocks(documents: Sequence[Any], renderer: Renderer, length: int) -> list[Rendered]:
     """Documents end to end, cut into blocks of equal length; the last, shorter one is kept."""
     stream: list[int] = []
     for document in documents:
-        stream += tokenize.document(document, renderer).ids
+        stream += tokenize.tokenize_document(document, renderer).ids
         if not isinstance(document, Text):
             stream.append(renderer.eos_id)
     rows = [stream[i : i + length] for i in range(0, len(stream), length)]

@@ -12,31 +12,31 @@ from rlhf.config.schema import RewardConfig
 from rlhf.console import Console
 from rlhf.data import tokenize
 from rlhf.data.collate import pad_right
-from rlhf.distributed.engine import unsharded
+from rlhf.distributed.engine import gathered_module
 from rlhf.models.heads import head_dtype, sequence_scores
 from rlhf.models.load import context_length
 from rlhf.models.reward_models import new_reward_model
-from rlhf.stages.lifecycle import RunResult, begin, check_context, open_tokenizer, read_data, start
-from rlhf.trainers.phase_plan import plan
-from rlhf.trainers.supervised.probe_data import probe
-from rlhf.trainers.supervised.run import fit, save_trained
+from rlhf.stages.lifecycle import RunResult, begin_run, check_context, load_data, open_tokenizer, start_run
+from rlhf.trainers.phase_plan import plan_phases
+from rlhf.trainers.supervised.probe_data import load_probe
+from rlhf.trainers.supervised.run import run_training, save_trained
 
 
 def run(config: RewardConfig, console: Console) -> RunResult:
     """Train; keeps the checkpoint of the best held-out accuracy and stores the mean and deviation of its scores."""
-    directory, state = begin("reward", config, console)
+    directory, state = begin_run("reward", config, console)
     if state == "finished":
         return RunResult(directory.path, directory.info.get("summary", {}), skipped=True)
     tokenizer, renderer = open_tokenizer(config.model, console)
-    train, validation, prints = read_data("comparison", config.data, config.seed, console)
-    train_pairs = tokenize.pairs(train, renderer, config.data, "training", console)
-    valid_pairs = tokenize.pairs(validation, renderer, config.data, "validation", console)
+    train, validation, prints = load_data("comparison", config.data, config.seed, console)
+    train_pairs = tokenize.tokenize_comparisons(train, renderer, config.data, "training", console)
+    valid_pairs = tokenize.tokenize_comparisons(validation, renderer, config.data, "validation", console)
     model = new_reward_model(
         config.model, config.peft, pad_id=renderer.pad_id, vocab_size=len(tokenizer), seed=config.seed
     )
     check_context(config.data.max_length, context_length(model), "data.max_length")
-    program = plan(model, config, rows=len(train_pairs), evaluate=bool(valid_pairs), console=console)
-    probed = probe(
+    program = plan_phases(model, config, rows=len(train_pairs), evaluate=bool(valid_pairs), console=console)
+    probed = load_probe(
         config,
         config.data,
         config.model,
@@ -45,20 +45,20 @@ def run(config: RewardConfig, console: Console) -> RunResult:
         kind="comparison",
         evaluate=bool(valid_pairs),
         scorer=True,
-        render=lambda records: tokenize.pairs(records, renderer, config.data, "probe", console),
+        render=lambda records: tokenize.tokenize_comparisons(records, renderer, config.data, "probe", console),
     )
-    start(directory, "reward", config)
+    start_run(directory, "reward", config)
     directory.note(data=prints)
-    from rlhf.trainers.supervised.reward import build
+    from rlhf.trainers.supervised.reward import build_reward_trainer
 
     def save(trainer: Any, folder: Path) -> dict[str, Any]:
-        with unsharded(trainer.model_wrapped, trainer.accelerator) as whole:
+        with gathered_module(trainer.model_wrapped, trainer.accelerator) as whole:
             mean, deviation = score_statistics(whole, valid_pairs or train_pairs[:512], renderer.pad_id)
         scale = {"score_mean": mean, "score_std": deviation}
         save_trained(trainer, folder, "reward", renderer, tokenizer, head_dtype=head_dtype(model), **scale)
         return {"pairs": len(train_pairs), **scale}
 
-    summary, final = fit(
+    summary, final = run_training(
         "reward",
         directory,
         config.optim,
@@ -67,7 +67,7 @@ def run(config: RewardConfig, console: Console) -> RunResult:
         program=program,
         saving=config.saving,
         evaluate=bool(valid_pairs),
-        build=lambda args, report: build(
+        build=lambda args, report: build_reward_trainer(
             model, tokenizer, train_pairs, valid_pairs, args, report, center=config.center
         ),
         save=save,

@@ -7,43 +7,44 @@ from typing import Any
 from rlhf.config.schema import SFTConfig
 from rlhf.console import Console
 from rlhf.data import tokenize
-from rlhf.data.collate import mean_reply
+from rlhf.data.collate import mean_reply_tokens
 from rlhf.errors import ConfigError
 from rlhf.models.adapters import add_adapter, continued_config, load_adapter
-from rlhf.models.load import context_length, grow_embeddings, is_adapter, load_causal, resolve
+from rlhf.models.load import context_length, grow_embeddings, is_adapter, resolve_model
 from rlhf.models.packed_batch import packed_rows
+from rlhf.models.policy import load_causal
 from rlhf.stages.lifecycle import (
     RunResult,
-    begin,
+    begin_run,
     check_context,
+    load_data,
     open_tokenizer,
-    read_data,
     read_template,
-    start,
+    start_run,
 )
-from rlhf.trainers.phase_plan import plan
-from rlhf.trainers.supervised.probe_data import probe
-from rlhf.trainers.supervised.run import fit_lm
+from rlhf.trainers.phase_plan import plan_phases
+from rlhf.trainers.supervised.probe_data import load_probe
+from rlhf.trainers.supervised.run import train_language_model
 
 
 def run(config: SFTConfig, console: Console) -> RunResult:
     """Train; writes the run directory. Loss on assistant tokens, the end token among them."""
-    directory, state = begin("sft", config, console)
+    directory, state = begin_run("sft", config, console)
     if state == "finished":
         return RunResult(directory.path, directory.info.get("summary", {}), skipped=True)
     tokenizer, renderer = open_tokenizer(config.model, console, template=read_template(config.chat_template))
-    train, validation, prints = read_data("demonstration", config.data, config.seed, console)
-    train_rows = tokenize.conversations(train, renderer, config.data, "training", console)
-    valid_rows = tokenize.conversations(validation, renderer, config.data, "validation", console)
+    train, validation, prints = load_data("demonstration", config.data, config.seed, console)
+    train_rows = tokenize.tokenize_demonstrations(train, renderer, config.data, "training", console)
+    valid_rows = tokenize.tokenize_demonstrations(validation, renderer, config.data, "validation", console)
     model = _model(config, len(tokenizer), console)
     before = config.peft.prompt_tokens if config.peft.method == "prompt" else 0
     check_context(config.data.max_length + before, context_length(model), "data.max_length")
-    from rlhf.trainers.supervised.sft import build, to_dataset
+    from rlhf.trainers.supervised.sft import build_sft_trainer, to_dataset
 
     length = config.data.max_length if config.packing else None
     rows = len(train_rows) if length is None else packed_rows([len(row.ids) for row in train_rows], length)
-    program = plan(model, config, rows=rows, evaluate=bool(valid_rows), console=console)
-    probed = probe(
+    program = plan_phases(model, config, rows=rows, evaluate=bool(valid_rows), console=console)
+    probed = load_probe(
         config,
         config.data,
         config.model,
@@ -52,11 +53,13 @@ def run(config: SFTConfig, console: Console) -> RunResult:
         kind="demonstration",
         evaluate=bool(valid_rows),
         scorer=False,
-        render=lambda records: to_dataset(tokenize.conversations(records, renderer, config.data, "probe", console)),
+        render=lambda records: to_dataset(
+            tokenize.tokenize_demonstrations(records, renderer, config.data, "probe", console)
+        ),
     )
-    start(directory, "sft", config)
+    start_run(directory, "sft", config)
     directory.note(data=prints)
-    summary = fit_lm(
+    summary = train_language_model(
         "sft",
         model,
         tokenizer,
@@ -72,8 +75,10 @@ def run(config: SFTConfig, console: Console) -> RunResult:
         resume=state == "interrupted",
         evaluations=config.evaluations,
         probed=probed,
-        reply_tokens=mean_reply(train_rows),
-        build=lambda args, report: build(model, tokenizer, train_rows, valid_rows, args, report, packing=length),
+        reply_tokens=mean_reply_tokens(train_rows),
+        build=lambda args, report: build_sft_trainer(
+            model, tokenizer, train_rows, valid_rows, args, report, packing=length
+        ),
     )
     return RunResult(directory.path, summary)
 
@@ -81,7 +86,7 @@ def run(config: SFTConfig, console: Console) -> RunResult:
 def _model(config: SFTConfig, vocab_size: int, console: Console) -> Any:
     if not config.peft.enabled:
         return load_causal(config.model, vocab_size=vocab_size)
-    folder = resolve(config.model)
+    folder = resolve_model(config.model)
     if is_adapter(folder):
         from transformers import AutoModelForCausalLM
 

@@ -12,27 +12,27 @@ from rlhf.console import Console
 from rlhf.data import tokenize
 from rlhf.data.render import Renderer
 from rlhf.data.sources import load_records
-from rlhf.data.write import refuse_existing, write_lines
+from rlhf.data.write import refuse_existing_output, write_jsonl
 from rlhf.distributed.engine import quiet_libraries
 from rlhf.distributed.launch_env import use_cpu
 from rlhf.errors import DataError
-from rlhf.evaluation.answers import answer
-from rlhf.models.load import context_length, resolve
-from rlhf.models.soft_prompt import load_speaker
+from rlhf.evaluation.answers import generate_responses
+from rlhf.models.load import context_length, resolve_model
+from rlhf.models.soft_prompt import load_for_generation
 from rlhf.stages.lifecycle import check_context, open_tokenizer
 
 
-def open_model(model: str, console: Console) -> tuple[Any, Renderer]:
+def load_chat_model(model: str, console: Console) -> tuple[Any, Renderer]:
     """A causal LM for sampling, with its renderer."""
     source = ModelSource(path=model)
-    resolve(source)
+    resolve_model(source)
     quiet_libraries(telemetry=False)
     tokenizer, renderer = open_tokenizer(source, console)
-    loaded = load_speaker(source, vocab_size=len(tokenizer))
+    loaded = load_for_generation(source, vocab_size=len(tokenizer))
     return loaded.to(torch.device("cpu" if use_cpu() else "cuda")).eval(), renderer
 
 
-def generate(
+def generate_file(
     model: str, prompts: str, output: Path, *, temperature: float, max_new_tokens: int, seed: int, console: Console
 ) -> None:
     """Write one JSON line for each prompt: prompt, response, finished.
@@ -40,29 +40,29 @@ def generate(
     Raises: ConfigError if the output exists or its folder does not; DataError on bad prompts, or one too long for
         the model's context.
     """
-    refuse_existing(output)
+    refuse_existing_output(output)
     records = load_records("prompt", [Source(path=prompts)], seed=seed, on_bad_row="error", deduplicate=False).records
-    loaded, renderer = open_model(model, console)
+    loaded, renderer = load_chat_model(model, console)
     context = context_length(loaded)
     room = (context or 1 << 30) - max_new_tokens
     check_context(max_new_tokens + 1, context, "--max-new-tokens")
-    ids = tokenize.prompts(records, renderer, room, "error", "error", console)
+    ids = tokenize.tokenize_prompts(records, renderer, room, "error", "error", console)
     settings = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
     answers = []
     with console.progress("generate", len(ids), "prompt") as bar:
         for start in range(0, len(ids), settings.batch_size):
             chunk = ids[start : start + settings.batch_size]
-            answers += answer(loaded, chunk, renderer, settings, seed=seed, draw=start)
+            answers += generate_responses(loaded, chunk, renderer, settings, seed=seed, draw=start)
             bar.update(len(answers), {})
     pairs = zip(records, answers, strict=True)
-    write_lines(output, ({"prompt": r.messages, "response": a.text, "finished": a.finished} for r, a in pairs))
+    write_jsonl(output, ({"prompt": r.messages, "response": a.text, "finished": a.finished} for r, a in pairs))
     console.note(f"{len(answers)} responses in {output}")
 
 
-def chat(model: str, *, temperature: float, max_new_tokens: int, seed: int) -> None:
+def chat_in_terminal(model: str, *, temperature: float, max_new_tokens: int, seed: int) -> None:
     """Read a line, answer it, remember the conversation."""
     console = Console()
-    loaded, renderer = open_model(model, console)
+    loaded, renderer = load_chat_model(model, console)
     room = (context_length(loaded) or 1 << 30) - max_new_tokens
     settings = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
     messages: list[dict[str, str]] = []
@@ -93,7 +93,7 @@ def chat(model: str, *, temperature: float, max_new_tokens: int, seed: int) -> N
             messages.pop()
             console.text("(too long for this model)")
             continue
-        reply = answer(loaded, [ids], renderer, settings, seed=seed, draw=turn)[0]
+        reply = generate_responses(loaded, [ids], renderer, settings, seed=seed, draw=turn)[0]
         turn += 1
         console.text(f"model > {reply.text}" + ("" if reply.finished else " ..."))
         if reply.text.strip():

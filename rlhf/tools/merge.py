@@ -18,16 +18,16 @@ from rlhf.data.render import Renderer
 from rlhf.distributed.engine import quiet_libraries
 from rlhf.errors import CheckpointError, ConfigError
 from rlhf.models import handover
-from rlhf.models.adapters import load_adapter, method_of
-from rlhf.models.load import context_length, is_adapter, load_pretrained, resolve
+from rlhf.models.adapters import load_adapter, saved_adapter_method
+from rlhf.models.load import context_length, is_adapter, load_pretrained, resolve_model, set_stop_tokens
 from rlhf.models.reward_models import adapted_classifier, saved_head
-from rlhf.stages.lifecycle import open_tokenizer, stop_at
+from rlhf.stages.lifecycle import open_tokenizer
 
-AGREE = 1e-5  # how far logits may differ, relative to the largest if that is above 1
-ROWS, LENGTH = 2, 16  # of the tokens that are compared
+MAX_LOGIT_DIFFERENCE = 1e-5  # how far logits may differ, relative to the largest if that is above 1
+ROWS_COMPARED, LENGTH = 2, 16  # of the tokens that are compared
 
 
-def merge(adapter: str, output: Path, console: Console) -> None:
+def merge_adapter(adapter: str, output: Path, console: Console) -> None:
     """Write the folder, once the model in it is known to compute what the adapter does.
 
     Args:
@@ -37,11 +37,11 @@ def merge(adapter: str, output: Path, console: Console) -> None:
         the logits differ by more than 1e-5.
     """
     source = ModelSource(path=adapter)
-    folder = resolve(source)
+    folder = resolve_model(source)
     _refuse(folder, output)
     quiet_libraries(telemetry=False)
     tokenizer, renderer = open_tokenizer(source, console)
-    record = handover.read(folder)
+    record = handover.read_handover(folder)
     auto_class, model = _open(source, folder)
     ids = _tokens(model)
     wanted = _logits(model, ids)
@@ -72,7 +72,7 @@ def _refuse(folder: str, output: Path) -> None:
             where=folder,
             do="use the folder as it is; transformers loads it",
         )
-    if method_of(folder) == "prompt":
+    if saved_adapter_method(folder) == "prompt":
         raise ConfigError(
             "a soft prompt has no weights to fold",
             found="an adapter of method prompt",
@@ -98,7 +98,7 @@ def _open(source: ModelSource, folder: str) -> tuple[Any, Any]:
 def _describe(model: Any, renderer: Renderer, record: handover.Handover | None) -> None:
     """What a plain loader should know: where to stop, what pads, what the outputs are called."""
     if getattr(model, "generation_config", None) is not None:
-        stop_at(model, renderer)
+        set_stop_tokens(model, renderer)
     model.config.pad_token_id = renderer.pad_id
     if record is not None and record.labels is not None:
         model.config.id2label = dict(enumerate(record.labels))
@@ -109,7 +109,7 @@ def _describe(model: Any, renderer: Renderer, record: handover.Handover | None) 
 def _tokens(model: Any) -> Tensor:
     """A few rows of random ids, [ROWS, LENGTH] int64; shorter if the model's context is."""
     size, length = model.config.get_text_config().vocab_size, min(LENGTH, context_length(model) or LENGTH)
-    return torch.randint(0, size, (ROWS, length), generator=torch.Generator().manual_seed(0))
+    return torch.randint(0, size, (ROWS_COMPARED, length), generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
@@ -125,7 +125,7 @@ def _check(found: Tensor, wanted: Tensor, folder: str) -> float:
     Raises: CheckpointError if it is too large, or no number.
     """
     difference = float((found - wanted).abs().max())
-    if not difference <= AGREE * max(1.0, float(wanted.abs().max())):
+    if not difference <= MAX_LOGIT_DIFFERENCE * max(1.0, float(wanted.abs().max())):
         raise CheckpointError(
             "the merged model does not compute what the adapter does",
             found=f"logits differ by {difference:.1e}",

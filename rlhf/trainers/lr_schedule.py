@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 
-def rate_factor(schedule: str, warmup: float, update: int, updates: int) -> float:
+def schedule_factor(schedule: str, warmup: float, update: int, updates: int) -> float:
     """What multiplies the peak rate in an update (counted from 0) of `updates`: warm-up, then decay to 0.
 
     Args:

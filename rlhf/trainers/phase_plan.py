@@ -8,25 +8,26 @@ from typing import Any
 
 from torch import Tensor
 
-from rlhf.config.schema import ClassifyConfig, PPOConfig, PretrainConfig, RewardConfig, SFTConfig, Tuned
-from rlhf.config.tuning import NOTHING
+from rlhf.config.schema import (
+    FineTuningStage,
+    PPOConfig,
+    PretrainConfig,
+    SupervisedConfig,
+)
+from rlhf.config.tuning import EMPTY_SELECTION
 from rlhf.console import Console
 from rlhf.errors import ConfigError
-from rlhf.models.adapters import rate_factor
+from rlhf.models.adapters import adapter_rate_factor
 from rlhf.models.load import count_parameters
-from rlhf.models.parameter_selection import Layout, layout
-from rlhf.stages.lifecycle import say_model
-from rlhf.trainers.phase_schedule import Program, program, rate_factors, table
-from rlhf.trainers.ppo.phases import programs, value_layout
+from rlhf.models.parameter_selection import ParameterMap, map_parameters
+from rlhf.trainers.phase_schedule import PhaseSchedule, make_schedule, parameter_rate_factors, phase_table
+from rlhf.trainers.ppo.phases import phase_schedules, value_parameter_map
 from rlhf.trainers.ppo.policy_value import PolicyAndValue
 
-SMALL = 1000  # records below which all weights of a pretrained model learn the records themselves
+SMALL_DATASET = 1000  # records below which all weights of a pretrained model learn the records themselves
 
 
-Trains = PretrainConfig | SFTConfig | RewardConfig | ClassifyConfig
-
-
-def plan(model: Any, config: Trains, *, rows: int, evaluate: bool, console: Console) -> Program:
+def plan_phases(model: Any, config: SupervisedConfig, *, rows: int, evaluate: bool, console: Console) -> PhaseSchedule:
     """The phases of a run; freezes what none of them trains, and prints what is trained, when and how fast.
 
     Args:
@@ -35,17 +36,19 @@ def plan(model: Any, config: Trains, *, rows: int, evaluate: bool, console: Cons
         held-out records.
     """
     optim = config.optim
-    freeze, unfreeze = (config.freeze, config.unfreeze) if isinstance(config, Tuned) else (NOTHING, ())
+    freeze, unfreeze = (
+        (config.freeze, config.unfreeze) if isinstance(config, FineTuningStage) else (EMPTY_SELECTION, ())
+    )
     if not evaluate and (optim.patience or any(phase.patience for phase in unfreeze)):
         raise ConfigError(
             "patience needs held-out records", where="data", do="set data.validation or data.validation_fraction"
         )
-    everything = layout(model)
+    everything = map_parameters(model)
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-    factors = rate_factors(everything, layer_decay=optim.layer_decay, head_factor=optim.head_factor)
+    factors = parameter_rate_factors(everything, layer_decay=optim.layer_decay, head_factor=optim.head_factor)
     if not isinstance(config, PretrainConfig):
-        factors = {name: factor * rate_factor(name, config.peft) for name, factor in factors.items()}
-    made = program(
+        factors = {name: factor * adapter_rate_factor(name, config.peft) for name, factor in factors.items()}
+    made = make_schedule(
         everything.only(trainable),
         optim,
         freeze=freeze,
@@ -55,16 +58,16 @@ def plan(model: Any, config: Trains, *, rows: int, evaluate: bool, console: Cons
     )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in made.names)
-    say(dict(model.named_parameters()), everything, made, console)
-    if made.names == set(everything.places) and len(made.stretches) == 1 and isinstance(config, Tuned):
+    print_phases(dict(model.named_parameters()), everything, made, console)
+    if made.names == set(everything.places) and len(made.stretches) == 1 and isinstance(config, FineTuningStage):
         _say_small(model, rows, console)
     return made
 
 
-def say(
+def print_phases(
     weights: Mapping[str, Tensor],
-    everything: Layout,
-    made: Program,
+    everything: ParameterMap,
+    made: PhaseSchedule,
     console: Console,
     *,
     title: str = "",
@@ -77,7 +80,7 @@ def say(
     trained, total = sum(counts[n] for n in made.names), sum(counts.values())
     console.table(
         f"{title}{total:,} parameters, {trained:,} trained ({100 * trained / total:.1f} %)",
-        *table(everything, counts, made),
+        *phase_table(everything, counts, made),
     )
     if everything.tied:
         console.note("the output layer shares its weights with the embeddings: they are frozen and trained together")
@@ -107,26 +110,32 @@ def say(
 
 def _say_small(model: Any, rows: int, console: Console) -> None:
     _, total = count_parameters(model)
-    if rows < SMALL:
+    if rows < SMALL_DATASET:
         console.note(
             f"{rows} records for {total:,} trained parameters: full fine-tuning of a small data set over-fits soon; "
             "cheaper: adapters (a percent of the parameters), or a new head first and the rest later (unfreeze)"
         )
 
 
-def say_phases(config: PPOConfig, model: PolicyAndValue, console: Console) -> None:
+def print_ppo_phases(config: PPOConfig, model: PolicyAndValue, console: Console) -> None:
     """The tables of policy and value model; without phases, the number of parameters alone.
 
     Raises: ConfigError for a selection that matches nothing, or if nothing is left to train.
     """
-    policy, value = programs(config, model)
+    policy, value = phase_schedules(config, model)
     frozen, waiting = config.freeze, config.unfreeze
     if not (frozen.policy.given or frozen.value_model.given or waiting.policy or waiting.value_model):
-        say_model(model, console)
+        print_model_size(model, console)
         return
     own = dict(model.value_model.named_parameters()) | model.trained_value()
     for name, everything, weights, made in (
-        ("policy", layout(model.policy), dict(model.policy.named_parameters()), policy),
-        ("value model", value_layout(model), own, value),
+        ("policy", map_parameters(model.policy), dict(model.policy.named_parameters()), policy),
+        ("value model", value_parameter_map(model), own, value),
     ):
-        say(weights, everything, made, console, title=f"{name}: ", unit="steps")
+        print_phases(weights, everything, made, console, title=f"{name}: ", unit="steps")
+
+
+def print_model_size(model: Any, console: Console) -> None:
+    """Trainable and total parameters."""
+    trainable, total = count_parameters(model)
+    console.note(f"model: {total:,} parameters, {trainable:,} trainable ({100 * trainable / total:.1f} %)")

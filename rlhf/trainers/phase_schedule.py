@@ -13,17 +13,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.config.sections import Optim
-from rlhf.config.tuning import Phase, Selection, Steps
+from rlhf.config.tuning import PPOPhase, Selection, TrainingPhase
 from rlhf.errors import ConfigError
-from rlhf.models.parameter_selection import HEAD_PARTS, Layout, need_blocks, select, top
-from rlhf.trainers.lr_schedule import rate_factor
+from rlhf.models.parameter_selection import HEAD_PARTS, ParameterMap, require_blocks, select_parameters, top_parameters
+from rlhf.trainers.lr_schedule import schedule_factor
 
 Evaluations = Sequence[tuple[int, float]]
 """(updates done, held-out loss) of each evaluation, in order."""
 
 
 @dataclass(frozen=True)
-class Stretch:
+class ResolvedPhase:
     """A phase, resolved for a model."""
 
     names: frozenset[str]
@@ -35,11 +35,11 @@ class Stretch:
 
     def rate(self, update: int) -> float:
         """Learning rate of an update, counted from the beginning of the phase."""
-        return self.learning_rate * rate_factor(self.schedule, self.warmup, update, self.length)
+        return self.learning_rate * schedule_factor(self.schedule, self.warmup, update, self.length)
 
 
 @dataclass(frozen=True)
-class Now:
+class PhasePosition:
     """A place in a program: the phase, the updates done before it, whether all phases are over."""
 
     phase: int
@@ -48,7 +48,7 @@ class Now:
 
 
 @dataclass(frozen=True)
-class Group:
+class OptimizerGroup:
     """Parameters that are treated alike throughout: one group of the optimizer."""
 
     names: tuple[str, ...]
@@ -58,10 +58,10 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Program:
+class PhaseSchedule:
     """The phases of a run, and the share of the phase's learning rate that each parameter has."""
 
-    stretches: tuple[Stretch, ...]
+    stretches: tuple[ResolvedPhase, ...]
     factors: Mapping[str, float]
 
     @property
@@ -74,7 +74,7 @@ class Program:
         """Every parameter that is trained at some time."""
         return frozenset().union(*(stretch.names for stretch in self.stretches))
 
-    def now(self, done: int, evaluations: Evaluations = ()) -> Now:
+    def now(self, done: int, evaluations: Evaluations = ()) -> PhasePosition:
         """Where a run is after `done` updates. An evaluation counts for the phase in which its updates were made."""
         begun: float = 0
         for i, stretch in enumerate(self.stretches):
@@ -83,20 +83,20 @@ class Program:
                 own = [(step, loss) for step, loss in evaluations if begun < step <= min(end, done)]
                 end = min(end, _out_of_patience(own, stretch.patience))
             if done < end:
-                return Now(i, int(begun), over=False)
+                return PhasePosition(i, int(begun), over=False)
             begun = end
-        return Now(len(self.stretches) - 1, int(begun), over=True)
+        return PhasePosition(len(self.stretches) - 1, int(begun), over=True)
 
-    def groups(self, without_decay: frozenset[str] = frozenset()) -> list[Group]:
+    def groups(self, without_decay: frozenset[str] = frozenset()) -> list[OptimizerGroup]:
         """Groups of the optimizer. The first one, whose rate is logged, is trained longest at the phase's own rate."""
         alike: dict[tuple[tuple[bool, ...], float, bool], list[str]] = {}
         for name in sorted(self.names):
             phases = tuple(name in stretch.names for stretch in self.stretches)
             alike.setdefault((phases, self.factors.get(name, 1.0), name not in without_decay), []).append(name)
-        groups = [Group(tuple(names), *key) for key, names in alike.items()]
+        groups = [OptimizerGroup(tuple(names), *key) for key, names in alike.items()]
         return sorted(groups, key=lambda g: (-sum(g.phases), abs(math.log(g.factor)), not g.decays))
 
-    def rates(self, groups: Sequence[Group], done: int, now: Now) -> list[float]:
+    def rates(self, groups: Sequence[OptimizerGroup], done: int, now: PhasePosition) -> list[float]:
         """Learning rate of each group in the update after `done`; 0 for those that wait."""
         rate = self.stretches[now.phase].rate(done - now.begun)
         return [rate * group.factor if group.phases[now.phase] else 0.0 for group in groups]
@@ -113,7 +113,7 @@ def _out_of_patience(evaluations: Evaluations, patience: int) -> float:
     return math.inf
 
 
-def rate_factors(of: Layout, *, layer_decay: float, head_factor: float) -> dict[str, float]:
+def parameter_rate_factors(of: ParameterMap, *, layer_decay: float, head_factor: float) -> dict[str, float]:
     """Share of the phase's learning rate for each parameter: smaller towards the input, another for a new head.
 
     factor = layer_decay ^ (n + 1 - depth), depth 0 the embeddings, i + 1 block i of n, n + 1 the output layer
@@ -121,33 +121,33 @@ def rate_factors(of: Layout, *, layer_decay: float, head_factor: float) -> dict[
     Raises: ConfigError for a layer_decay on a model whose blocks are not to be found.
     """
     if layer_decay != 1.0:
-        need_blocks(of, "optim.layer_decay")
+        require_blocks(of, "optim.layer_decay")
     return {
         name: layer_decay ** (of.blocks + 1 - place.depth) * (head_factor if place.part == "score" else 1.0)
         for name, place in of.places.items()
     }
 
 
-def program(
-    of: Layout,
+def make_schedule(
+    of: ParameterMap,
     optim: Optim,
     *,
     freeze: Selection,
-    unfreeze: Sequence[Phase],
+    unfreeze: Sequence[TrainingPhase],
     per_epoch: int,
     factors: Mapping[str, float],
-) -> Program:
+) -> PhaseSchedule:
     """The phases of a run with a given number of updates an epoch.
 
     Args:
         of: the parameters that may be trained at all.
     Raises: ConfigError for a selection that matches nothing, and if nothing is left to train.
     """
-    free = frozenset(of.places) - (select(freeze, of, "freeze") if freeze.given else set())
+    free = frozenset(of.places) - (select_parameters(freeze, of, "freeze") if freeze.given else set())
     if not unfreeze:
         length = max(1, round(per_epoch * optim.epochs))
         length = min(length, optim.max_updates) if optim.max_updates else length
-        phases = [(free, Phase(updates=length, patience=optim.patience))]
+        phases = [(free, TrainingPhase(updates=length, patience=optim.patience))]
     else:
         phases = [(names & free, phase) for i, phase in enumerate(unfreeze) for names in _trained(phase, of, i)]
     stretches = []
@@ -162,7 +162,7 @@ def program(
         length = phase.updates or max(1, round(per_epoch * (phase.epochs or 0.0)))
         warmup = optim.warmup_fraction if phase.warmup_fraction is None else phase.warmup_fraction
         stretches.append(
-            Stretch(
+            ResolvedPhase(
                 names,
                 length,
                 phase.learning_rate or optim.learning_rate,
@@ -171,45 +171,49 @@ def program(
                 phase.patience,
             )
         )
-    return Program(tuple(stretches), factors)
+    return PhaseSchedule(tuple(stretches), factors)
 
 
-def ppo_program(
-    of: Layout,
+def make_ppo_schedule(
+    of: ParameterMap,
     *,
     freeze: Selection,
-    unfreeze: Sequence[Steps],
+    unfreeze: Sequence[PPOPhase],
     steps: int,
     learning_rate: float,
     where: str,
     factors: Mapping[str, float],
-) -> Program:
+) -> PhaseSchedule:
     """The same for one of the models of PPO, counted in steps.
 
     Raises: ConfigError, as `program`.
     """
-    free = frozenset(of.places) - (select(freeze, of, f"freeze.{where}") if freeze.given else set())
-    phases = unfreeze or (Steps(),)
+    free = frozenset(of.places) - (select_parameters(freeze, of, f"freeze.{where}") if freeze.given else set())
+    phases = unfreeze or (PPOPhase(),)
     resolved = [(names & free, p) for i, p in enumerate(phases) for names in _trained(p, of, i, f"unfreeze.{where}")]
     if not all(names for names, _ in resolved):
         raise ConfigError("nothing is left to train", where=f"freeze.{where}", do="freeze less")
     rates = [phase.learning_rate or learning_rate for _, phase in resolved]
-    return Program(tuple(Stretch(n, p.steps or steps, r) for (n, p), r in zip(resolved, rates, strict=True)), factors)
+    return PhaseSchedule(
+        tuple(ResolvedPhase(n, p.steps or steps, r) for (n, p), r in zip(resolved, rates, strict=True)), factors
+    )
 
 
-def _trained(phase: Phase | Steps, of: Layout, number: int, where: str = "unfreeze") -> list[frozenset[str]]:
+def _trained(
+    phase: TrainingPhase | PPOPhase, of: ParameterMap, number: int, where: str = "unfreeze"
+) -> list[frozenset[str]]:
     """Names that a phase trains; a list of them if it is repeated from the top down."""
     everything = frozenset(of.places)
     if phase.train == "all":
         return [everything]
     if phase.train == "top-down":
-        need_blocks(of, f"{where}[{number}].train")
-        return [*(frozenset(top(of, blocks)) for blocks in range(1, of.blocks + 1)), everything]
+        require_blocks(of, f"{where}[{number}].train")
+        return [*(frozenset(top_parameters(of, blocks)) for blocks in range(1, of.blocks + 1)), everything]
     assert isinstance(phase.train, Selection)
-    return [frozenset(select(phase.train, of, f"{where}[{number}].train"))]
+    return [frozenset(select_parameters(phase.train, of, f"{where}[{number}].train"))]
 
 
-def table(of: Layout, counts: Mapping[str, int], plan: Program) -> tuple[list[str], list[list[str]]]:
+def phase_table(of: ParameterMap, counts: Mapping[str, int], plan: PhaseSchedule) -> tuple[list[str], list[list[str]]]:
     """Header and rows: every group of a model, and when and how fast it is trained.
 
     Args:
@@ -239,12 +243,12 @@ def table(of: Layout, counts: Mapping[str, int], plan: Program) -> tuple[list[st
     return ["weights", "tensors", "parameters", "trained", "in phases", "peak rate"], rows
 
 
-def _when(names: Sequence[str], plan: Program) -> str:
+def _when(names: Sequence[str], plan: PhaseSchedule) -> str:
     phases = [str(i + 1) for i, stretch in enumerate(plan.stretches) if stretch.names & set(names)]
     return (phases[0] if len(phases) == 1 else f"{phases[0]}-{phases[-1]}") if phases else "never"
 
 
-def _rates(names: Sequence[str], plan: Program) -> str:
+def _rates(names: Sequence[str], plan: PhaseSchedule) -> str:
     found = {
         stretch.learning_rate * plan.factors.get(name, 1.0)
         for stretch in plan.stretches

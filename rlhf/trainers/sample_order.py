@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def shuffled(count: int, *parts: int) -> Tensor:
+def shuffled_indices(count: int, *parts: int) -> Tensor:
     """The numbers below `count` in an order that follows from some whole numbers."""
     seed = 0
     for part in parts:
@@ -14,13 +14,13 @@ def shuffled(count: int, *parts: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
-def passes(count: int, first: int, size: int, *parts: int) -> list[int]:
+def cyclic_indices(count: int, first: int, size: int, *parts: int) -> list[int]:
     """Rows at positions first .. first + size of endless passes over `count` rows, each pass in another order."""
     orders: dict[int, list[int]] = {}
     chosen = []
     for position in range(first, first + size):
         lap, place = divmod(position, count)
         if lap not in orders:
-            orders[lap] = shuffled(count, *parts, lap).tolist()
+            orders[lap] = shuffled_indices(count, *parts, lap).tolist()
         chosen.append(orders[lap][place])
     return chosen

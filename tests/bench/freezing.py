@@ -16,7 +16,7 @@ import torch
 
 from rlhf.config.schema import Architecture
 from rlhf.config.tuning import Selection
-from rlhf.models.parameter_selection import layout, select
+from rlhf.models.parameter_selection import map_parameters, select_parameters
 from rlhf.stages.pretrain import new_model
 from tests.models import tiny
 
@@ -35,8 +35,8 @@ def build(frozen: Selection | None) -> tuple[Any, Any]:
     shape = Architecture(vocab_size=4096, hidden_size=384, layers=8, heads=6, intermediate_size=1024, context=LENGTH)
     model = new_model(shape, tiny.renderer(), 4096)
     if frozen is not None:
-        of = layout(model)
-        for name in select(frozen, of, "freeze"):
+        of = map_parameters(model)
+        for name in select_parameters(frozen, of, "freeze"):
             model.get_parameter(name).requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
     return model, torch.optim.AdamW(trained, lr=1e-4, fused=True)

@@ -20,9 +20,9 @@ import torch
 
 from rlhf.config.sections import ModelSource, Peft, Sampling
 from rlhf.console import Console
-from rlhf.generation.native import sample
-from rlhf.models.load import load_causal
+from rlhf.generation.native import generate_rollout
 from rlhf.models.packed_batch import microbatches, pack
+from rlhf.models.policy import load_causal
 from rlhf.models.reward_models import new_value_model
 from rlhf.rollout.score import read_policy, response_values
 from rlhf.rollout.types import Rollout
@@ -40,7 +40,7 @@ def prepare(attention: str, rows: int) -> tuple[Any, Any, Rollout]:
     value = new_value_model(source, Peft(), pad_id=renderer.pad_id, vocab_size=size, seed=1).train()
     lines = Path("data/demo/prompts.jsonl").read_text(encoding="utf-8").splitlines()[:rows]
     prompts = [renderer.prompt(json.loads(line)["prompt"]) for line in lines]
-    rollout = sample(
+    rollout = generate_rollout(
         policy,
         list(enumerate(prompts)),
         Sampling(max_new_tokens=48),

@@ -77,9 +77,11 @@ def build(work: Work) -> Result:
     """Policy, reward model and prompts; with LoRA the reward model also as an adapter on the policy's folder."""
     from rlhf.config.sections import ModelSource, Peft
     from rlhf.console import Console
-    from rlhf.models.load import count_parameters, load_causal
+    from rlhf.models.handover import save_tokenizer_and_handover
+    from rlhf.models.load import count_parameters
+    from rlhf.models.policy import load_causal
     from rlhf.models.reward_models import load_scorer, new_reward_model
-    from rlhf.stages.lifecycle import open_tokenizer, seal
+    from rlhf.stages.lifecycle import open_tokenizer
 
     random.seed(work.seed)
     policy = Path(work.path("policy"))
@@ -95,7 +97,7 @@ def build(work: Work) -> Result:
         if name == "reward" and work.lora:
             model = load_scorer(ModelSource(path=work.path("reward_adapter")))  # merged
         model.save_pretrained(work.path(name))
-        seal(Path(work.path(name)), "reward", renderer, tokenizer)
+        save_tokenizer_and_handover(Path(work.path(name)), "reward", renderer, tokenizer)
     rows = prompts(work, renderer)
     Path(work.path("prompts.json")).write_text(json.dumps(rows), encoding="utf-8")
     return {"parameters": count_parameters(load_causal(source))[1], "prompt_tokens": sum(map(len, rows)) / len(rows)}
@@ -106,7 +108,8 @@ def random_policy(work: Work, folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from rlhf.data.render import Renderer
-    from rlhf.stages.lifecycle import seal, stop_at
+    from rlhf.models.handover import save_tokenizer_and_handover
+    from rlhf.models.load import set_stop_tokens
     from rlhf.stages.pretrain import new_tokenizer
 
     words = ("".join(random.choices("abcdefghijklmnopqrstuvwxyz", k=8)) for _ in range(work.vocabulary))
@@ -130,9 +133,9 @@ def random_policy(work: Work, folder: Path) -> None:
             bos_token_id=None,
         )
     )
-    stop_at(model, renderer)
+    set_stop_tokens(model, renderer)
     model.save_pretrained(folder)
-    seal(folder, "sft", renderer, tokenizer)
+    save_tokenizer_and_handover(folder, "sft", renderer, tokenizer)
 
 
 def prompts(work: Work, renderer: Any) -> list[list[int]]:
@@ -225,16 +228,16 @@ def our_trainer(config: Any, report: Callable[..., None], rows: list[list[int]] 
     """Our trainer, set up as its stage does it; `rows` are token ids in the place of the configuration's prompts."""
     from rlhf.console import Console
     from rlhf.stages.lifecycle import seed_everything
-    from rlhf.stages.ppo import prepare
-    from rlhf.trainers.ppo.health import Watcher
+    from rlhf.stages.ppo import load_components
+    from rlhf.trainers.ppo.health import HealthMonitor
 
     seed_everything(config.seed, deterministic=config.deterministic)
-    ready = prepare(config, Console(quiet=True))
+    ready = load_components(config, Console(quiet=True))
     if rows is not None:
         ready = replace(ready, prompts=rows, records=ready.records[: len(rows)])
     return ready.trainer(
         config,
-        watcher=Watcher(config.watch, None, lambda text: print(text, file=sys.stderr)),
+        watcher=HealthMonitor(config.watch, None, lambda text: print(text, file=sys.stderr)),
         report=report,
         checkpoint=lambda _: None,
         restore=lambda _: False,

@@ -35,20 +35,22 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from rlhf.config.load import load
+from rlhf.config.load import load_stage_config
 from rlhf.config.schema import EvaluateConfig, PPOConfig
 from rlhf.config.sections import ModelSource
 from rlhf.console import Console
 from rlhf.data import tokenize
 from rlhf.data.sources import load_records
 from rlhf.errors import TrainingError
-from rlhf.evaluation.answers import answer
+from rlhf.evaluation.answers import generate_responses
 from rlhf.evaluation.judge import load_judge
 from rlhf.models import handover
+from rlhf.models.handover import save_tokenizer_and_handover
 from rlhf.models.heads import rescale_head
-from rlhf.models.load import load_causal, resolve
+from rlhf.models.load import resolve_model
+from rlhf.models.policy import load_causal
 from rlhf.models.reward_models import load_scorer
-from rlhf.stages.lifecycle import open_tokenizer, seal
+from rlhf.stages.lifecycle import open_tokenizer
 from tests.bench.against_trl import SIDES, install
 from tests.bench.sides import THEIR_TRAINER, Meter, our_meter, our_trainer, their_trainer
 from tests.bench.work import ROOT, Result, Work, machine, run
@@ -91,7 +93,9 @@ class Race(Work):
             "optim.value_learning_rate": VALUE_RATE * self.learning_rate,
             "optim.schedule": "linear",
         }
-        return load(PPOConfig, "configs/demo/ppo.yaml", [f"{key}={value}" for key, value in settings.items()]).config
+        return load_stage_config(
+            PPOConfig, "configs/demo/ppo.yaml", [f"{key}={value}" for key, value in settings.items()]
+        ).config
 
 
 class Enough(Exception):
@@ -102,20 +106,20 @@ class Examiner:
     """The gold judge's mean utility of a policy's responses, and their KL to the SFT model."""
 
     def __init__(self, race: Race) -> None:
-        self.config = load(EvaluateConfig, "configs/demo/evaluate.yaml").config
+        self.config = load_stage_config(EvaluateConfig, "configs/demo/evaluate.yaml").config
         self.tokenizer, self.renderer = open_tokenizer(ModelSource(path=race.sft), QUIET)
         self.reference = load_causal(ModelSource(path=race.sft)).eval()
         held_out, seed = self.config.prompts["held-out"], self.config.seed
         self.records = load_records("prompt", [held_out], seed=seed, on_bad_row="error", deduplicate=False).records
         self.records = self.records[:PROMPTS]
         longest = self.config.max_prompt_tokens
-        self.rows = tokenize.prompts(self.records, self.renderer, longest, "error", "error", QUIET)
+        self.rows = tokenize.tokenize_prompts(self.records, self.renderer, longest, "error", "error", QUIET)
         self.judge = load_judge(self.config.judge or "")
 
     def __call__(self, policy: Any) -> tuple[float, float]:
         """Utility, and nats per response."""
         settings, seed = self.config.sampling, self.config.seed
-        drawn = answer(policy, self.rows, self.renderer, settings, seed=seed, reference=self.reference)
+        drawn = generate_responses(policy, self.rows, self.renderer, settings, seed=seed, reference=self.reference)
         pairs = zip(self.records, drawn, strict=True)
         judged = [self.judge(r.messages, a.text, r.record, a.finished) for r, a in pairs]
         return statistics.mean(judged), statistics.mean(a.kl or 0.0 for a in drawn)
@@ -159,17 +163,19 @@ class Clock:
 def build(race: Race) -> Result:
     """What both sides read: the SFT model, the reward model with a rescaled head, configs/demo/ppo.yaml's prompts."""
     examine = Examiner(race)
-    Path(race.path("policy")).symlink_to(Path(resolve(ModelSource(path=race.sft))).resolve())
-    record = handover.read(resolve(ModelSource(path=race.reward)))
+    Path(race.path("policy")).symlink_to(Path(resolve_model(ModelSource(path=race.sft))).resolve())
+    record = handover.read_handover(resolve_model(ModelSource(path=race.reward)))
     if record is None or not record.score_std:
         raise RuntimeError(f"{race.reward} carries no deviation of its scores")
     model = load_scorer(ModelSource(path=race.reward))
     rescale_head(model, record.score_std)
     model.save_pretrained(race.path("reward"))
-    seal(Path(race.path("reward")), "reward", examine.renderer, examine.tokenizer)
+    save_tokenizer_and_handover(Path(race.path("reward")), "reward", examine.renderer, examine.tokenizer)
     data = race.config().data
     loaded = load_records("prompt", data.prompts, seed=race.seed, on_bad_row="error", deduplicate=data.deduplicate)
-    rows = tokenize.prompts(loaded.records, examine.renderer, data.max_prompt_tokens, data.too_long, "error", QUIET)
+    rows = tokenize.tokenize_prompts(
+        loaded.records, examine.renderer, data.max_prompt_tokens, data.too_long, "error", QUIET
+    )
     Path(race.path("prompts.json")).write_text(json.dumps(rows), encoding="utf-8")
     return {"utility": examine(examine.reference)[0], "prompts": len(rows)}
 

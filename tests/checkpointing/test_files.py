@@ -12,12 +12,22 @@ from types import SimpleNamespace
 import pytest
 
 from rlhf.checkpointing import files
-from rlhf.checkpointing.files import MANIFEST, Damaged, listed, newest, refuse_old, room, seal, verify, writing
+from rlhf.checkpointing.files import (
+    MANIFEST,
+    DamagedCheckpoint,
+    find_newest_checkpoint,
+    list_checkpoints,
+    new_checkpoint_folder,
+    refuse_format_without_manifest,
+    reserve_disk_space,
+    verify_checkpoint,
+    write_manifest,
+)
 from rlhf.errors import CheckpointError
 
 
 def write(folder: Path, name: str, content: str = "weights", keep: int = 2) -> Path:
-    with writing(folder, name, needed=100, keep=keep, about={"content": content}) as into:
+    with new_checkpoint_folder(folder, name, needed=100, keep=keep, about={"content": content}) as into:
         (into / "state.pt").write_text(content)
         (into / "inner").mkdir()
         (into / "inner" / "more").write_text(content * 2)
@@ -50,9 +60,9 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
 
 def test_what_was_written_is_verified_with_what_is_known_about_it(tmp_path: Path) -> None:
     path = write(tmp_path / "deep" / "er", "step-000012")
-    assert verify(path).about == {"content": "weights"}
+    assert verify_checkpoint(path).about == {"content": "weights"}
     assert names(path) == ["inner", MANIFEST, "state.pt"]
-    found = newest(path.parent, "step", pytest.fail)
+    found = find_newest_checkpoint(path.parent, "step", pytest.fail)
     assert found is not None
     assert found.path == path
 
@@ -62,10 +72,10 @@ def test_a_damaged_newest_one_is_named_and_the_one_before_is_used(fault: str, tm
     harm, words = FAULTS[fault]
     before, last = write(tmp_path, "step-000009"), write(tmp_path, "step-000010")
     harm(last)
-    with pytest.raises(Damaged, match=words):
-        verify(last)
+    with pytest.raises(DamagedCheckpoint, match=words):
+        verify_checkpoint(last)
     said: list[str] = []
-    found = newest(tmp_path, "step", said.append)
+    found = find_newest_checkpoint(tmp_path, "step", said.append)
     assert found is not None
     assert found.path == before
     assert len(said) == 1
@@ -75,7 +85,7 @@ def test_a_damaged_newest_one_is_named_and_the_one_before_is_used(fault: str, tm
     assert names(tmp_path) == [before.name, later.name]  # both that stay are whole
     harm(before)
     harm(later)
-    assert newest(tmp_path, "step", said.append) is None
+    assert find_newest_checkpoint(tmp_path, "step", said.append) is None
     assert said[-1].endswith("no older one is left: starting over")
 
 
@@ -85,15 +95,15 @@ def test_another_layout_is_refused_and_not_skipped(schema: object, tmp_path: Pat
     path = write(tmp_path, "step-000002") / MANIFEST
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": schema}))
     with pytest.raises(CheckpointError, match=r"another layout .*schema .*, not 2\); go on with the version") as error:
-        newest(tmp_path, "step", pytest.fail)
-    assert not isinstance(error.value, Damaged)
+        find_newest_checkpoint(tmp_path, "step", pytest.fail)
+    assert not isinstance(error.value, DamagedCheckpoint)
 
 
 def test_a_file_of_the_time_before_manifests_is_refused(tmp_path: Path) -> None:
-    refuse_old(tmp_path / "ppo.pt")
+    refuse_format_without_manifest(tmp_path / "ppo.pt")
     (tmp_path / "ppo.pt").write_text("")
     with pytest.raises(CheckpointError, match=r"ppo\.pt: the checkpoint has another layout .*schema 0"):
-        refuse_old(tmp_path / "ppo.pt")
+        refuse_format_without_manifest(tmp_path / "ppo.pt")
 
 
 def test_the_newest_stay(tmp_path: Path) -> None:
@@ -107,32 +117,32 @@ def test_the_newest_stay(tmp_path: Path) -> None:
 def test_what_a_kept_one_needs_is_kept_and_verified_with_it(tmp_path: Path) -> None:
     """Also when a newer one needs another: if that is damaged, the one before must still be of use."""
     for step, best in ((1, 1), (2, 1), (3, 1), (4, 4)):
-        with writing(tmp_path, f"step-{step}", needed=1, keep=2, about={"needs": f"step-{best}"}) as into:
+        with new_checkpoint_folder(tmp_path, f"step-{step}", needed=1, keep=2, about={"needs": f"step-{best}"}) as into:
             (into / "state.pt").write_text("x")
     assert names(tmp_path) == ["step-1", "step-3", "step-4"]
     flip(tmp_path / "step-4" / "state.pt")
     said: list[str] = []
-    found = newest(tmp_path, "step", said.append)
+    found = find_newest_checkpoint(tmp_path, "step", said.append)
     assert found is not None
     assert found.path.name == "step-3"
     flip(tmp_path / "step-1" / "state.pt")
-    assert newest(tmp_path, "step", said.append) is None
+    assert find_newest_checkpoint(tmp_path, "step", said.append) is None
     assert "step-1" in said[-1]
 
 
 def test_numbers_count_and_not_letters(tmp_path: Path) -> None:
     for name in ("checkpoint-9", "checkpoint-10", "checkpoint-best", "checkpoint-11.tmp"):
         (tmp_path / name).mkdir()
-    assert [path.name for path in listed(tmp_path, "checkpoint")] == ["checkpoint-9", "checkpoint-10"]
+    assert [path.name for path in list_checkpoints(tmp_path, "checkpoint")] == ["checkpoint-9", "checkpoint-10"]
 
 
 def test_one_that_was_sealed_and_not_yet_renamed_is_used(tmp_path: Path) -> None:
     """Killed between the two: the manifest makes it whole, not the name."""
     write(tmp_path, "step-000001")
     (tmp_path / "step-000002.tmp").mkdir()
-    assert [path.name for path in listed(tmp_path, "step")] == ["step-000001"]
-    seal(tmp_path / "step-000002.tmp", step=2)
-    found = newest(tmp_path, "step", pytest.fail)
+    assert [path.name for path in list_checkpoints(tmp_path, "step")] == ["step-000001"]
+    write_manifest(tmp_path / "step-000002.tmp", step=2)
+    found = find_newest_checkpoint(tmp_path, "step", pytest.fail)
     assert found is not None
     assert found.about == {"step": 2}
 
@@ -152,14 +162,14 @@ def test_a_full_disk_leaves_the_one_before_and_says_what_is_needed(error: Except
     path = write(tmp_path, "step-000001")
 
     def fill() -> None:
-        with writing(tmp_path, "step-000002", needed=3 * 2**20, keep=1, about={}) as into:
+        with new_checkpoint_folder(tmp_path, "step-000002", needed=3 * 2**20, keep=1, about={}) as into:
             (into / "state.pt").write_text("half")
             raise RuntimeError("wrapped") from error
 
     with pytest.raises(CheckpointError, match=r"no room .*3\.0 MiB needed; step-000001 is untouched\); free 3\.0 MiB"):
         fill()
     assert names(tmp_path) == ["step-000001"]
-    verify(path)
+    verify_checkpoint(path)
 
 
 def test_without_room_it_is_not_begun_and_a_hidden_reason_is_found(
@@ -170,7 +180,7 @@ def test_without_room_it_is_not_begun_and_a_hidden_reason_is_found(
     began = []
 
     def fail() -> None:
-        with room(tmp_path, 100, "step"):
+        with reserve_disk_space(tmp_path, 100, "step"):
             began.append(True)
             raise RuntimeError("file write failed")
 
@@ -181,7 +191,7 @@ def test_without_room_it_is_not_begun_and_a_hidden_reason_is_found(
 
 
 def test_another_error_stays_what_it_is(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), room(tmp_path, 1, "step"):
+    with pytest.raises(KeyError), reserve_disk_space(tmp_path, 1, "step"):
         raise KeyError
 
 
@@ -222,7 +232,7 @@ def test_a_kill_at_any_call_leaves_a_whole_checkpoint(
                 ended = True
             except Killed:
                 pass
-        found = newest(folder, "step", lambda _: None)
+        found = find_newest_checkpoint(folder, "step", lambda _: None)
         assert found is not None
         write(folder, "step-000002", keep=keep)
         assert names(folder)[-1] == "step-000002"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf.checkpointing.interval import Pace
+from rlhf.checkpointing.interval import CheckpointInterval
 
 
 def share_spent(share: float, cost: float, step: float, steps: int = 20000) -> tuple[float, int]:
     """Of a run whose steps and checkpoints take so many seconds: the share that went into checkpoints, their number."""
     now, spent, count = [0.0], 0.0, 0
-    pace = Pace(share, lambda: now[0])
+    pace = CheckpointInterval(share, lambda: now[0])
     for _ in range(steps):
         now[0] += step
         if pace.due():
@@ -37,7 +37,7 @@ def test_a_share_of_nothing_is_never_due() -> None:
 
 def test_the_next_one_waits_for_what_the_last_one_took() -> None:
     now = [0.0]
-    pace = Pace(0.5, lambda: now[0])
+    pace = CheckpointInterval(0.5, lambda: now[0])
     assert pace.due()
     with pace.saving():
         now[0] += 3.0

@@ -11,8 +11,8 @@ import pytest
 
 from rlhf.config.sections import ModelSource, Peft
 from rlhf.data.render import Renderer
+from rlhf.models.handover import save_tokenizer_and_handover
 from rlhf.models.reward_models import new_reward_model
-from rlhf.stages.lifecycle import seal
 
 WORDS = "cat dog cow hen fox owl pig bee ant elk".split()  # noqa: SIM905 - readable
 DEMOS = [
@@ -49,7 +49,7 @@ def models(tiny_model_dir: Path, tiny_tokenizer: Any, tmp_path_factory: pytest.T
     renderer = Renderer(tiny_tokenizer)
     shutil.copytree(tiny_model_dir, root / "tiny")
     shutil.copytree(tiny_model_dir, root / "sft")
-    seal(root / "sft", "sft", renderer, tiny_tokenizer)
+    save_tokenizer_and_handover(root / "sft", "sft", renderer, tiny_tokenizer)
     other = _other_tokenizer()
     _reward(root / "tiny", root / "reward", tiny_tokenizer)
     _reward(root / "tiny", root / "foreign-sealed", other)
@@ -72,7 +72,9 @@ def _reward(start: Path, folder: Path, tokenizer: Any) -> None:
     source = ModelSource(path=str(start), dtype="float32")
     model = new_reward_model(source, Peft(), pad_id=renderer.pad_id, vocab_size=len(tokenizer), seed=1)
     model.save_pretrained(str(folder))
-    seal(folder, "reward", renderer, tokenizer, head_dtype="float32", score_mean=0.0, score_std=1.0)
+    save_tokenizer_and_handover(
+        folder, "reward", renderer, tokenizer, head_dtype="float32", score_mean=0.0, score_std=1.0
+    )
 
 
 @pytest.fixture

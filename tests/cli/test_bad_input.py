@@ -57,11 +57,11 @@ def remove(*names: str) -> Prepare:
 
 def other_run(place: Path) -> None:
     """A finished run of another seed in the output folder."""
-    from rlhf.config.load import load
+    from rlhf.config.load import load_stage_config
     from rlhf.config.schema import SFTConfig
     from rlhf.runs.run_dir import RunDir
 
-    config = load(SFTConfig, place / "sft.yaml", ["seed=99"]).config
+    config = load_stage_config(SFTConfig, place / "sft.yaml", ["seed=99"]).config
     run = RunDir(place / "out")
     run.start("sft", config, seed=99, processes=1, versions={}, inputs={})
     run.finish()

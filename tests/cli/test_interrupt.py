@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.runs.preemption import STOPPED
+from rlhf.runs.preemption import STOPPED_EXIT_CODE
 from tests.conftest import Run
 from tests.faults.setup import differences
 
@@ -92,7 +92,7 @@ def test_a_stop_by_the_scheduler_is_told_apart(place: Path, call_cli: Run) -> No
     """SIGTERM saves at an update that is logged anyway (every fifth), so that the run ends as an uninterrupted one."""
     run, metrics = place / "out", place / "out" / "metrics.jsonl"
     code, err = interrupted(place, lambda: metrics.is_file() and metrics.stat().st_size > 2000, signal.SIGTERM)
-    assert code == STOPPED
+    assert code == STOPPED_EXIT_CODE
     assert err.strip().startswith("stopped by SIGTERM, saved after update ")
     assert err.strip().endswith(f"; the same command continues: rlhf {' '.join(COMMAND)}")
     assert status(run)["status"] == "interrupted"

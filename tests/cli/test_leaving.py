@@ -11,17 +11,17 @@ import pytest
 from rlhf.cli import main
 from rlhf.distributed import launch_env
 from rlhf.errors import TrainingError
-from rlhf.runs.preemption import STOPPED, Stopped
+from rlhf.runs.preemption import INTERRUPTED_EXIT_CODE, STOPPED_EXIT_CODE, RunStopped
 
 GROUP = """
 import atexit, sys
 import torch.distributed as dist
-from rlhf.distributed.launch_env import leave, leave_at_exit
-leave()  # there is nothing to leave
+from rlhf.distributed.launch_env import leave_process_groups, leave_process_groups_at_exit
+leave_process_groups()  # there is nothing to leave
 dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
 atexit.register(lambda: print("left" if not dist.is_initialized() else "there"))
 if sys.argv[2] == "well":
-    leave_at_exit()
+    leave_process_groups_at_exit()
 """
 
 
@@ -30,10 +30,10 @@ if sys.argv[2] == "well":
     [
         (SystemExit(0), 0, True),
         (SystemExit(None), None, True),
-        (Stopped(), STOPPED, True),
+        (RunStopped(), STOPPED_EXIT_CODE, True),
         (SystemExit(2), 2, False),
         (TrainingError("diverged"), 2, False),
-        (KeyboardInterrupt(), main.INTERRUPTED, False),
+        (KeyboardInterrupt(), INTERRUPTED_EXIT_CODE, False),
         (RuntimeError("unforeseen"), main.UNFORESEEN, False),
         (OSError(5, "unforeseen"), main.UNFORESEEN, False),
     ],
@@ -47,8 +47,8 @@ def test_only_an_end_that_all_processes_share_is_waited_for(
 
     found: list[bool] = []
     monkeypatch.setattr(main, "app", ends)
-    monkeypatch.setattr(main.preemption, "listen", lambda: None)
-    monkeypatch.setattr(launch_env, "leave_at_exit", lambda: found.append(True))
+    monkeypatch.setattr(main.preemption, "handle_sigterm", lambda: None)
+    monkeypatch.setattr(launch_env, "leave_process_groups_at_exit", lambda: found.append(True))
     monkeypatch.setenv("WORLD_SIZE", processes)
     with pytest.raises(SystemExit) as ended:
         main.main()

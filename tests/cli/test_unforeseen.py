@@ -23,7 +23,7 @@ def ended(err: str) -> tuple[str, str]:
 def run(args: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
     """Standard error of a command that ends with an unforeseen error."""
     monkeypatch.setattr("sys.argv", ["rlhf", *args])
-    monkeypatch.setattr(main.preemption, "listen", lambda: None)
+    monkeypatch.setattr(main.preemption, "handle_sigterm", lambda: None)
     with pytest.raises(SystemExit) as end:
         main.main()
     assert end.value.code == 70
@@ -37,8 +37,8 @@ def test_inside_a_run_the_trace_lies_in_its_folder(
         raise ZeroDivisionError("a planted fault\nwith a second line")
 
     monkeypatch.chdir(place)
-    monkeypatch.setattr("rlhf.trainers.supervised.run.fit", broken)
-    monkeypatch.setattr("rlhf.trainers.supervised.run.same_checkpoint", broken)
+    monkeypatch.setattr("rlhf.trainers.supervised.run.run_training", broken)
+    monkeypatch.setattr("rlhf.trainers.supervised.run.check_same_checkpoint", broken)
     line, trace = ended(run(["sft", "sft.yaml", "--quiet"], capsys, monkeypatch))
     assert line.startswith("InternalError in run out: ZeroDivisionError: a planted fault;")
     assert "Traceback" in trace

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from rlhf.config.schema import WeakConfig
+from rlhf.config.schema import WeakLabelConfig
 
 RULE = {"name": "r", "regex": "x"}
 GOOD: dict[str, Any] = {"output": "o.jsonl", "data": {"path": "d.jsonl"}, "sources": [{"votes": "v"}]}
@@ -17,7 +17,7 @@ CLASSES: dict[str, Any] = GOOD | {"kind": "labelled", "labels": ["a", "b"]}
 
 
 def test_the_defaults_are_the_safe_ones() -> None:
-    config = WeakConfig.model_validate(GOOD)
+    config = WeakLabelConfig.model_validate(GOOD)
     assert (config.kind, config.no_votes, config.gold, config.data.on_bad_row) == ("comparison", "drop", None, "error")
     assert config.label_model.model_dump() == {
         "kind": "dawid-skene",
@@ -46,7 +46,7 @@ def test_the_defaults_are_the_safe_ones() -> None:
 )
 def test_a_source_is_one_thing(source: dict[str, Any], says: str) -> None:
     with pytest.raises(ValidationError, match=says):
-        WeakConfig.model_validate(GOOD | {"sources": [source]})
+        WeakLabelConfig.model_validate(GOOD | {"sources": [source]})
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_source_is_one_thing(source: dict[str, Any], says: str) -> None:
 )
 def test_what_does_not_fit_together(config: dict[str, Any], says: str) -> None:
     with pytest.raises(ValidationError, match=says):
-        WeakConfig.model_validate(config)
+        WeakLabelConfig.model_validate(config)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_what_does_not_fit_together(config: dict[str, Any], says: str) -> None:
     ],
 )
 def test_what_fits(config: dict[str, Any]) -> None:
-    WeakConfig.model_validate(config)
+    WeakLabelConfig.model_validate(config)
 
 
 def test_show_explains_every_value(call_cli: Any, tmp_path: Path) -> None:

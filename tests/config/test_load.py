@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.config.load import load
+from rlhf.config.load import load_stage_config
 from rlhf.config.schema import SFTConfig
 from rlhf.errors import ConfigError
 
@@ -17,26 +17,26 @@ Write = Callable[[str, str], Path]
 def refusal(path: Path, *overrides: str) -> str:
     """The message of a configuration that must not load."""
     with pytest.raises(ConfigError) as caught:
-        load(SFTConfig, path, overrides)
+        load_stage_config(SFTConfig, path, overrides)
     return str(caught.value)
 
 
 def test_default_then_yaml_then_command_line(sft_yaml: Path) -> None:
-    loaded = load(SFTConfig, sft_yaml, ["optim.epochs=7"])
+    loaded = load_stage_config(SFTConfig, sft_yaml, ["optim.epochs=7"])
     assert loaded.config.optim.batch_size == 64  # default
     assert loaded.config.optim.learning_rate == 1e-3  # YAML
     assert loaded.config.optim.epochs == 7  # command line
-    assert load(SFTConfig, sft_yaml, ["optim.learning_rate=2e-4"]).config.optim.learning_rate == 2e-4
+    assert load_stage_config(SFTConfig, sft_yaml, ["optim.learning_rate=2e-4"]).config.optim.learning_rate == 2e-4
 
 
 def test_a_partly_given_section_keeps_its_other_defaults(sft_yaml: Path) -> None:
-    optim = load(SFTConfig, sft_yaml).config.optim
+    optim = load_stage_config(SFTConfig, sft_yaml).config.optim
     assert (optim.weight_decay, optim.adam_beta2) == (0.0, 0.999)  # the section's
     assert optim.epochs == SFTConfig.model_fields["optim"].default.epochs == 2  # the stage's own
 
 
 def test_every_value_has_file_and_line_or_the_command_line(sft_yaml: Path) -> None:
-    origins = load(SFTConfig, sft_yaml, ["seed=3", "data.train.1.path=c.jsonl"]).origins
+    origins = load_stage_config(SFTConfig, sft_yaml, ["seed=3", "data.train.1.path=c.jsonl"]).origins
     assert origins["optim.learning_rate"] == f"{sft_yaml}:8"
     assert origins["model.path"] == f"{sft_yaml}:2"
     assert origins["data.train.0.path"] == f"{sft_yaml}:5"
@@ -45,14 +45,14 @@ def test_every_value_has_file_and_line_or_the_command_line(sft_yaml: Path) -> No
 
 
 def test_an_override_of_a_whole_section_takes_over_its_parts(sft_yaml: Path) -> None:
-    loaded = load(SFTConfig, sft_yaml, ["optim={epochs: 3}"])
+    loaded = load_stage_config(SFTConfig, sft_yaml, ["optim={epochs: 3}"])
     assert loaded.config.optim.learning_rate != 1e-3
     assert "optim.learning_rate" not in loaded.origins
     assert loaded.origins["optim"] == loaded.origins["optim.epochs"] == "command line"
 
 
 def test_list_items_are_reached_by_index(sft_yaml: Path) -> None:
-    loaded = load(SFTConfig, sft_yaml, ["data.train.1.weight=2", "data.train.0={path: z.jsonl}"])
+    loaded = load_stage_config(SFTConfig, sft_yaml, ["data.train.1.weight=2", "data.train.0={path: z.jsonl}"])
     first, second = loaded.config.data.train
     assert (first.path, second.path, second.weight) == ("z.jsonl", "b.jsonl", 2.0)
 
@@ -66,7 +66,7 @@ def test_a_wrong_index_is_refused(sft_yaml: Path, key: str) -> None:
 
 @pytest.mark.parametrize("text", ["1e-5", "1.0e-5", "0.00001"])
 def test_a_number_may_be_written_without_a_point(sft_yaml: Path, text: str) -> None:
-    assert load(SFTConfig, sft_yaml, [f"optim.learning_rate={text}"]).config.optim.learning_rate == 1e-5
+    assert load_stage_config(SFTConfig, sft_yaml, [f"optim.learning_rate={text}"]).config.optim.learning_rate == 1e-5
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_anchors_keep_their_lines(sft_yaml: Path) -> None:
         "      limit: 3\n    - <<: *v\n      path: c\n",
         encoding="utf-8",
     )
-    loaded = load(SFTConfig, sft_yaml)
+    loaded = load_stage_config(SFTConfig, sft_yaml)
     assert [(s.path, s.limit) for s in loaded.config.data.validation] == [("b", 3), ("c", 3)]
     assert loaded.origins["data.validation.1.limit"] == f"{sft_yaml}:8"
     assert loaded.origins["data.validation.1.path"] == f"{sft_yaml}:10"

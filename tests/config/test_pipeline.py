@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.config.load import Pipeline, Stanza, load_pipeline
+from rlhf.config.load import PipelineStep, ResolvedPipeline, load_pipeline
 from rlhf.errors import ConfigError
 
 Write = Callable[[str, str], Path]
@@ -39,7 +39,7 @@ def pipeline_yaml(write_yaml: Write) -> Path:
     return write_yaml("pipeline.yaml", PIPELINE)
 
 
-def stage(pipeline: Pipeline, name: str) -> Stanza:
+def stage(pipeline: ResolvedPipeline, name: str) -> PipelineStep:
     """One stage by name."""
     return next(s for s in pipeline.stages if s.name == name)
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from rlhf.config.load import load
+from rlhf.config.load import load_stage_config
 from rlhf.config.schema import SFTConfig
-from rlhf.config.show import lines
+from rlhf.config.show import config_lines
 from tests.conftest import Run
 
 
@@ -28,10 +28,10 @@ def leaves(section: BaseModel, prefix: str = "") -> set[str]:
 
 
 def test_every_value_once_with_its_origin(sft_yaml: Path) -> None:
-    loaded = load(SFTConfig, sft_yaml, ["seed=3"])
-    shown = dict(line.split(" = ", 1) for line in lines(loaded))
+    loaded = load_stage_config(SFTConfig, sft_yaml, ["seed=3"])
+    shown = dict(line.split(" = ", 1) for line in config_lines(loaded))
     assert set(shown) == leaves(loaded.config)
-    assert len(list(lines(loaded))) == len(shown)
+    assert len(list(config_lines(loaded))) == len(shown)
     assert shown["seed"].startswith("3   # command line; ")
     assert shown["optim.learning_rate"].startswith(f"0.001   # {sft_yaml}:8; ")
     assert shown["data.train.1.path"].startswith(f"'b.jsonl'   # {sft_yaml}:6; ")

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from rlhf.config.schema import PPOConfig, RewardConfig, SFTConfig
-from rlhf.config.tuning import Phase, Selection
+from rlhf.config.tuning import Selection, TrainingPhase
 
 SFT: dict[str, Any] = {"output_dir": "x", "model": {"path": "m"}, "data": {"train": [{"path": "d"}]}}
 PPO: dict[str, Any] = {
@@ -48,7 +48,7 @@ def test_a_broken_pattern() -> None:
 )
 def test_no_phase(phase: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
-        Phase.model_validate(phase)
+        TrainingPhase.model_validate(phase)
 
 
 @pytest.mark.parametrize("name", ["epochs", "max_updates", "patience"])

@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from rlhf.data.collate import (
-    IGNORE,
+    IGNORED_LABEL,
     DemonstrationCollator,
     LengthReport,
     PairCollator,
-    fit,
-    fit_pair,
-    mean_reply,
+    fit_pair_to_length,
+    fit_to_length,
+    loss_spans,
+    mean_reply_tokens,
     pad_left,
     pad_right,
-    replies,
 )
 from rlhf.data.render import Rendered
 from rlhf.errors import DataError, ShapeError
@@ -34,9 +34,9 @@ def test_padding_keeps_the_tokens_and_the_mask_counts_them(pad) -> None:  # type
 
 def test_a_reply_is_a_run_of_tokens_with_loss() -> None:
     rows = [Rendered([0] * len(mask), [c == "x" for c in mask]) for mask in ("..xxx..x", "xx", "....", ".x")]
-    assert [replies(row) for row in rows] == [2, 1, 0, 1]
-    assert mean_reply(rows) == (3 + 1 + 2 + 1) / 4
-    assert mean_reply(rows[2:3]) is None
+    assert [loss_spans(row) for row in rows] == [2, 1, 0, 1]
+    assert mean_reply_tokens(rows) == (3 + 1 + 2 + 1) / 4
+    assert mean_reply_tokens(rows[2:3]) is None
 
 
 def test_sides() -> None:
@@ -68,10 +68,12 @@ def test_pairs() -> None:
 
 
 def test_demonstrations() -> None:
-    batch = DemonstrationCollator(9)([{"input_ids": [1, 9], "labels": [IGNORE, 9]}, {"input_ids": [3], "labels": [3]}])
+    batch = DemonstrationCollator(9)(
+        [{"input_ids": [1, 9], "labels": [IGNORED_LABEL, 9]}, {"input_ids": [3], "labels": [3]}]
+    )
     assert batch["input_ids"].tolist() == [[1, 9], [3, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
-    assert batch["labels"].tolist() == [[IGNORE, 9], [3, IGNORE]]
+    assert batch["labels"].tolist() == [[IGNORED_LABEL, 9], [3, IGNORED_LABEL]]
     with pytest.raises(ShapeError, match="1 labels for 2 ids"):
         DemonstrationCollator(9)([{"input_ids": [1, 2], "labels": [1]}])
 
@@ -82,10 +84,10 @@ def rendered(prompt: int, response: int, first: int = 0) -> Rendered:
 
 def test_fit_counts_what_it_does() -> None:
     report = LengthReport()
-    assert fit(rendered(2, 3), 5, "truncate", report) == rendered(2, 3)
-    assert fit(rendered(2, 6), 5, "truncate", report) == rendered(2, 3)
-    assert fit(rendered(5, 1), 5, "truncate", report) is None  # no loss left
-    assert fit(rendered(2, 4), 5, "drop", report) is None
+    assert fit_to_length(rendered(2, 3), 5, "truncate", report) == rendered(2, 3)
+    assert fit_to_length(rendered(2, 6), 5, "truncate", report) == rendered(2, 3)
+    assert fit_to_length(rendered(5, 1), 5, "truncate", report) is None  # no loss left
+    assert fit_to_length(rendered(2, 4), 5, "drop", report) is None
     assert (report.total, report.too_long, report.truncated, report.dropped, report.longest) == (4, 3, 1, 2, 8)
     assert report.text(5) == "3 of 4 records (75.0 %) are longer than 5 tokens (longest 8): 1 truncated, 2 dropped"
 
@@ -94,13 +96,13 @@ def test_fit_error_says_where_and_what_to_do() -> None:
     with pytest.raises(
         DataError, match=r"x.jsonl row 7: longer than max_length 5 \(found: 6 tokens\); raise data.max_length"
     ):
-        fit(rendered(2, 4), 5, "error", where="x.jsonl row 7")
+        fit_to_length(rendered(2, 4), 5, "error", where="x.jsonl row 7")
 
 
 def test_fit_pair_is_one_record() -> None:
     report = LengthReport()
-    assert fit_pair(rendered(1, 2), rendered(1, 3, first=50), 3, "drop", report) is None
-    cut = fit_pair(rendered(1, 2), rendered(1, 3, first=50), 3, "truncate", report)
+    assert fit_pair_to_length(rendered(1, 2), rendered(1, 3, first=50), 3, "drop", report) is None
+    cut = fit_pair_to_length(rendered(1, 2), rendered(1, 3, first=50), 3, "truncate", report)
     assert cut == (rendered(1, 2), rendered(1, 2, first=50))
-    assert fit_pair(rendered(1, 3), rendered(1, 4), 3, "truncate", report) is None  # now equal
+    assert fit_pair_to_length(rendered(1, 3), rendered(1, 4), 3, "truncate", report) is None  # now equal
     assert (report.total, report.too_long, report.truncated, report.dropped) == (3, 3, 1, 2)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.data.formats import check_format, convert, recognise
+from rlhf.data.formats import check_format, convert_row, recognise_format
 from rlhf.data.records import BadRow, Comparison, Demonstration, Prompt, Text
 from rlhf.errors import DataError
 
@@ -43,7 +43,7 @@ RECOGNISED = [
 
 @pytest.mark.parametrize(("kind", "columns", "name"), RECOGNISED)
 def test_recognised(kind: str, columns: str, name: str) -> None:
-    assert recognise(columns.split(), kind) == name
+    assert recognise_format(columns.split(), kind) == name
     assert check_format(name, columns.split(), kind) == name
 
 
@@ -59,7 +59,7 @@ def test_recognised(kind: str, columns: str, name: str) -> None:
 )
 def test_several_fit(kind: str, columns: str, both: str) -> None:
     with pytest.raises(DataError, match=rf"x.csv: several formats fit: {both} \(found: columns .*\); set format"):
-        recognise(columns.split(), kind, "x.csv")
+        recognise_format(columns.split(), kind, "x.csv")
 
 
 @pytest.mark.parametrize("kind", ["text", "document", "demonstration", "comparison", "prompt"])
@@ -67,7 +67,7 @@ def test_none_fits(kind: str) -> None:
     with pytest.raises(
         DataError, match=r"x.csv: no format.*found: columns answer, question\); known: .*columns: \{"
     ) as caught:
-        recognise(["question", "answer"], kind, "x.csv")
+        recognise_format(["question", "answer"], kind, "x.csv")
     assert caught.value.where == "x.csv"
 
 
@@ -99,9 +99,9 @@ DEMONSTRATIONS: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("name", "row"), DEMONSTRATIONS)
 def test_demonstrations(name: str, row: dict[str, Any]) -> None:
-    assert convert(row, name, "demonstration", W) == Demonstration([U, A], W)
-    assert convert(row, name, "document", W) == Demonstration([U, A], W)
-    prompt = convert(row, name, "prompt", W)
+    assert convert_row(row, name, "demonstration", W) == Demonstration([U, A], W)
+    assert convert_row(row, name, "document", W) == Demonstration([U, A], W)
+    prompt = convert_row(row, name, "prompt", W)
     assert prompt == Prompt([U], W, row)
 
 
@@ -119,9 +119,9 @@ PAIRS: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("name", "row"), PAIRS)
 def test_comparisons(name: str, row: dict[str, Any]) -> None:
-    assert convert(row, name, "comparison", W) == Comparison([U], "hello", "go away", W)
+    assert convert_row(row, name, "comparison", W) == Comparison([U], "hello", "go away", W)
     if name != "transcript":
-        assert convert(row, name, "prompt", W) == Prompt([U], W, row)
+        assert convert_row(row, name, "prompt", W) == Prompt([U], W, row)
 
 
 def test_other_columns() -> None:
@@ -134,10 +134,10 @@ def test_other_columns() -> None:
         "annotator": 7,
         "group": "g",
     }
-    record = convert(row, "preference", "comparison", W)
+    record = convert_row(row, "preference", "comparison", W)
     assert isinstance(record, Comparison)
     assert (record.preference, record.margin, record.extra) == (0.25, None, {"annotator": 7, "group": "g"})
-    tie = convert(
+    tie = convert_row(
         {"prompt": "hi", "chosen": "a", "rejected": "a", "preference": 0.5, "margin": 3}, "preference", "comparison", W
     )
     assert isinstance(tie, Comparison)
@@ -145,14 +145,14 @@ def test_other_columns() -> None:
 
 
 def test_details() -> None:
-    assert convert({"text": "a"}, "text", "document", W) == Text("a", W)
-    joined = convert({"instruction": "Add.", "input": "1 2"}, "alpaca", "prompt", W)
+    assert convert_row({"text": "a"}, "text", "document", W) == Text("a", W)
+    joined = convert_row({"instruction": "Add.", "input": "1 2"}, "alpaca", "prompt", W)
     assert isinstance(joined, Prompt)
     assert joined.messages == [{"role": "user", "content": "Add.\n\n1 2"}]
-    open_prompt = convert({"messages": [U]}, "messages", "prompt", W)
+    open_prompt = convert_row({"messages": [U]}, "messages", "prompt", W)
     assert isinstance(open_prompt, Prompt)
     assert open_prompt.messages == [U]
-    system = convert({"conversations": [{"from": "system", "value": "s"}, U, A]}, "sharegpt", "demonstration", W)
+    system = convert_row({"conversations": [{"from": "system", "value": "s"}, U, A]}, "sharegpt", "demonstration", W)
     assert isinstance(system, Demonstration)
     assert system.messages[0] == {"role": "system", "content": "s"}
 
@@ -198,7 +198,7 @@ BAD: list[tuple[str, str, dict[str, Any], str]] = [
 @pytest.mark.parametrize(("kind", "name", "row", "reason"), BAD)
 def test_bad_rows(kind: str, name: str, row: dict[str, Any], reason: str) -> None:
     with pytest.raises(BadRow) as caught:
-        convert(row, name, kind, W)
+        convert_row(row, name, kind, W)
     assert caught.value.reason.startswith(reason)
     assert str(caught.value).startswith(f"{W}: ")
     assert "data.on_bad_row=drop" in caught.value.do

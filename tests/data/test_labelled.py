@@ -12,12 +12,12 @@ import pytest
 
 from rlhf.config.sections import Data, Source
 from rlhf.console import Console
-from rlhf.data.formats import convert, describe, recognise
+from rlhf.data.formats import convert_row, describe_format, recognise_format
 from rlhf.data.records import BadRow, Labelled, RecordSet, check_labelled
 from rlhf.data.render import Renderer
 from rlhf.data.sources import load_records
-from rlhf.data.splits import content, fingerprint, group_keys, split, without_repeats
-from rlhf.data.tokenize import labelled
+from rlhf.data.splits import drop_repeats, group_keys, record_content, records_fingerprint, split_records
+from rlhf.data.tokenize import tokenize_labelled
 from rlhf.errors import DataError
 
 W = "data/x.jsonl row 118"
@@ -48,7 +48,7 @@ LABELS: list[tuple[Any, dict[str, float]]] = [
 
 @pytest.mark.parametrize(("value", "labels"), LABELS)
 def test_the_forms_of_a_label(value: Any, labels: dict[str, float]) -> None:
-    assert convert({"text": "a", "label": value}, "text", "labelled", W) == Labelled("a", labels, W)
+    assert convert_row({"text": "a", "label": value}, "text", "labelled", W) == Labelled("a", labels, W)
 
 
 BAD: list[tuple[str, Any, str]] = [
@@ -77,7 +77,7 @@ BAD: list[tuple[str, Any, str]] = [
 @pytest.mark.parametrize(("value", "reason"), [pytest.param(v, r, id=name) for name, v, r in BAD])
 def test_a_label_that_is_none_says_where_why_and_what_to_do(value: Any, reason: str) -> None:
     with pytest.raises(BadRow) as caught:
-        convert({"text": "a", "label": value}, "text", "labelled", W)
+        convert_row({"text": "a", "label": value}, "text", "labelled", W)
     assert caught.value.reason == reason
     assert str(caught.value).startswith(f"{W}: ")
     assert caught.value.found or reason == "empty label"
@@ -86,7 +86,7 @@ def test_a_label_that_is_none_says_where_why_and_what_to_do(value: Any, reason: 
 
 def test_a_row_without_its_label_is_refused() -> None:
     with pytest.raises(BadRow, match=r"the row has no 'label' \(found: text\)"):
-        convert({"text": "a"}, "text", "labelled", W)
+        convert_row({"text": "a"}, "text", "labelled", W)
 
 
 # What the labels are about
@@ -112,9 +112,9 @@ CONTENTS: list[tuple[str, dict[str, Any], Any]] = [
 @pytest.mark.parametrize(("name", "row", "said"), CONTENTS)
 def test_any_content_can_have_a_label(name: str, row: dict[str, Any], said: Any) -> None:
     labelled_row = row | {"label": "spam", "id": 7}
-    assert recognise(labelled_row, "labelled") == name
-    assert convert(labelled_row, name, "labelled", W) == Labelled(said, {"spam": 1.0}, W)
-    told = describe(name, labelled_row, "labelled", recognised=True)
+    assert recognise_format(labelled_row, "labelled") == name
+    assert convert_row(labelled_row, name, "labelled", W) == Labelled(said, {"spam": 1.0}, W)
+    told = describe_format(name, labelled_row, "labelled", recognised=True)
     assert told.startswith(f"format {name} (recognised from columns ")
     assert "'label'" in told
     assert told.endswith(", not used: id") or name == "alpaca"
@@ -123,7 +123,7 @@ def test_any_content_can_have_a_label(name: str, row: dict[str, Any], said: Any)
 @pytest.mark.parametrize("row", [row for _, row, _ in CONTENTS])
 def test_without_a_label_column_no_format_fits(row: dict[str, Any]) -> None:
     with pytest.raises(DataError, match=r"x.csv: no format.*known: text \(text, label\); .*columns: \{text: THEIR"):
-        recognise(row, "labelled", "x.csv")
+        recognise_format(row, "labelled", "x.csv")
 
 
 BROKEN: list[tuple[Any, str]] = [
@@ -142,7 +142,7 @@ BROKEN: list[tuple[Any, str]] = [
 def test_a_malformed_content_is_refused(said: Any, reason: str) -> None:
     row = {"messages": said} if isinstance(said, list) else {"text": said}
     with pytest.raises(BadRow) as caught:
-        convert(row | {"label": "spam"}, next(iter(row)), "labelled", W)
+        convert_row(row | {"label": "spam"}, next(iter(row)), "labelled", W)
     assert caught.value.reason == reason
 
 
@@ -189,7 +189,9 @@ def test_bad_rows_are_dropped_by_reason(tmp_path: Path) -> None:
 
 def test_the_fingerprint_follows_content_and_labels_and_not_the_place() -> None:
     record = Labelled(TALK, {"spam": 1.0}, W)
-    assert fingerprint([record]) == fingerprint([Labelled([dict(U), dict(A)], {"spam": 1.0}, "elsewhere row 1")])
+    assert records_fingerprint([record]) == records_fingerprint(
+        [Labelled([dict(U), dict(A)], {"spam": 1.0}, "elsewhere row 1")]
+    )
     others = [
         Labelled(TALK, {"spam": 0.9}, W),
         Labelled(TALK, {"rude": 1.0}, W),
@@ -197,16 +199,16 @@ def test_the_fingerprint_follows_content_and_labels_and_not_the_place() -> None:
         Labelled([U], {"spam": 1.0}, W),
         Labelled("hi", {"spam": 1.0}, W),
     ]
-    assert len({fingerprint([r]) for r in (record, *others)}) == 1 + len(others)
-    assert fingerprint([Labelled("a", {"x": 1.0, "y": 0.5}, W)]) == fingerprint(
+    assert len({records_fingerprint([r]) for r in (record, *others)}) == 1 + len(others)
+    assert records_fingerprint([Labelled("a", {"x": 1.0, "y": 0.5}, W)]) == records_fingerprint(
         [Labelled("a", {"y": 0.5, "x": 1.0}, W)]
     )
-    assert content(record) == {"content": TALK, "labels": {"spam": 1.0}}
+    assert record_content(record) == {"content": TALK, "labels": {"spam": 1.0}}
 
 
 def test_a_record_with_other_labels_is_no_repeat() -> None:
     one, again, other = (Labelled("a", {"spam": p}, w) for p, w in ((1.0, "r1"), (1.0, "r2"), (0.5, "r3")))
-    assert without_repeats([[one, again, other]]) == [[one, other]]
+    assert drop_repeats([[one, again, other]]) == [[one, other]]
 
 
 def test_a_prompt_stays_on_one_side_of_a_split() -> None:
@@ -216,7 +218,7 @@ def test_a_prompt_stays_on_one_side_of_a_split() -> None:
         for i in range(60)
     ]
     for some, size in ((records, 12), ([Labelled(f"t{i // 2}", {str(i): 1.0}, W) for i in range(60)], 12)):
-        train, validation = split(some, 0.2, seed=0)
+        train, validation = split_records(some, 0.2, seed=0)
         assert (len(train), len(validation)) == (60 - size, size)
         sides = [{key for record in side for key in group_keys(record)} for side in (train, validation)]
         assert not sides[0] & sides[1]
@@ -239,7 +241,7 @@ def render(
     **data: Any,
 ) -> list[dict[str, Any]]:
     section = Data(train=(Source(path="x"),), **{"max_length": 64} | data)
-    return labelled(records, renderer, section, labels, several, "training", Console(quiet=True))
+    return tokenize_labelled(records, renderer, section, labels, several, "training", Console(quiet=True))
 
 
 def test_a_conversation_is_read_at_the_end_of_its_last_turn(renderer: Renderer) -> None:

@@ -20,7 +20,7 @@ from rlhf.data.records import (
     check_prompt,
     check_text,
 )
-from rlhf.data.splits import fingerprint, group_keys, mix, split, without_repeats
+from rlhf.data.splits import drop_repeats, group_keys, mix_sources, records_fingerprint, split_records
 from rlhf.errors import DataError
 
 W = "data/x.jsonl row 118"
@@ -83,20 +83,20 @@ def test_bad_records_say_where_why_and_what_to_do(name: str) -> None:
 
 def test_fingerprint_is_of_content_and_order() -> None:
     a, b = Text("a", W), Text("b", W)
-    assert fingerprint([a, b]) == fingerprint([Text("a", "elsewhere row 1"), b])
-    assert len({fingerprint(r) for r in ([a, b], [b, a], [a], [a, b, b], [])}) == 5
-    assert fingerprint([pair()]) != fingerprint([pair(preference=0.9)])
-    assert len(fingerprint([a])) == 16
+    assert records_fingerprint([a, b]) == records_fingerprint([Text("a", "elsewhere row 1"), b])
+    assert len({records_fingerprint(r) for r in ([a, b], [b, a], [a], [a, b, b], [])}) == 5
+    assert records_fingerprint([pair()]) != records_fingerprint([pair(preference=0.9)])
+    assert len(records_fingerprint([a])) == 16
 
 
 def test_repeats() -> None:
     """First one stays, over parts too; another annotator is no repeat, another row around one prompt is."""
     a, b = Text("a", "r1"), Text("b", "r2")
-    assert without_repeats([[a, b, Text("a", "r3")], [Text("b", "r4")]]) == [[a, b], []]
+    assert drop_repeats([[a, b, Text("a", "r3")], [Text("b", "r4")]]) == [[a, b], []]
     votes: list[Record] = [pair(extra={"annotator": i}) for i in (1, 2, 1)]
-    assert without_repeats([votes]) == [votes[:2]]
+    assert drop_repeats([votes]) == [votes[:2]]
     prompts: list[Record] = [Prompt(turns("user"), W, {"id": i}) for i in (1, 2)]
-    assert without_repeats([prompts]) == [prompts[:1]]
+    assert drop_repeats([prompts]) == [prompts[:1]]
 
 
 def texts(n: int, prefix: str = "t") -> list[Record]:
@@ -117,12 +117,12 @@ def texts(n: int, prefix: str = "t") -> list[Record]:
 )
 def test_mixture(sizes: list[int], weights: list[float], expected: list[int]) -> None:
     parts = [texts(n, f"{i} ") for i, n in enumerate(sizes)]
-    taken = mix(parts, weights, seed=0)
+    taken = mix_sources(parts, weights, seed=0)
     assert [len(t) for t in taken] == expected
     for part, take in zip(parts, taken, strict=True):
         assert len({t.where + str(t) for t in take}) == len(take)
         assert all(t in part for t in take)
-    assert taken == mix(parts, weights, seed=0)
+    assert taken == mix_sources(parts, weights, seed=0)
 
 
 def dialogues() -> list[Record]:
@@ -141,7 +141,7 @@ def straddling(train: tuple[Record, ...], validation: tuple[Record, ...]) -> set
 
 def test_split_keeps_groups_whole() -> None:
     records = dialogues()
-    train, validation = split(records, 0.2, seed=0)
+    train, validation = split_records(records, 0.2, seed=0)
     assert len(validation) == 12
     assert sorted(r.where for r in train + validation) == sorted(r.where for r in records)
     assert not straddling(train, validation)
@@ -156,7 +156,7 @@ def test_split_joins_groups_that_share_anything() -> None:
         for p, t in (("p1", "a"), ("p2", "a"), ("p2", "b"), ("p3", "b"), ("p3", "c"))
     ]
     for seed in range(10):
-        train, validation = split([*chain, *texts(5)], 0.5, seed=seed)
+        train, validation = split_records([*chain, *texts(5)], 0.5, seed=seed)
         assert {len([r for r in side if isinstance(r, Comparison)]) for side in (train, validation)} == {0, 5}
 
 
@@ -165,7 +165,8 @@ def test_split_depends_on_seed_and_content_only() -> None:
     shuffled = records[:]
     random.Random(1).shuffle(shuffled)
     members = [
-        {r.where for r in split(order, 0.2, seed)[1]} for order, seed in ((records, 0), (shuffled, 0), (records, 1))
+        {r.where for r in split_records(order, 0.2, seed)[1]}
+        for order, seed in ((records, 0), (shuffled, 0), (records, 1))
     ]
     assert members[0] == members[1] != members[2]
 
@@ -178,10 +179,10 @@ def test_split_of_dialogues_at_two_depths() -> None:
 
 
 def test_split_edges() -> None:
-    assert split(texts(3), 0.0, 0) == (tuple(texts(3)), ())
-    train, validation = split(texts(3), 0.01, 0)
+    assert split_records(texts(3), 0.0, 0) == (tuple(texts(3)), ())
+    train, validation = split_records(texts(3), 0.01, 0)
     assert (len(train), len(validation)) == (2, 1)
     with pytest.raises(DataError, match=r"cannot be split.*data.validation"):
-        split([pair(), pair(chosen="z")], 0.5, 0)
+        split_records([pair(), pair(chosen="z")], 0.5, 0)
     with pytest.raises(DataError):
-        split(texts(3), 1.0, 0)
+        split_records(texts(3), 1.0, 0)

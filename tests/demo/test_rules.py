@@ -92,7 +92,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_sizes_follow_the_scale(made: dict[str, list[dict[str, Any]]]) -> None:
     assert {name: len(some) for name, some in made.items()} == {
-        name: max(10, round(size * SMALL)) for name, size in (rules.PAIRS | rules.REPLIES).items()
+        name: max(10, round(size * SMALL)) for name, size in (rules.RULE_PAIRS | rules.RULE_REPLIES).items()
     }
 
 
@@ -160,8 +160,8 @@ def test_labels_are_the_broken_rules_but_for_a_few_slips(tmp_path: Path, monkeyp
         read.append(broken_rules(response, task))
         return read[-1]
 
-    monkeypatch.setattr(rules, "PAIRS", dict.fromkeys(rules.PAIRS, 10))
-    monkeypatch.setattr(rules, "REPLIES", {"replies": 2000})
+    monkeypatch.setattr(rules, "RULE_PAIRS", dict.fromkeys(rules.RULE_PAIRS, 10))
+    monkeypatch.setattr(rules, "RULE_REPLIES", {"replies": 2000})
     monkeypatch.setattr(rules, "broken_rules", reading)
     generate_rules(tmp_path)
     written = [row["label"] for row in rows(tmp_path / "replies.jsonl")]
@@ -175,8 +175,8 @@ def test_labels_are_the_broken_rules_but_for_a_few_slips(tmp_path: Path, monkeyp
 
 def test_the_rater_of_pairs_goes_by_the_answer_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It agrees with the better answer; where answers are equally good, manner does not sway it."""
-    monkeypatch.setattr(rules, "PAIRS", {"preferences": 1000, "preferences_valid": 10, TEST_PAIRS: 2500})
-    monkeypatch.setattr(rules, "REPLIES", dict.fromkeys(rules.REPLIES, 10))
+    monkeypatch.setattr(rules, "RULE_PAIRS", {"preferences": 1000, "preferences_valid": 10, TEST_PAIRS: 2500})
+    monkeypatch.setattr(rules, "RULE_REPLIES", dict.fromkeys(rules.RULE_REPLIES, 10))
     generate_rules(tmp_path)
     agree = decided = kinder = equal = 0
     for row in rows(tmp_path / f"{TEST_PAIRS}.jsonl"):
@@ -211,8 +211,8 @@ def test_the_stages_read_the_files(made: dict[str, list[dict[str, Any]]], write_
 def test_the_command_writes_them_where_the_experiment_looks(
     call_cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rules, "PAIRS", dict.fromkeys(rules.PAIRS, 10))
-    monkeypatch.setattr(rules, "REPLIES", dict.fromkeys(rules.REPLIES, 12))
+    monkeypatch.setattr(rules, "RULE_PAIRS", dict.fromkeys(rules.RULE_PAIRS, 10))
+    monkeypatch.setattr(rules, "RULE_REPLIES", dict.fromkeys(rules.RULE_REPLIES, 12))
     code, out, _ = call_cli(["data", "rules"], cwd=tmp_path)
     assert code == 0
     assert "data/rules/replies.jsonl: 12 records" in out

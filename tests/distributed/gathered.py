@@ -12,8 +12,8 @@ from typing import Any
 
 import torch.distributed
 
-from rlhf.distributed.engine import make_accelerator, quiet_libraries, set_batch
-from rlhf.distributed.launch_env import leave_at_exit, rank
+from rlhf.distributed.engine import make_accelerator, quiet_libraries, set_deepspeed_batch_size
+from rlhf.distributed.launch_env import get_rank, leave_process_groups_at_exit
 from rlhf.models.reward_models import load_scorer
 from tests.models import tiny
 from tests.trainers.setup import make, sometimes_ending
@@ -49,7 +49,7 @@ def main(folder: str, out: str) -> None:
     policy, reference = sometimes_ending(tiny.new(1)), tiny.new(2).requires_grad_(False)
     value, reward = (load_scorer(tiny.source(folder)) for _ in range(2))
     accelerator = make_accelerator()
-    set_batch(accelerator, 3, 1.0)
+    set_deepspeed_batch_size(accelerator, 3, 1.0)
     zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
     zero["stage3_param_persistence_threshold"] = 0  # else weights as small as these are never shared out
     found: list[dict[str, Any]] = []
@@ -84,8 +84,8 @@ def main(folder: str, out: str) -> None:
     weights = len(list(module.policy.parameters()))
     losses = [line["policy_loss"] for line in lines]
     told = {"before": before, "steps": found, "weights": weights, "losses": losses}
-    Path(out, f"{rank()}.json").write_text(json.dumps(told), encoding="utf-8")
-    leave_at_exit()
+    Path(out, f"{get_rank()}.json").write_text(json.dumps(told), encoding="utf-8")
+    leave_process_groups_at_exit()
 
 
 if __name__ == "__main__":

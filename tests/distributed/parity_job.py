@@ -22,13 +22,13 @@ NOT_LEFT = 9  # exit code
 
 def keep_responses() -> None:
     """Have PPO write the ids of every response that it learns from into its run directory, one line a step."""
-    from rlhf.distributed.launch_env import is_main
+    from rlhf.distributed.launch_env import is_main_process
     from rlhf.trainers.ppo.trainer import PPOTrainer
 
     described = PPOTrainer.describe
 
     def describe(self: Any, e: Any) -> Any:
-        if is_main():
+        if is_main_process():
             rows = zip(e.response_ids, e.response_mask, strict=True)
             with (Path(self.config.output_dir) / RESPONSES).open("a", encoding="utf-8") as file:
                 file.write(json.dumps([ids[mask].tolist() for ids, mask in rows]) + "\n")

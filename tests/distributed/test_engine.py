@@ -21,9 +21,9 @@ from tests.models import tiny
 HINT = "this release was never run: read its changes, run the tests, then widen TESTED and pyproject.toml"
 
 
-@pytest.mark.parametrize("package", sorted(engine.TESTED))
+@pytest.mark.parametrize("package", sorted(engine.TESTED_VERSIONS))
 def test_the_installed_release_is_one_that_was_tested(package: str) -> None:
-    lowest, above = engine.TESTED[package]
+    lowest, above = engine.TESTED_VERSIONS[package]
     assert Version(lowest) <= Version(version(package)) < Version(above), f"{package} {version(package)}: {HINT}"
 
 
@@ -32,7 +32,7 @@ def test_the_ranges_are_those_of_the_package() -> None:
 
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     lines = tomllib.loads(text)["project"]["dependencies"]
-    for package, (lowest, above) in engine.TESTED.items():
+    for package, (lowest, above) in engine.TESTED_VERSIONS.items():
         wanted = next(line.removeprefix(package) for line in lines if line.startswith(package + ">"))
         bounds = {s.operator: Version(s.version) for s in SpecifierSet(wanted)}
         assert bounds == {">=": Version(lowest), "<": Version(above)}, package
@@ -48,10 +48,10 @@ def test_trl_still_has_what_is_used_under_zero_3() -> None:
 def test_trl_trainers_still_have_the_methods_that_are_overridden() -> None:
     from trl import RewardTrainer, SFTTrainer
 
-    from rlhf.trainers.supervised.reward import PairTrainer
+    from rlhf.trainers.supervised.reward import RewardModelTrainer
 
     parameters = list(inspect.signature(RewardTrainer.compute_loss).parameters)
-    assert parameters == list(inspect.signature(PairTrainer.compute_loss).parameters)
+    assert parameters == list(inspect.signature(RewardModelTrainer.compute_loss).parameters)
     assert "labels" in inspect.getsource(SFTTrainer._set_signature_columns_if_needed)
     source = inspect.getsource(RewardTrainer._set_signature_columns_if_needed)
     assert "chosen_ids" in source
@@ -75,11 +75,11 @@ def test_accelerate_still_takes_what_it_is_given() -> None:
 def test_a_wrong_number_of_processes_is_refused(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WORLD_SIZE", launch_env.EXPECTED_PROCESSES):
         monkeypatch.delenv(name, raising=False)
-    launch_env.check_world(1)
+    launch_env.check_world_size(1)
     monkeypatch.setenv(variable, "2")
-    launch_env.check_world(2)
+    launch_env.check_world_size(2)
     with pytest.raises(TrainingError, match="1 instead of 2"):
-        launch_env.check_world(1)
+        launch_env.check_world_size(1)
 
 
 def test_an_accelerator_that_is_alone_where_two_were_asked_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,9 +90,9 @@ def test_an_accelerator_that_is_alone_where_two_were_asked_for_is_refused(monkey
 
 def test_only_rank_0_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
-    assert launch_env.is_main()
+    assert launch_env.is_main_process()
     monkeypatch.setenv("RANK", "1")
-    assert not launch_env.is_main()
+    assert not launch_env.is_main_process()
 
 
 # Telemetry
@@ -167,10 +167,10 @@ def test_a_stage_forgets_the_precision_of_the_one_before() -> None:
     """Libraries keep mixed precision for the whole process: PPO would train under the autocast of an earlier stage."""
     from accelerate import Accelerator
 
-    engine.forget_accelerator()
+    engine.reset_accelerator_state()
     assert Accelerator(cpu=True, mixed_precision="bf16").mixed_precision == "bf16"
     assert engine.make_accelerator().mixed_precision == "bf16"  # what would happen
-    engine.forget_accelerator()
+    engine.reset_accelerator_state()
     assert engine.make_accelerator().mixed_precision == "no"
 
 
@@ -180,7 +180,7 @@ def test_every_group_of_processes_gets_the_timeout(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(c10d, "default_pg_timeout", c10d.default_pg_timeout)  # put back afterwards
     monkeypatch.setenv("RLHF_TIMEOUT", "20")
-    engine.bound_waiting()
+    engine.set_process_group_timeout()
     assert c10d._get_default_timeout("gloo") == timedelta(seconds=20)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert engine.trainer_arguments("float32")["ddp_timeout"] == 20

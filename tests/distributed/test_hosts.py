@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf.models.load import load_causal
+from rlhf.models.policy import load_causal
 from tests.distributed.hosts import Host, NoHosts, two_hosts
 from tests.faults.setup import checkpoints, differences
 from tests.models import tiny

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf.models.load import load_causal
+from rlhf.models.policy import load_causal
 from tests.distributed.cases import ENGINES, ONE, UPDATES
 from tests.distributed.parity import PPO, TRAINED, Parity, accepted, compare, deviation, responses, unlike, updates
 from tests.models import tiny

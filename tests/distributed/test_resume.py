@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlhf.checkpointing.files import seal, verify
+from rlhf.checkpointing.files import verify_checkpoint, write_manifest
 from tests.distributed.launching import finished, launched
 from tests.faults.setup import differences, weights
 from tests.stages import setup
@@ -45,10 +45,10 @@ def cut(run: Path, other: Path, last: int) -> None:
 def forget_moments(run: Path) -> None:
     """As a checkpoint would be whose optimizer state has been lost."""
     for folder in (run / "checkpoints").glob("*-[0-9]*"):
-        about = verify(folder).about
+        about = verify_checkpoint(folder).about
         for path in folder.glob("trained-*.safetensors"):
             save_file({k: v.contiguous() for k, v in load_file(path).items() if k.endswith(":weight")}, path)
-        seal(folder, **about)
+        write_manifest(folder, **about)
 
 
 class Runs:

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from rlhf.launch.supervisor import Ended, supervise
-from rlhf.runs.preemption import STOPPED
+from rlhf.launch.supervisor import JobResult, supervise
+from rlhf.runs.preemption import STOPPED_EXIT_CODE
 from tests.faults.setup import checkpoints, differences
 from tests.stages import setup
 from tests.stages.setup import info
@@ -42,7 +42,7 @@ def test_a_launcher_that_dies_of_sigterm_does_not_leave_a_stage_behind(
     teller = subprocess.Popen(
         ["sh", "-c", f"while [ ! -e began ]; do sleep 0.05; done; sleep 0.2; kill -TERM {os.getpid()}"], cwd=tmp_path
     )
-    assert supervise([sys.executable, "-c", LAUNCHER], os.environ, 60.0) == Ended(STOPPED)
+    assert supervise([sys.executable, "-c", LAUNCHER], os.environ, 60.0) == JobResult(STOPPED_EXIT_CODE)
     assert (tmp_path / "saved").is_file()
     teller.wait()
 
@@ -86,7 +86,7 @@ def test_two_processes_save_together_and_go_on_as_if_nothing_had_been(stage: str
     wait_for(lambda: lines(runs["broken"]) >= (2 if stage == "ppo" else 5) or process.poll() is not None)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=120)
-    assert process.returncode == STOPPED, out[-3000:]
+    assert process.returncode == STOPPED_EXIT_CODE, out[-3000:]
     assert info(runs["broken"])["status"] == "interrupted"
     last = checkpoints(runs["broken"])[-1]
     assert "step" in json.loads((runs["broken"] / "checkpoints" / last / "manifest.json").read_text())["about"]

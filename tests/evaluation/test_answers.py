@@ -12,9 +12,9 @@ import torch
 
 from rlhf.config.sections import ModelSource, Sampling
 from rlhf.data.render import Renderer
-from rlhf.evaluation.answers import answer, perplexity
-from rlhf.generation.native import sample
-from rlhf.models.load import load_causal
+from rlhf.evaluation.answers import generate_responses, perplexity
+from rlhf.generation.native import generate_rollout
+from rlhf.models.policy import load_causal
 from rlhf.rollout.score import response_logprobs
 from tests.tolerances import assert_close
 
@@ -54,7 +54,7 @@ def test_answers_repeat_with_the_seed_and_differ_with_the_draw(model: Any, tiny_
     prompts = [renderer.prompt([{"role": "user", "content": text}]) for text in ("hello", "what does a cow say?")]
     settings = Sampling(max_new_tokens=8)
     first, again, other = (
-        answer(model, prompts, renderer, settings, seed=1, draw=d, reference=model) for d in (0, 0, 1)
+        generate_responses(model, prompts, renderer, settings, seed=1, draw=d, reference=model) for d in (0, 0, 1)
     )
     assert first == again
     assert [a.text for a in first] != [a.text for a in other]
@@ -72,11 +72,11 @@ def test_kl_is_the_summed_log_ratio_by_two_forwards(model: Any, tiny_tokenizer: 
         for p in other.parameters():
             p.mul_(1.1)
     for temperature in (0.7, 1.0, 0.0):
-        found = answer(
+        found = generate_responses(
             model, prompts, renderer, Sampling(max_new_tokens=8, temperature=temperature), seed=1, reference=other
         )
         for prompt, a in zip(prompts, found, strict=True):
-            rollout = sample(
+            rollout = generate_rollout(
                 model,
                 [(0, prompt)],
                 Sampling(max_new_tokens=8, temperature=temperature),

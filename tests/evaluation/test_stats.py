@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rlhf.evaluation.stats import best_of_n_kl, bootstrap, wins
+from rlhf.evaluation.stats import best_of_n_kl, bootstrap_mean, win_indicators
 from tests.tolerances import assert_quoted
 
 SEED = 20240
@@ -13,27 +13,27 @@ TRIALS, PROMPTS, P = 200, 100, 0.7
 
 
 def test_win_loss_and_tie() -> None:
-    assert wins([2, 1, 3], [1, 2, 3]).tolist() == [1.0, 0.0, 0.5]
+    assert win_indicators([2, 1, 3], [1, 2, 3]).tolist() == [1.0, 0.0, 0.5]
 
 
 def test_swapping_the_models_gives_one_minus_the_wins() -> None:
     rng = np.random.default_rng(SEED)
     ours, theirs = rng.integers(0, 4, 500), rng.integers(0, 4, 500)
-    forth, back = wins(ours, theirs), wins(theirs, ours)
+    forth, back = win_indicators(ours, theirs), win_indicators(theirs, ours)
     assert (forth + back == 1.0).all()
     assert (forth == 0.5).any()
-    assert bootstrap(forth, resamples=50, seed=1).mean + bootstrap(back, resamples=50, seed=1).mean == 1.0
+    assert bootstrap_mean(forth, resamples=50, seed=1).mean + bootstrap_mean(back, resamples=50, seed=1).mean == 1.0
 
 
 def test_a_model_against_itself_wins_half() -> None:
     values = np.random.default_rng(SEED).normal(size=300)
-    estimate = bootstrap(wins(values, values), resamples=50, seed=1)
+    estimate = bootstrap_mean(win_indicators(values, values), resamples=50, seed=1)
     assert (estimate.low, estimate.mean, estimate.high) == (0.5, 0.5, 0.5)
 
 
 def test_other_prompts_are_refused() -> None:
     with pytest.raises(ValueError, match="the same prompts"):
-        wins([1.0, 2.0], [1.0])
+        win_indicators([1.0, 2.0], [1.0])
 
 
 def coverage(shrink: float) -> float:
@@ -41,7 +41,7 @@ def coverage(shrink: float) -> float:
     rng = np.random.default_rng(SEED)
     inside = 0
     for trial in range(TRIALS):
-        e = bootstrap(rng.random(PROMPTS) < P, resamples=300, seed=trial)
+        e = bootstrap_mean(rng.random(PROMPTS) < P, resamples=300, seed=trial)
         inside += e.mean + shrink * (e.low - e.mean) <= P <= e.mean + shrink * (e.high - e.mean)
     return inside / TRIALS
 
@@ -55,18 +55,18 @@ def test_the_interval_covers_the_truth_about_95_times_in_a_hundred() -> None:
 
 def test_the_interval_is_repeatable_and_depends_on_the_seed() -> None:
     values = np.random.default_rng(SEED).random(PROMPTS) < P
-    assert bootstrap(values, resamples=200, seed=3) == bootstrap(values, resamples=200, seed=3)
-    assert bootstrap(values, resamples=200, seed=3) != bootstrap(values, resamples=200, seed=4)
+    assert bootstrap_mean(values, resamples=200, seed=3) == bootstrap_mean(values, resamples=200, seed=3)
+    assert bootstrap_mean(values, resamples=200, seed=3) != bootstrap_mean(values, resamples=200, seed=4)
 
 
 def test_more_prompts_give_a_narrower_interval() -> None:
     values = (np.random.default_rng(SEED).random(1600) < P).astype(float)
-    few, many = bootstrap(values[:100], resamples=500, seed=1), bootstrap(values, resamples=500, seed=1)
+    few, many = bootstrap_mean(values[:100], resamples=500, seed=1), bootstrap_mean(values, resamples=500, seed=1)
     assert 3 < (few.high - few.low) / (many.high - many.low) < 5.5  # the square root of 16
 
 
 def test_an_estimate_in_words() -> None:
-    assert bootstrap([1.0] * 5, resamples=10, seed=1).percent() == "100.0 % [100.0, 100.0]"
+    assert bootstrap_mean([1.0] * 5, resamples=10, seed=1).percent() == "100.0 % [100.0, 100.0]"
 
 
 @pytest.mark.parametrize(

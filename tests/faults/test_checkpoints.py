@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from rlhf.runs.lock import Lock
-from rlhf.runs.preemption import STOPPED
+from rlhf.runs.preemption import STOPPED_EXIT_CODE
 from tests.conftest import Run
 from tests.faults.setup import checkpoints, differences
 from tests.faults.test_resume import moved, on_call, stopped
@@ -56,10 +56,13 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
 def interrupted(full: Any, call_cli: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """stage -> configuration of a run that has two checkpoints and was stopped."""
     from rlhf.trainers.ppo.trainer import PPOTrainer
-    from rlhf.trainers.supervised.base import Report
+    from rlhf.trainers.supervised.base import MetricsCallback
 
     top, made = tmp_path_factory.mktemp("interrupted"), {}
-    for stage, owner, name, call in (("sft", Report, "on_step_end", 5), ("ppo", PPOTrainer, "optimizer_step", 11)):
+    for stage, owner, name, call in (
+        ("sft", MetricsCallback, "on_step_end", 5),
+        ("ppo", PPOTrainer, "optimizer_step", 11),
+    ):
         every = {"checkpoint_every": 1} if stage == "ppo" else {}
         made[stage] = moved(full.configs[stage], top / stage, **every)
         with pytest.MonkeyPatch.context() as patch:
@@ -122,12 +125,12 @@ def test_a_best_checkpoint_that_is_damaged_is_not_restored_at_the_end(
     full: Any, call_cli: Run, run_stage: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The reward model ends with the weights of its best checkpoint, which may be older than the newest."""
-    from rlhf.trainers.supervised.base import Report
+    from rlhf.trainers.supervised.base import MetricsCallback
     from rlhf.trainers.supervised.checkpoint_callback import last_checkpoint
 
     config = moved(full.configs["reward"], tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(Report, "on_step_end", on_call(5, Report.on_step_end))
+        patch.setattr(MetricsCallback, "on_step_end", on_call(5, MetricsCallback.on_step_end))
         stopped("reward", config, tmp_path, call_cli)
     folder = tmp_path / "run" / "checkpoints"
     best = Path(json.loads((folder / "checkpoint-5" / "trainer_state.json").read_text())["best_model_checkpoint"])
@@ -239,4 +242,4 @@ def test_a_read_only_disk_is_refused_before_training(full: Any, tmp_path: Path) 
 
 
 def test_the_exit_code_is_written_down() -> None:
-    assert f"exit code {STOPPED}" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"exit code {STOPPED_EXIT_CODE}" in (ROOT / "README.md").read_text(encoding="utf-8")

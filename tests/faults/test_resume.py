@@ -12,8 +12,8 @@ import pytest
 from safetensors.torch import load_file
 
 from rlhf.config.schema import PPOConfig
-from rlhf.runs.preemption import STOPPED
-from rlhf.trainers.ppo.checkpointer import Keeper
+from rlhf.runs.preemption import STOPPED_EXIT_CODE
+from rlhf.trainers.ppo.checkpointer import PPOCheckpointer
 from rlhf.trainers.ppo.trainer import PPOTrainer
 from tests.faults.setup import checkpoints, differences
 from tests.stages import setup
@@ -63,7 +63,7 @@ def every_option(trained: Any, folder: Path) -> dict[str, Any]:
 def stopped(stage: str, config: dict[str, Any], tmp_path: Path, call_cli: Any) -> str:
     """The stage is told to end and does; what it said last."""
     code, _, err = call_cli([stage, setup.write(tmp_path, stage, config)])
-    assert code == STOPPED, err
+    assert code == STOPPED_EXIT_CODE, err
     assert f"; the same command continues: rlhf {stage}" in err
     assert info(Path(config["output_dir"]))["status"] == "interrupted"
     return err
@@ -118,11 +118,11 @@ def test_a_checkpoint_holds_no_frozen_weight(full: Any, adapted: Any) -> None:
 def test_a_stage_on_a_trainer_saves_after_the_update_in_hand(
     stage: str, at: int, trained: Any, call_cli: Any, run_stage: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from rlhf.trainers.supervised.base import Report
+    from rlhf.trainers.supervised.base import MetricsCallback
 
     config = moved(trained.configs[stage], tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(Report, "on_step_end", on_call(at, Report.on_step_end))
+        patch.setattr(MetricsCallback, "on_step_end", on_call(at, MetricsCallback.on_step_end))
         assert f"saved after update {at}" in stopped(stage, config, tmp_path, call_cli)
     assert f"checkpoint-{at}" in checkpoints(tmp_path / "run")
     assert f"(update {at})" in run_stage(stage, config)
@@ -161,8 +161,8 @@ def test_a_pause_without_a_request_does_nothing(full: Any, run_stage: Any, monke
     """Six a step, and none of them writes: after the rollout, each of four minibatches, the end."""
     calls: list[str] = []
     for name in ("pause", "save"):
-        original = getattr(Keeper, name)
-        monkeypatch.setattr(Keeper, name, lambda *a, n=name, o=original: calls.append(n) or o(*a))
+        original = getattr(PPOCheckpointer, name)
+        monkeypatch.setattr(PPOCheckpointer, name, lambda *a, n=name, o=original: calls.append(n) or o(*a))
     run_stage("ppo", moved(full.configs["ppo"], tmp_path / "run"))
     assert (calls.count("pause"), calls.count("save")) == (18, 1)
 
@@ -182,5 +182,5 @@ def test_cheap_checkpoints_come_between_the_regular_ones_and_change_no_number(
 def test_a_rollback_returns_to_regular_checkpoints_only(unhealthy: str, share: float, full: Any) -> None:
     """Which others there are depends on the clock."""
     settings = full.configs["ppo"] | {"saving": {"share": 0.5}, "watch": {"unhealthy": unhealthy}}
-    keeper = Keeper(PPOConfig.model_validate(settings), None, None)  # type: ignore[arg-type]
+    keeper = PPOCheckpointer(PPOConfig.model_validate(settings), None, None)  # type: ignore[arg-type]
     assert keeper.pace.share == share

@@ -8,7 +8,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from rlhf.config.sections import Sampling
-from rlhf.generation.native import pick, support
+from rlhf.generation.native import allowed_tokens, draw_token
 from rlhf.rollout.types import pack_bits, unpack_bits
 from tests.tolerances import assert_close
 
@@ -29,9 +29,9 @@ def settings(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Sa
 def draw(row: Tensor, how: Sampling, draws: int = DRAWS) -> Tensor:
     """How often each token was picked."""
     uniform = torch.rand(draws, generator=torch.Generator().manual_seed(2))
-    allowed = support(row[None], how, torch.tensor([0]), end_id=0)
+    allowed = allowed_tokens(row[None], how, torch.tensor([0]), end_id=0)
     filtered = row if allowed is None else row.masked_fill(~allowed[0], -torch.inf)
-    chosen = [pick(filtered.expand(len(u), -1), u, how.temperature)[0] for u in uniform.split(10_000)]
+    chosen = [draw_token(filtered.expand(len(u), -1), u, how.temperature)[0] for u in uniform.split(10_000)]
     return torch.cat(chosen).bincount(minlength=len(row))
 
 
@@ -86,13 +86,13 @@ def test_temperature_comes_before_the_nucleus() -> None:
 def test_greedy_takes_the_likeliest_whatever_is_drawn() -> None:
     rows = torch.randn(50, 30, generator=torch.Generator().manual_seed(3))
     for u in (0.0, 0.5, 0.999999):
-        assert torch.equal(pick(rows, torch.full((50,), u), 0.0)[0], rows.argmax(dim=-1))
+        assert torch.equal(draw_token(rows, torch.full((50,), u), 0.0)[0], rows.argmax(dim=-1))
 
 
 @pytest.mark.parametrize("u", [0.0, 0.4, 1 - 2**-24])
 def test_an_impossible_token_is_never_picked_at_the_ends_either(u: float) -> None:
     row = torch.tensor([[-torch.inf, 1.0, -torch.inf, 1.0, -torch.inf]])
-    assert int(pick(row, torch.tensor([u]), 1.0)[0]) in (1, 3)
+    assert int(draw_token(row, torch.tensor([u]), 1.0)[0]) in (1, 3)
 
 
 def test_low_precision_logits_are_picked_from_in_float32() -> None:
@@ -103,7 +103,7 @@ def test_low_precision_logits_are_picked_from_in_float32() -> None:
 
 def test_the_log_prob_of_a_draw_is_that_of_the_distribution_drawn_from() -> None:
     row = logits().expand(500, -1)
-    token, logprob = pick(row, torch.rand(500, generator=torch.Generator().manual_seed(4)), 0.7)
+    token, logprob = draw_token(row, torch.rand(500, generator=torch.Generator().manual_seed(4)), 0.7)
     assert len(set(token.tolist())) > 10
     assert_close(logprob, torch.log_softmax(row / 0.7, dim=1).gather(1, token[:, None])[:, 0].tolist())
 
@@ -111,7 +111,7 @@ def test_the_log_prob_of_a_draw_is_that_of_the_distribution_drawn_from() -> None
 def test_the_end_token_cannot_be_drawn_before_the_shortest_length() -> None:
     how = Sampling(min_new_tokens=3)
     for position, free in ((0, False), (1, False), (2, True), (7, True)):
-        allowed = support(torch.zeros(1, 9), how, torch.tensor([position]), end_id=4)
+        allowed = allowed_tokens(torch.zeros(1, 9), how, torch.tensor([position]), end_id=4)
         assert allowed is not None
         assert bool(allowed[0, 4]) == free
         assert int(allowed.sum()) == (9 if free else 8)

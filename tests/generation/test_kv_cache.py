@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf.data.collate import pad_left
 from rlhf.generation import kv_cache as module
-from rlhf.generation.kv_cache import Batches, Slots, open_slots
+from rlhf.generation.kv_cache import BatchCache, SlotCache, open_cache
 from rlhf.models.heads import position_ids
 from tests.generation.test_native import END, draw, responses
 from tests.models import tiny
@@ -48,7 +48,7 @@ class Walk:
     """Rows of given tokens, decoded through slots; every step's logits are compared with a whole forward."""
 
     def __init__(self, model: Any) -> None:
-        self.model, self.slots = model, open_slots(model)
+        self.model, self.slots = model, open_cache(model)
         self.rows: list[list[int]] = []  # tokens of each live row so far
 
     @torch.no_grad()
@@ -78,7 +78,7 @@ class Walk:
 
 @pytest.mark.parametrize("chunk", [1, 4, 32])
 def test_every_row_computes_as_if_alone(chunk: int, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK", chunk)
+    monkeypatch.setattr(module, "GROWTH_COLUMNS", chunk)
     walk = Walk(model)
     a, b, c, d, e, f = tiny.rows(5, [3, 7, 2, 15, 4, 30])
     walk.admit(a, b, c)
@@ -114,7 +114,7 @@ def test_buffers_are_written_in_place_and_do_not_grow_with_every_token(model: An
     keys = walk.slots.cache.layers[0].keys.data_ptr()
     walk.step(20)
     assert walk.slots.cache.layers[0].keys.data_ptr() == keys
-    assert walk.slots.cache.layers[0].keys.shape[2] <= 7 + module.CHUNK
+    assert walk.slots.cache.layers[0].keys.shape[2] <= 7 + module.GROWTH_COLUMNS
 
 
 def test_a_row_that_goes_on_for_long_needs_no_more_room_than_it_has_tokens(model: Any) -> None:
@@ -126,15 +126,15 @@ def test_a_row_that_goes_on_for_long_needs_no_more_room_than_it_has_tokens(model
         walk.step(5)
         walk.keep(1)  # the older one leaves
         walk.admit(prompt)
-    assert walk.slots.columns <= 9 + 2 * module.CHUNK
+    assert walk.slots.columns <= 9 + 2 * module.GROWTH_COLUMNS
 
 
 # Which models
 
 
 def test_plain_caches_get_slots_and_others_batches(model: Any, windowed: Any) -> None:
-    assert isinstance(open_slots(model), Slots)
-    assert isinstance(open_slots(windowed), Batches)
+    assert isinstance(open_cache(model), SlotCache)
+    assert isinstance(open_cache(windowed), BatchCache)
 
 
 def test_rows_of_a_batch_compute_as_if_alone(windowed: Any) -> None:
@@ -178,5 +178,5 @@ def test_refilled_slots_take_fewer_steps(model: Any, monkeypatch: pytest.MonkeyP
         return len(calls)
 
     refilled = steps()
-    monkeypatch.setattr(Slots, "joins", False)
+    monkeypatch.setattr(SlotCache, "joins", False)
     assert refilled < 0.9 * steps()

@@ -9,7 +9,7 @@ import torch
 
 from rlhf.config.sections import Sampling
 from rlhf.generation import native as module
-from rlhf.generation.native import sample
+from rlhf.generation.native import generate_rollout
 from rlhf.rollout.score import response_logprobs
 from rlhf.rollout.types import Rollout
 from tests.generation.test_distribution import UNLIKELY, p_value
@@ -33,7 +33,9 @@ def draw(
     model: Any, prompts: Any = PROMPTS, *, seed: int = 1, step: int = 0, end: int = END, **changes: Any
 ) -> Rollout:
     settings = Sampling(**{"max_new_tokens": 12, "temperature": 0.9, "batch_size": 64} | changes)
-    return sample(model, prompts, settings, seed=seed, step=step, end_id=end, pad_id=PAD, device=torch.device("cpu"))
+    return generate_rollout(
+        model, prompts, settings, seed=seed, step=step, end_id=end, pad_id=PAD, device=torch.device("cpu")
+    )
 
 
 def responses(rollout: Rollout) -> dict[int, list[int]]:
@@ -88,7 +90,9 @@ def test_the_end_token_is_inside_the_mask_and_nothing_follows_it(model: Any) -> 
 
 def test_an_end_token_that_is_also_the_pad_token_is_kept(model: Any) -> None:
     settings = Sampling(max_new_tokens=12, temperature=0.9)
-    both = sample(model, PROMPTS, settings, seed=1, step=0, end_id=END, pad_id=END, device=torch.device("cpu"))
+    both = generate_rollout(
+        model, PROMPTS, settings, seed=1, step=0, end_id=END, pad_id=END, device=torch.device("cpu")
+    )
     assert responses(both) == responses(draw(model))
 
 

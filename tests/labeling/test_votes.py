@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from rlhf.config.labeling import WeakConfig
+from rlhf.config.labeling import WeakLabelConfig
 from rlhf.errors import ConfigError, DataError
-from rlhf.labeling.votes import Ballots, read_ballots
+from rlhf.labeling.votes import VoteTable, read_votes
 
 Row = dict[str, Any]
 PAIR = {"prompt": "ask", "chosen": "a kind reply", "rejected": "no"}
@@ -18,18 +18,18 @@ TEXT = {"text": "some words"}
 
 
 @pytest.fixture
-def ballots(write_jsonl: Callable[..., Path], tmp_path: Path) -> Callable[..., Ballots]:
+def ballots(write_jsonl: Callable[..., Path], tmp_path: Path) -> Callable[..., VoteTable]:
     """ballots(rows, sources, functions=..., **settings) -> what is read."""
 
-    def read(rows: list[Any], sources: list[Row], functions: Any = None, **settings: Any) -> Ballots:
+    def read(rows: list[Any], sources: list[Row], functions: Any = None, **settings: Any) -> VoteTable:
         data = {"path": str(write_jsonl(tmp_path / "x.jsonl", rows))} | settings.pop("data", {})
         config = {"output": "out.jsonl", "data": data, "sources": sources, **settings}
-        return read_ballots(WeakConfig.model_validate(config), functions or {})
+        return read_votes(WeakLabelConfig.model_validate(config), functions or {})
 
     return read
 
 
-def column(found: Ballots, name: str) -> list[str | None]:
+def column(found: VoteTable, name: str) -> list[str | None]:
     """The votes of one source, by name."""
     at = found.sources.index(name)
     return [found.labels[row[at]] if row[at] >= 0 else None for row in found.votes]

@@ -13,7 +13,7 @@ from torch.nn.functional import one_hot
 
 from rlhf import functional as F
 from rlhf.errors import ConfigError
-from rlhf.labeling.weak_labels import right
+from rlhf.labeling.weak_labels import label_accuracy
 from tests.stages import setup
 from tests.stages.setup import info, metrics
 from tests.tolerances import assert_quoted
@@ -127,7 +127,7 @@ def test_the_table_shows_each_source_and_gold_beside_the_estimates(call_cli: Any
     for name, values in columns.items():
         assert [row[name] for row in table] == [f"{100 * float(x):.1f} %" for x in values]
     voted = votes.max(1).values >= 0
-    shares = [right(q[voted], gold[voted]) for q in (posterior, F.majority_vote(votes, classes=2))]
+    shares = [label_accuracy(q[voted], gold[voted]) for q in (posterior, F.majority_vote(votes, classes=2))]
     assert any(
         line.get("text") == f"labels right: {100 * shares[0]:.1f} % (majority of the votes: {100 * shares[1]:.1f} %), "
         "of 119 records with votes and gold"
@@ -288,14 +288,14 @@ def test_two_sources_are_too_few_for_accuracies_and_enough_for_a_majority(call_c
     [([[0.6, 0.4]], [0], 1.0), ([[0.5, 0.5]], [0], 0.5), ([[0.5, 0.5]], [1], 0.5), ([[0.4, 0.2, 0.4]], [1], 0.0)],
 )
 def test_a_tie_is_half_right(labels: Any, gold: Any, share: float) -> None:
-    assert right(torch.tensor(labels), torch.tensor(gold)) == share
+    assert label_accuracy(torch.tensor(labels), torch.tensor(gold)) == share
 
 
 def test_a_function_that_does_not_import(tmp_path: Path) -> None:
-    from rlhf.config.schema import WeakConfig
+    from rlhf.config.schema import WeakLabelConfig
     from rlhf.console import Console
-    from rlhf.labeling.weak_labels import run
+    from rlhf.labeling.weak_labels import make_weak_labels
 
     values = {"output": str(tmp_path / "o"), "data": {"path": "d"}, "sources": [{"function": "no.module:f"}]}
     with pytest.raises(ConfigError, match="sources: the labelling function does not import"):
-        run(WeakConfig.model_validate(values), Console(quiet=True))
+        make_weak_labels(WeakLabelConfig.model_validate(values), Console(quiet=True))

@@ -12,19 +12,19 @@ import pytest
 import yaml
 
 from rlhf.checkpointing.files import MANIFEST
-from rlhf.config.env_vars import LAST_WORDS, secrets, timeout_seconds
-from rlhf.distributed.heartbeat import STUCK, Watchdog, say, signs
+from rlhf.config.env_vars import HEARTBEAT_FOLDER, secret_names, timeout_seconds
+from rlhf.distributed.heartbeat import STUCK_EXIT_CODE, Watchdog, read_heartbeats, write_heartbeat
 from rlhf.distributed.launch_env import check_fsdp, check_launch, check_no_secrets
 from rlhf.errors import ConfigError
-from rlhf.launch.launcher import Options, resolve_launch
-from rlhf.launch.supervisor import Ended, newest_checkpoint, report, supervise
+from rlhf.launch.launcher import LaunchOptions, resolve_launch
+from rlhf.launch.supervisor import JobResult, newest_checkpoint_path, report_job, supervise
 from tests.conftest import Run
 from tests.project.code import ROOT
 
 NAMES = ("cpu", "single", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2", "multinode")
 
 
-def refused(options: Options, environment: dict[str, str] | None = None) -> str:
+def refused(options: LaunchOptions, environment: dict[str, str] | None = None) -> str:
     """The message of a launch that is refused."""
     with pytest.raises(ConfigError) as caught:
         resolve_launch(options, environment or {})
@@ -33,7 +33,7 @@ def refused(options: Options, environment: dict[str, str] | None = None) -> str:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_launcher_resolves(name: str) -> None:
-    plan = resolve_launch(Options(name, ip="10.0.0.1" if name == "multinode" else None), {})
+    plan = resolve_launch(LaunchOptions(name, ip="10.0.0.1" if name == "multinode" else None), {})
     assert plan.path.resolve() == ROOT / "configs" / "accelerate" / f"{name}.yaml"
     assert plan.processes == {"cpu": 1, "single": 1, "multinode": 16}.get(name, 2)
     command = plan.command(["sft", "x.yaml"])
@@ -46,7 +46,7 @@ def test_no_launcher_is_forgotten() -> None:
 
 
 def test_flags_go_to_accelerate() -> None:
-    options = Options("zero3", processes=8, machines=2, machine_rank=1, ip="10.0.0.1", port=1234)
+    options = LaunchOptions("zero3", processes=8, machines=2, machine_rank=1, ip="10.0.0.1", port=1234)
     command = resolve_launch(options, {}).command(["ppo", "c.yaml", "seed=2"], seconds=600)
     assert command[1:3] == ["-m", "accelerate.commands.launch"]
     words = dict(zip(command[3::2], command[4::2], strict=False))
@@ -66,36 +66,36 @@ def test_flags_go_to_accelerate() -> None:
     ],
 )
 def test_ranks_come_from_the_environment(environment: dict[str, str]) -> None:
-    plan = resolve_launch(Options("multinode"), environment)
+    plan = resolve_launch(LaunchOptions("multinode"), environment)
     assert (plan.machines, plan.machine_rank, plan.ip, plan.port) == (4, 3, "a", 7)
     assert (
-        resolve_launch(Options("multinode", machine_rank=0, ip="b"), environment).machine_rank == 0
+        resolve_launch(LaunchOptions("multinode", machine_rank=0, ip="b"), environment).machine_rank == 0
     )  # a flag counts more
     assert (
-        resolve_launch(Options("ddp"), environment).machines == 1
+        resolve_launch(LaunchOptions("ddp"), environment).machines == 1
     )  # another job's variables do not concern one machine
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (Options("multinode", machine_rank=2, ip="a"), "numbered from 0 to 1"),
-        (Options("multinode", machine_rank=-1, ip="a"), "numbered from 0 to 1"),
-        (Options("multinode"), "have to find each other"),
-        (Options("multinode", processes=3, ip="a"), "give a multiple of 2"),
-        (Options("single", processes=2), "starts one process, in silence"),
-        (Options("cpu", processes=2), "use --launcher ddp"),
-        (Options("ddp", processes=1), "data parallel needs two processes"),
-        (Options("ddp", processes=0), "one process and one machine at least"),
-        (Options("dpp"), "no such launcher"),
+        (LaunchOptions("multinode", machine_rank=2, ip="a"), "numbered from 0 to 1"),
+        (LaunchOptions("multinode", machine_rank=-1, ip="a"), "numbered from 0 to 1"),
+        (LaunchOptions("multinode"), "have to find each other"),
+        (LaunchOptions("multinode", processes=3, ip="a"), "give a multiple of 2"),
+        (LaunchOptions("single", processes=2), "starts one process, in silence"),
+        (LaunchOptions("cpu", processes=2), "use --launcher ddp"),
+        (LaunchOptions("ddp", processes=1), "data parallel needs two processes"),
+        (LaunchOptions("ddp", processes=0), "one process and one machine at least"),
+        (LaunchOptions("dpp"), "no such launcher"),
     ],
 )
-def test_a_wrong_launch_is_refused(options: Options, says: str) -> None:
+def test_a_wrong_launch_is_refused(options: LaunchOptions, says: str) -> None:
     assert says in refused(options)
 
 
 def test_all_problems_come_at_once() -> None:
-    message = refused(Options("multinode", processes=3), {"NODE_RANK": "five", "MASTER_PORT": "x"})
+    message = refused(LaunchOptions("multinode", processes=3), {"NODE_RANK": "five", "MASTER_PORT": "x"})
     assert "4 problems" in message
     for says in ("'five'", "'x'", "multiple of 2", "find each other"):
         assert says in message
@@ -107,13 +107,13 @@ def test_a_launcher_that_writes_the_environment_down_is_refused(how: str, tmp_pa
     settings["deepspeed_config"]["deepspeed_multinode_launcher"] = how
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    assert "tokens included" in refused(Options(str(path), ip="a"))
+    assert "tokens included" in refused(LaunchOptions(str(path), ip="a"))
 
 
 def test_several_processes_of_a_type_that_starts_one(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("distributed_type: MULTI_CPU\nnum_processes: 2\n", encoding="utf-8")
-    assert "MULTI_CPU starts one process, in silence" in refused(Options(str(path)))
+    assert "MULTI_CPU starts one process, in silence" in refused(LaunchOptions(str(path)))
 
 
 def test_a_file_of_credentials_is_refused(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_what_looks_like_a_credential() -> None:
         "TOKENIZERS_PARALLELISM",
         "KEYS",
     ]
-    assert secrets(names) == ["AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "MY_PASSWORD", "WANDB_API_KEY"]
+    assert secret_names(names) == ["AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "MY_PASSWORD", "WANDB_API_KEY"]
 
 
 def test_fsdp_is_refused_on_a_cpu_and_for_ppo(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +188,7 @@ def test_the_timeout_is_a_number_of_seconds() -> None:
 
 JOB = """
 import os, signal, subprocess, sys, time
-from rlhf.distributed.heartbeat import say
+from rlhf.distributed.heartbeat import write_heartbeat
 kind = sys.argv[1]
 if len(sys.argv) == 2:  # the launcher: two ranks; fails as soon as one does, but does not end the other
     command = [sys.executable, __file__, kind]
@@ -213,7 +213,7 @@ say("finished")
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> Callable[[str, float], Ended]:
+def job(tmp_path: Path) -> Callable[[str, float], JobResult]:
     """job(kind, seconds) -> how it ended."""
     path = tmp_path / "job.py"
     path.write_text(JOB, encoding="utf-8")
@@ -223,7 +223,7 @@ def job(tmp_path: Path) -> Callable[[str, float], Ended]:
 
 
 def test_a_job_that_ends_well(job: Any) -> None:
-    assert job("well", 5) == Ended(0)
+    assert job("well", 5) == JobResult(0)
 
 
 @pytest.mark.parametrize(
@@ -244,21 +244,21 @@ def test_the_message_says_who_when_and_how_to_go_on(
 ) -> None:
     run = tmp_path / "run"
     (run / "checkpoints" / "checkpoint-12").mkdir(parents=True)
-    assert newest_checkpoint(run) is None  # incomplete
+    assert newest_checkpoint_path(run) is None  # incomplete
     (run / "checkpoints" / "checkpoint-12" / MANIFEST).write_text("{}")
-    report(job("killed", 1), run, "rlhf sft x.yaml --launcher ddp", restarts_left=0)
+    report_job(job("killed", 1), run, "rlhf sft x.yaml --launcher ddp", restarts_left=0)
     said = capsys.readouterr().err
     assert "rank 1" in said
     assert "died without a word" in said
     assert "after step 7" in said
     assert "checkpoint-12" in said
     assert "to resume: rlhf sft x.yaml --launcher ddp" in said
-    report(Ended(1), None, "rlhf", restarts_left=2)
+    report_job(JobResult(1), None, "rlhf", restarts_left=2)
     assert "restarting from there (2 restarts left)" in capsys.readouterr().err
 
 
 def test_a_process_that_finishes_no_step_ends_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(LAST_WORDS, str(tmp_path))
+    monkeypatch.setenv(HEARTBEAT_FOLDER, str(tmp_path))
     monkeypatch.setenv("RANK", "3")
     codes: list[int] = []
     dog = Watchdog(0.4, codes.append)
@@ -268,8 +268,8 @@ def test_a_process_that_finishes_no_step_ends_itself(tmp_path: Path, monkeypatch
         dog.beat(step)
     assert codes == []
     time.sleep(1.0)
-    assert codes == [STUCK]
-    (sign,) = signs(tmp_path)
+    assert codes == [STUCK_EXIT_CODE]
+    (sign,) = read_heartbeats(tmp_path)
     assert (sign.rank, sign.what, sign.step) == (3, "stuck", 5)
     assert "no step was finished for 0.4 s" in sign.words
 
@@ -284,8 +284,8 @@ def test_a_watchdog_that_is_stopped_does_nothing() -> None:
 
 
 def test_a_sign_that_nobody_reads_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(LAST_WORDS, raising=False)
-    say("running")
-    monkeypatch.setenv(LAST_WORDS, str(tmp_path / "gone"))
-    say("running")
+    monkeypatch.delenv(HEARTBEAT_FOLDER, raising=False)
+    write_heartbeat("running")
+    monkeypatch.setenv(HEARTBEAT_FOLDER, str(tmp_path / "gone"))
+    write_heartbeat("running")
     assert list(tmp_path.iterdir()) == []

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from rlhf.distributed.heartbeat import Sign
+from rlhf.distributed.heartbeat import Heartbeat
 from rlhf.launch import launcher, network
-from rlhf.launch.launcher import INTERFACE, Options
-from rlhf.launch.supervisor import Ended, report, supervise
+from rlhf.launch.launcher import INTERFACE, LaunchOptions
+from rlhf.launch.supervisor import JobResult, report_job, supervise
 
 HAS = [("lo", "127.0.0.1"), ("eth0", "10.0.0.1"), ("eth1", "192.168.0.1"), ("eth1", "fe80::1")]
 WAYS = {"10.0.0.2": "10.0.0.1", "10.0.0.1": "10.0.0.1", "127.0.0.1": "127.0.0.1", network.ANYWHERE: "192.168.0.1"}
@@ -61,7 +61,7 @@ def test_this_machines_interfaces_are_listed_with_their_addresses() -> None:
 
 
 def started(
-    options: Options, monkeypatch: pytest.MonkeyPatch, capsys: Any, ended: Ended, run: Path | None = None
+    options: LaunchOptions, monkeypatch: pytest.MonkeyPatch, capsys: Any, ended: JobResult, run: Path | None = None
 ) -> tuple[list[str], Mapping[str, str], str]:
     """The command, its environment and what is said when it has failed."""
     seen: list[Any] = []
@@ -69,7 +69,7 @@ def started(
     monkeypatch.setattr(
         launcher, "supervise", lambda command, environment, *_: seen.append((command, environment)) or ended
     )
-    assert launcher.launch(options, "ppo", ["c.yaml"], output=str(run)) == ended.code
+    assert launcher.launch_stage(options, "ppo", ["c.yaml"], output=str(run)) == ended.code
     return *seen[0], capsys.readouterr().err
 
 
@@ -79,8 +79,8 @@ def test_the_command_to_resume_is_whole_where_the_environment_said_which_machine
     for name, value in {"NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "7"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv(INTERFACE, raising=False)
-    stuck = Ended(1, Sign(3, 99, "b", 0.0, "stuck", 5, "no step was finished for 20 s"))
-    options = Options("zero3", processes=4, machines=2, timeout=20)
+    stuck = JobResult(1, Heartbeat(3, 99, "b", 0.0, "stuck", 5, "no step was finished for 20 s"))
+    options = LaunchOptions("zero3", processes=4, machines=2, timeout=20)
     command, environment, said = started(options, monkeypatch, capsys, stuck, tmp_path)
     assert environment[INTERFACE] == "way-to-10.0.0.1"
     assert command[command.index("--rdzv_conf") + 1] == "timeout=60"
@@ -93,24 +93,24 @@ def test_the_command_to_resume_is_whole_where_the_environment_said_which_machine
 
 def test_what_the_user_says_about_the_network_counts(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setenv(INTERFACE, "ib0")
-    options = Options("zero3", machines=2, machine_rank=0, ip="10.0.0.1")
-    assert started(options, monkeypatch, capsys, Ended(130))[1][INTERFACE] == "ib0"
+    options = LaunchOptions("zero3", machines=2, machine_rank=0, ip="10.0.0.1")
+    assert started(options, monkeypatch, capsys, JobResult(130))[1][INTERFACE] == "ib0"
     monkeypatch.delenv(INTERFACE)
-    assert INTERFACE not in started(Options("zero3"), monkeypatch, capsys, Ended(130))[1]
+    assert INTERFACE not in started(LaunchOptions("zero3"), monkeypatch, capsys, JobResult(130))[1]
 
 
 def test_machines_that_did_not_find_each_other(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> None:
-    options = Options("zero3", machines=2, machine_rank=0, ip="10.0.0.1", port=7)
-    _, _, said = started(options, monkeypatch, capsys, Ended(1), tmp_path)
+    options = LaunchOptions("zero3", machines=2, machine_rank=0, ip="10.0.0.1", port=7)
+    _, _, said = started(options, monkeypatch, capsys, JobResult(1), tmp_path)
     assert "were all machines started, and do they reach machine 0 at 10.0.0.1:7?" in said
     assert "last good checkpoint: none yet; it starts over" in said
-    assert "all machines" not in started(Options("zero3"), monkeypatch, capsys, Ended(1), tmp_path)[2]
+    assert "all machines" not in started(LaunchOptions("zero3"), monkeypatch, capsys, JobResult(1), tmp_path)[2]
 
 
 def test_a_launcher_that_finds_nobody_is_not_waited_for() -> None:
     begun = time.monotonic()
     waits = [sys.executable, "-c", "import time; time.sleep(600)"]
-    assert supervise(waits, {}, 60.0, 0.5) == Ended(1)
+    assert supervise(waits, {}, 60.0, 0.5) == JobResult(1)
     assert time.monotonic() - begun < 20
 
 
@@ -126,7 +126,7 @@ def test_a_launcher_that_finds_nobody_is_not_waited_for() -> None:
     ],
 )
 def test_the_words_of_libraries_for_a_lost_process_are_explained(words: str, capsys: Any) -> None:
-    report(Ended(1, Sign(0, 1, "a", 0.0, "failed", 5, words)), None, "rlhf", restarts_left=0)
+    report_job(JobResult(1, Heartbeat(0, 1, "a", 0.0, "failed", 5, words)), None, "rlhf", restarts_left=0)
     assert "waits for another process in vain: that one hangs or is gone\n" in capsys.readouterr().err
-    report(Ended(1, Sign(0, 1, "a", 0.0, "failed", 5, "ValueError: 3")), None, "rlhf", restarts_left=0)
+    report_job(JobResult(1, Heartbeat(0, 1, "a", 0.0, "failed", 5, "ValueError: 3")), None, "rlhf", restarts_left=0)
     assert "in vain" not in capsys.readouterr().err

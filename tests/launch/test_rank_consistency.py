@@ -14,8 +14,8 @@ import pytest
 import yaml
 from torch.distributed import HashStore, TCPStore
 
-from rlhf.checkpointing.files import seal
-from rlhf.config.load import load
+from rlhf.checkpointing.files import write_manifest
+from rlhf.config.load import load_stage_config
 from rlhf.config.schema import SFTConfig
 from rlhf.errors import CheckpointError, ConfigError, RLHFError, TrainingError
 from rlhf.launch import rank_consistency
@@ -31,7 +31,7 @@ def answers(*views: dict[str, str], trouble: dict[int, RLHFError] | None = None)
 
     def ask(rank: int) -> None:
         try:
-            rank_consistency.compare(
+            rank_consistency.compare_through_store(
                 store, rank, len(views), views[rank], where="out", trouble=(trouble or {}).get(rank)
             )
         except RLHFError as error:
@@ -81,26 +81,26 @@ def test_one_that_does_not_come_is_named() -> None:
     store = HashStore()
     store.set_timeout(timedelta(seconds=0.2))
     with pytest.raises(TrainingError, match="rank 1 has not come"):
-        rank_consistency.compare(store, 0, 2, SAME, where="out")
+        rank_consistency.compare_through_store(store, 0, 2, SAME, where="out")
 
 
 def test_a_single_process_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rank_consistency, "compare", lambda *_, **__: pytest.fail("it asked"))
+    monkeypatch.setattr(rank_consistency, "compare_through_store", lambda *_, **__: pytest.fail("it asked"))
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    rank_consistency.same_everywhere(SAME, where="out")
+    rank_consistency.check_same_on_all_ranks(SAME, where="out")
     with pytest.raises(ConfigError, match="wrong"):
-        rank_consistency.same_everywhere({}, where="out", trouble=ConfigError("wrong"))
+        rank_consistency.check_same_on_all_ranks({}, where="out", trouble=ConfigError("wrong"))
 
 
 def interrupted(path: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run directory below a folder, with a checkpoint."""
     monkeypatch.chdir(folder)
-    config = load(SFTConfig, Path(path), []).config
+    config = load_stage_config(SFTConfig, Path(path), []).config
     run = RunDir(config.output_dir)
     run.start("sft", config, seed=1, processes=2, versions={}, inputs=inputs_of(config))
     (run.checkpoints / "checkpoint-2").mkdir(parents=True)
-    seal(run.checkpoints / "checkpoint-2", step=2)
+    write_manifest(run.checkpoints / "checkpoint-2", step=2)
     run.lock.release()
 
 
@@ -146,5 +146,5 @@ def test_disks_that_are_not_shared_refuse_to_resume(
         assert "nothing on rank 1" in message
         assert "run: interrupted " in message
         assert "new on rank 1" in message
-        assert message.endswith(rank_consistency.SHARE)
+        assert message.endswith(rank_consistency.SHARED_DISK_ADVICE)
     assert sorted(tmp_path.rglob("*")) == before

@@ -26,7 +26,7 @@ from rlhf.distributed.engine import make_accelerator
 from rlhf.rollout.rewards import Rewards
 from rlhf.rollout.score import response_logprobs
 from rlhf.rollout.types import Rollout
-from rlhf.trainers.ppo.health import Watcher
+from rlhf.trainers.ppo.health import HealthMonitor
 from rlhf.trainers.ppo.policy_value import PolicyAndValue
 from rlhf.trainers.ppo.trainer import PPOTrainer
 from tests.trainers.setup import memory
@@ -264,7 +264,7 @@ def solve(
         pad_id=0,
         text=None,
         decode=str,
-        watcher=Watcher(settings.watch, None, lambda _: None),
+        watcher=HealthMonitor(settings.watch, None, lambda _: None),
         report=lambda *_: None,
         checkpoint=save,
         restore=load,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf.models.adapters import policy_with_adapter
+from rlhf.models.policy import policy_with_adapter
 from rlhf.models.reward_models import load_scorer
 from rlhf.trainers.ppo.trainer import PPOTrainer
 from tests.models import tiny

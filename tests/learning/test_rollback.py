@@ -21,7 +21,7 @@ def spike(trainer: PPOTrainer) -> None:
 def test_a_run_that_rolls_back_ends_better_than_it_began(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference of the problem stands for the SFT model: what is compared is exact, by enumeration."""
     # Most responses of this problem reach the limit of four tokens: that is no trouble here.
-    monkeypatch.setattr(health, "VITAL", ("kl", "approx_kl", "clip_fraction"))
+    monkeypatch.setattr(health, "HEALTH_METRICS", ("kl", "approx_kl", "clip_fraction"))
     ruined = optimum.solve(BETA, seed, steps=STEPS, change=spike, tables=False)
     saved = optimum.solve(
         BETA, seed, steps=STEPS, change=spike, tables=False, watch={"unhealthy": "rollback", "kl_factor": 1.0}

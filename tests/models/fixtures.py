@@ -8,7 +8,7 @@ import pytest
 
 from rlhf.config.sections import Peft
 from rlhf.models.adapters import add_adapter
-from rlhf.models.load import load_causal
+from rlhf.models.policy import load_causal
 from rlhf.models.reward_models import new_reward_model
 from tests.models import tiny
 

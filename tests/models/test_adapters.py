@@ -12,9 +12,10 @@ from torch import Tensor
 from rlhf.config.sections import Peft
 from rlhf.data.collate import pad_right
 from rlhf.errors import ConfigError, TrainingError
-from rlhf.models.adapters import add_adapter, load_adapter, policy_with_adapter, reference_policy
+from rlhf.models.adapters import add_adapter, load_adapter, reference_policy
 from rlhf.models.heads import score_head, sequence_scores
-from rlhf.models.load import backbone, count_parameters, disable_dropout, load_causal
+from rlhf.models.load import backbone, count_parameters, disable_dropout
+from rlhf.models.policy import load_causal, policy_with_adapter
 from rlhf.models.reward_models import load_scorer, new_reward_model
 from rlhf.rollout.score import response_logprobs
 from tests.models import tiny
@@ -125,12 +126,12 @@ def test_plain_peft_loads_it_and_scores_the_same(sft_folder: str, tmp_path: Path
 def test_a_frozen_score_head_is_refused(sft_folder: str) -> None:
     from peft import LoraConfig, get_peft_model
 
-    from rlhf.trainers.supervised.reward import build
+    from rlhf.trainers.supervised.reward import build_reward_trainer
 
     naked = get_peft_model(reward_model(sft_folder, Peft()), LoraConfig(r=4, target_modules=["q_proj"]))
     assert not any(p.requires_grad for p in score_head(naked).parameters())
     with pytest.raises(TrainingError, match="score head is frozen"):
-        build(naked, tiny.tokenizer(), [], [], {}, None, center=0.0)
+        build_reward_trainer(naked, tiny.tokenizer(), [], [], {}, None, center=0.0)
 
 
 def test_a_reward_model_that_continues_an_sft_adapter_starts_with_the_sft_trunk(

@@ -20,41 +20,41 @@ def identity(tiny_tokenizer: Any) -> dict[str, Any]:
 
 
 def test_a_record_survives_writing_and_reading(identity: dict[str, Any], tmp_path: Path) -> None:
-    made = handover.make("reward", identity, score_mean=0.5, score_std=2.0, head_dtype="float32")
+    made = handover.make_handover("reward", identity, score_mean=0.5, score_std=2.0, head_dtype="float32")
     made.write(tmp_path)
-    assert handover.read(tmp_path) == made
+    assert handover.read_handover(tmp_path) == made
     assert (made.stage, made.score_mean, made.vocab_size) == ("reward", 0.5, identity["vocab_size"])
-    handover.verify(identity, handover.read(tmp_path), where="x", role="the reward model")
+    handover.verify_handover(identity, handover.read_handover(tmp_path), where="x", role="the reward model")
 
 
 def test_a_classifiers_labels_keep_their_order(identity: dict[str, Any], tmp_path: Path) -> None:
-    handover.make("classify", identity, labels=["short", "kind"], several=False).write(tmp_path)
-    record = handover.read(tmp_path)
+    handover.make_handover("classify", identity, labels=["short", "kind"], several=False).write(tmp_path)
+    record = handover.read_handover(tmp_path)
     assert record is not None
     assert (record.labels, record.several) == (["short", "kind"], False)
 
 
 def test_a_record_from_before_there_were_labels_is_read(identity: dict[str, Any], tmp_path: Path) -> None:
-    handover.make("reward", identity, score_mean=0.0, score_std=1.0).write(tmp_path)
-    path = tmp_path / handover.FILE
+    handover.make_handover("reward", identity, score_mean=0.0, score_std=1.0).write(tmp_path)
+    path = tmp_path / handover.HANDOVER_FILE
     old = {name: value for name, value in json.loads(path.read_text()).items() if name not in ("labels", "several")}
     path.write_text(json.dumps(old))
-    record = handover.read(tmp_path)
+    record = handover.read_handover(tmp_path)
     assert record is not None
     assert (record.labels, record.several, record.score_std) == (None, None, 1.0)
 
 
 def test_a_model_that_no_stage_of_ours_made_passes(identity: dict[str, Any], tmp_path: Path) -> None:
-    assert handover.read(tmp_path) is None
-    handover.verify(identity, None, where="x", role="the reward model")
+    assert handover.read_handover(tmp_path) is None
+    handover.verify_handover(identity, None, where="x", role="the reward model")
 
 
 @pytest.mark.parametrize("name", list(handover.MUST_AGREE))
 def test_each_difference_is_named_with_both_values(identity: dict[str, Any], name: str) -> None:
     other = [7, 7] if name == "tail_ids" else "other" if name.endswith("sha256") else 7
-    theirs = handover.make("reward", identity | {name: other})
+    theirs = handover.make_handover("reward", identity | {name: other})
     with pytest.raises(CheckpointError) as caught:
-        handover.verify(identity, theirs, where="runs/rm", role="the reward model")
+        handover.verify_handover(identity, theirs, where="runs/rm", role="the reward model")
     message = str(caught.value)
     assert message.startswith("runs/rm: the reward model was trained with other text-to-token settings")
     assert f"{handover.MUST_AGREE[name]} ({name} {other!r} there, {identity[name]!r} here)" in message
@@ -62,13 +62,13 @@ def test_each_difference_is_named_with_both_values(identity: dict[str, Any], nam
 
 
 def test_all_differences_at_once(identity: dict[str, Any]) -> None:
-    theirs = handover.make("reward", identity | {"end_id": 7, "pad_id": 8})
+    theirs = handover.make_handover("reward", identity | {"end_id": 7, "pad_id": 8})
     with pytest.raises(CheckpointError, match=r"the end token .*; the pad token"):
-        handover.verify(identity, theirs, where="x", role="this model")
+        handover.verify_handover(identity, theirs, where="x", role="this model")
 
 
 @pytest.mark.parametrize(("text", "message"), [('{"stage"', "damaged JSON"), ('{"stage": "sft"}', "does not fit")])
 def test_a_damaged_record_is_refused(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / handover.FILE).write_text(text, encoding="utf-8")
+    (tmp_path / handover.HANDOVER_FILE).write_text(text, encoding="utf-8")
     with pytest.raises(CheckpointError, match=message):
-        handover.read(tmp_path)
+        handover.read_handover(tmp_path)

@@ -24,7 +24,8 @@ from rlhf.models.heads import (
     sequence_scores,
     token_scores,
 )
-from rlhf.models.load import backbone, load_causal
+from rlhf.models.load import backbone
+from rlhf.models.policy import load_causal
 from rlhf.models.reward_models import load_scorer, new_reward_model
 from tests.models import tiny
 from tests.models.fixtures import shake

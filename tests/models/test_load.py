@@ -14,7 +14,8 @@ from torch import nn
 from rlhf.config.sections import ModelSource, Peft
 from rlhf.errors import CheckpointError
 from rlhf.models import adapters, reward_models
-from rlhf.models.load import count_parameters, disable_dropout, grow_embeddings, load_causal, load_tokenizer, resolve
+from rlhf.models.load import count_parameters, disable_dropout, grow_embeddings, load_tokenizer, resolve_model
+from rlhf.models.policy import load_causal
 from tests.models import tiny
 from tests.tolerances import assert_close
 
@@ -28,16 +29,16 @@ def make_run(folder: Path, model: str, status: str = "finished") -> Path:
 
 def test_a_run_directory_stands_for_the_model_it_made(tmp_path: Path, sft_folder: str) -> None:
     run = make_run(tmp_path / "run", sft_folder)
-    assert resolve(tiny.source(run)) == str(run / "model")
-    assert resolve(tiny.source(run / "model")) == str(run / "model")
-    assert resolve(tiny.source(sft_folder)) == sft_folder
+    assert resolve_model(tiny.source(run)) == str(run / "model")
+    assert resolve_model(tiny.source(run / "model")) == str(run / "model")
+    assert resolve_model(tiny.source(sft_folder)) == sft_folder
 
 
 def test_a_missing_folder_lists_the_finished_runs_and_only_those(tmp_path: Path, sft_folder: str) -> None:
     good = make_run(tmp_path / "good", sft_folder)
     bad = make_run(tmp_path / "bad", sft_folder, status="failed")
     with pytest.raises(CheckpointError) as caught:
-        resolve(tiny.source(tmp_path / "godo"))
+        resolve_model(tiny.source(tmp_path / "godo"))
     assert str(good) in str(caught.value)
     assert str(bad) not in str(caught.value)
 
@@ -55,15 +56,15 @@ def test_a_folder_that_lacks_a_part_is_refused_with_what_is_there(
     else:
         folder.mkdir()
     with pytest.raises(CheckpointError, match=words) as caught:
-        resolve(tiny.source(folder))
+        resolve_model(tiny.source(folder))
     assert str(folder) in str(caught.value)
     assert ("tokenizer.json" if gone else "empty folder") in str(caught.value)
 
 
 def test_a_hub_model_needs_a_pinned_revision() -> None:
     with pytest.raises(CheckpointError, match="revision"):
-        resolve(ModelSource(path="someone/somemodel"))
-    assert resolve(ModelSource(path="someone/somemodel", revision="abc")) == "someone/somemodel"
+        resolve_model(ModelSource(path="someone/somemodel"))
+    assert resolve_model(ModelSource(path="someone/somemodel", revision="abc")) == "someone/somemodel"
 
 
 def test_weights_that_do_not_load_are_our_error(tmp_path: Path, sft_folder: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf.models.offload import Frozen
+from rlhf.models.offload import OffloadedModels
 from tests.models import tiny
 
 AWAY = torch.device("meta")
@@ -32,7 +32,7 @@ def test_a_role_is_on_the_device_while_it_is_asked_and_comes_back_bit_for_bit() 
     models = two()
     before = {role: [tiny.snapshot(m) for m in members] for role, members in models.items()}
     objects = [id(p) for members in models.values() for m in members for p in m.parameters()]
-    frozen = Frozen(AWAY, ["reference", "reward"], **models)
+    frozen = OffloadedModels(AWAY, ["reference", "reward"], **models)
     for asked, other in (("reward", "reference"), ("reference", "reward"), ("reward", "reference")):
         with frozen.asked(asked):
             assert [places(m) for m in models[asked]] == [{"meta"}] * len(models[asked])
@@ -47,7 +47,7 @@ def test_a_role_is_on_the_device_while_it_is_asked_and_comes_back_bit_for_bit() 
 def test_an_error_inside_leaves_the_models_at_rest() -> None:
     models = two()
     before = tiny.snapshot(models["reward"][0])
-    frozen = Frozen(AWAY, ["reward"], **models)
+    frozen = OffloadedModels(AWAY, ["reward"], **models)
     with pytest.raises(RuntimeError, match="in the middle"), frozen.asked("reward"):
         raise RuntimeError("in the middle")
     assert places(models["reward"][0]) == {"cpu"}
@@ -57,7 +57,7 @@ def test_an_error_inside_leaves_the_models_at_rest() -> None:
 def test_so_does_one_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second of two models finds no room on the device."""
     models = two()
-    frozen = Frozen(AWAY, ["reward"], **models)
+    frozen = OffloadedModels(AWAY, ["reward"], **models)
     first, second = models["reward"]
     moved = type(second).to
 
@@ -74,7 +74,7 @@ def test_so_does_one_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_role_that_is_not_offloaded_stays_on_the_device() -> None:
     models = two()
-    frozen = Frozen(AWAY, ["reference"], **models)
+    frozen = OffloadedModels(AWAY, ["reference"], **models)
     assert [places(m) for m in models["reward"]] == [{"meta"}] * 2
     with frozen.asked("reward"):
         assert places(models["reference"][0]) == {"cpu"}
@@ -83,7 +83,7 @@ def test_a_role_that_is_not_offloaded_stays_on_the_device() -> None:
 
 def test_where_the_device_is_the_cpu_nothing_ever_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     models = two()
-    frozen = Frozen(torch.device("cpu"), ["reference", "reward"], **models)
+    frozen = OffloadedModels(torch.device("cpu"), ["reference", "reward"], **models)
     monkeypatch.setattr(nn.Module, "to", lambda *_: pytest.fail("moved"))
     with frozen.asked("reward"), frozen.asked("reference"):
         assert all(places(m) == {"cpu"} for members in models.values() for m in members)
@@ -91,11 +91,11 @@ def test_where_the_device_is_the_cpu_nothing_ever_moves(monkeypatch: pytest.Monk
 
 def test_tied_weights_stay_tied_and_all_are_in_eval_mode() -> None:
     model = tiny.new(1).train()
-    frozen = Frozen(torch.device("cpu"), ["reference"], reference=[model])
+    frozen = OffloadedModels(torch.device("cpu"), ["reference"], reference=[model])
     assert not model.training
     pair = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     pair[1].weight = pair[0].weight
-    frozen = Frozen(AWAY, ["reference"], reference=[pair])
+    frozen = OffloadedModels(AWAY, ["reference"], reference=[pair])
     with frozen.asked("reference"):
         assert places(pair) == {"meta"}
     assert pair[1].weight is pair[0].weight
@@ -105,7 +105,7 @@ def test_tied_weights_stay_tied_and_all_are_in_eval_mode() -> None:
 def test_weights_come_back_as_they_were_and_buffers_as_they_became(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model may change a buffer while it is asked, such as the frequencies of a rotary embedding."""
     model = nn.BatchNorm1d(2)
-    frozen = Frozen(AWAY, ["reference"], reference=[model])
+    frozen = OffloadedModels(AWAY, ["reference"], reference=[model])
     monkeypatch.setattr(nn.Module, "to", lambda self, device: self)  # a device that keeps what it is given
     with frozen.asked("reference"):
         model.weight.data = torch.full((2,), 7.0)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf.models.heads import sequence_scores, token_scores
-from rlhf.models.packed_batch import can_pack, microbatches, pack, packed_rows, padded, plain_head
+from rlhf.models.packed_batch import can_pack, has_plain_head, microbatches, pack, packed_rows, padded
 from rlhf.rollout import score
 from rlhf.rollout.score import read_policy
 from rlhf.rollout.types import Rollout, pack_bits
@@ -206,16 +206,16 @@ def test_log_probs_in_parts_are_the_same(name: str, filtered: bool, monkeypatch:
         allowed |= torch.nn.functional.one_hot(rollout.response_ids, 300).bool()
         rollout = replace(rollout, support=pack_bits(allowed))
     whole = numbers(policy, rollout)
-    monkeypatch.setattr(score, "CHUNK", 3 * 300)
+    monkeypatch.setattr(score, "MAX_LOGITS_AT_ONCE", 3 * 300)
     parts = numbers(policy, rollout)
-    assert plain_head(policy) is (name != "Gemma2")
+    assert has_plain_head(policy) is (name != "Gemma2")
     for ours, theirs in zip(parts, whole, strict=True):
         assert distance(ours, theirs) < GRADIENT
 
 
 def test_no_more_logits_are_kept_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     policy, rollout = model("Llama"), tiny.rollout(1, [3, 9, 5], [4, 2, 7])
-    plain_head(policy)
+    has_plain_head(policy)
 
     def largest() -> int:
         sizes: list[int] = []
@@ -224,7 +224,7 @@ def test_no_more_logits_are_kept_than_allowed(monkeypatch: pytest.MonkeyPatch) -
         return max(size for size in sizes if size % 300 == 0 and size != 300 * 32)  # but for the layer's own weights
 
     assert largest() == 13 * 300
-    monkeypatch.setattr(score, "CHUNK", 3 * 300)
+    monkeypatch.setattr(score, "MAX_LOGITS_AT_ONCE", 3 * 300)
     assert largest() <= 3 * 300
 
 

@@ -10,8 +10,14 @@ import torch
 from rlhf.config.tuning import Selection
 from rlhf.errors import ConfigError
 from rlhf.models.adapters import add_adapter
-from rlhf.models.parameter_selection import Layout, Place, layout, select, top
-from rlhf.trainers.phase_schedule import rate_factors
+from rlhf.models.parameter_selection import (
+    ParameterMap,
+    ParameterPlace,
+    map_parameters,
+    select_parameters,
+    top_parameters,
+)
+from rlhf.trainers.phase_schedule import parameter_rate_factors
 from tests.models import tiny
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -52,7 +58,7 @@ def build(kind: str, *, tied: bool = True, scorer: bool = False) -> Any:
 @pytest.mark.parametrize("kind", SIZES)
 def test_every_weight_has_a_place(kind: str) -> None:
     model = build(kind)
-    of = layout(model)
+    of = map_parameters(model)
     assert set(of.places) == {name for name, _ in model.named_parameters()}
     assert of.blocks == BLOCKS
     assert {p.block for p in of.places.values()} == {None, *range(BLOCKS)}
@@ -66,16 +72,16 @@ def test_every_weight_has_a_place(kind: str) -> None:
 def test_parts_are_what_their_modules_are(kind: str) -> None:
     """Norms have vectors only; tokens are looked up in the embeddings; both kinds of products are in blocks."""
     model = build(kind)
-    of, named = layout(model), dict(model.named_parameters())
-    assert all(named[name].dim() == 1 for name in select(Selection(parts=("norms",)), of, "freeze"))
-    embeddings = [named[name] for name in select(Selection(parts=("embeddings",)), of, "freeze")]
+    of, named = map_parameters(model), dict(model.named_parameters())
+    assert all(named[name].dim() == 1 for name in select_parameters(Selection(parts=("norms",)), of, "freeze"))
+    embeddings = [named[name] for name in select_parameters(Selection(parts=("embeddings",)), of, "freeze")]
     assert any(weight is model.get_input_embeddings().weight for weight in embeddings)
     for part in ("attention", "mlp"):
-        assert any(named[name].dim() == 2 for name in select(Selection(parts=(part,)), of, "freeze"))
+        assert any(named[name].dim() == 2 for name in select_parameters(Selection(parts=(part,)), of, "freeze"))
 
 
 def test_the_order_is_from_the_tokens_to_the_scores() -> None:
-    of = layout(build("llama", scorer=True))
+    of = map_parameters(build("llama", scorer=True))
     depth = {name: place.depth for name, place in of.places.items()}
     assert depth["model.embed_tokens.weight"] == 0
     assert [depth[f"model.layers.{i}.mlp.up_proj.weight"] for i in range(BLOCKS)] == [1, 2, 3]
@@ -83,24 +89,24 @@ def test_the_order_is_from_the_tokens_to_the_scores() -> None:
 
 
 def test_adapters_lie_where_the_layers_lie_that_they_change() -> None:
-    of = layout(add_adapter(build("llama", scorer=True), tiny.LORA, "SEQ_CLS"))
+    of = map_parameters(add_adapter(build("llama", scorer=True), tiny.LORA, "SEQ_CLS"))
     name = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.default.weight"
-    assert of.places[name] == Place(1, "attention", 2)
+    assert of.places[name] == ParameterPlace(1, "attention", 2)
     assert of.places["base_model.model.score.modules_to_save.default.weight"].part == "score"
 
 
 def test_a_tied_output_layer_stands_for_the_embeddings_and_an_untied_one_for_itself() -> None:
-    tied, untied = layout(build("llama")), layout(build("llama", tied=False))
+    tied, untied = map_parameters(build("llama")), map_parameters(build("llama", tied=False))
     head = Selection(parts=("lm_head",))
     assert tied.tied
     assert not untied.tied
-    assert select(head, tied, "freeze") == {"model.embed_tokens.weight"}
-    assert select(head, untied, "freeze") == {"lm_head.weight"}
+    assert select_parameters(head, tied, "freeze") == {"model.embed_tokens.weight"}
+    assert select_parameters(head, untied, "freeze") == {"lm_head.weight"}
 
 
 def blocks_of(selection: Selection, blocks: int) -> list[int]:
-    of = Layout({f"w{i}": Place(i, "mlp", i + 1) for i in range(blocks)}, blocks, tied=False)
-    return sorted(int(name[1:]) for name in select(selection, of, "freeze"))
+    of = ParameterMap({f"w{i}": ParameterPlace(i, "mlp", i + 1) for i in range(blocks)}, blocks, tied=False)
+    return sorted(int(name[1:]) for name in select_parameters(selection, of, "freeze"))
 
 
 @pytest.mark.parametrize(
@@ -144,38 +150,38 @@ def test_blocks_that_there_are_not(selection: dict[str, Any], words: str) -> Non
 
 @pytest.mark.parametrize("pattern", ["*.q_proj.*", r"re:.*\.q_proj\..*"])
 def test_names(pattern: str) -> None:
-    of = layout(build("llama"))
+    of = map_parameters(build("llama"))
     wanted = {f"model.layers.{i}.self_attn.q_proj.weight" for i in range(BLOCKS)}
-    assert select(Selection(names=(pattern,)), of, "freeze") == wanted
+    assert select_parameters(Selection(names=(pattern,)), of, "freeze") == wanted
 
 
 @pytest.mark.parametrize("pattern", ["*.layers.1.self_attn.qproj.weight", r"re:model\.layers\.1\.self_attn\.qproj"])
 def test_a_name_that_matches_nothing_is_an_error_with_the_nearest(pattern: str) -> None:
     with pytest.raises(ConfigError, match=r"no weight has a name like this .*model\.layers\.1\.self_attn\.q_proj"):
-        select(Selection(names=(pattern,)), layout(build("llama")), "freeze")
+        select_parameters(Selection(names=(pattern,)), map_parameters(build("llama")), "freeze")
 
 
 def test_a_part_that_is_not_there_is_an_error_with_those_that_are() -> None:
     with pytest.raises(ConfigError, match=r"freeze.parts: the model has no score; it has attention, embeddings"):
-        select(Selection(parts=("score",)), layout(build("llama")), "freeze")
+        select_parameters(Selection(parts=("score",)), map_parameters(build("llama")), "freeze")
 
 
 def test_a_model_whose_blocks_are_not_found_trains_but_not_by_blocks() -> None:
     model = build("llama")
     model.config.num_hidden_layers = 77
-    of = layout(model)
+    of = map_parameters(model)
     assert set(of.places) == {name for name, _ in model.named_parameters()}
-    assert select(Selection(parts=("embeddings",)), of, "freeze") == {"model.embed_tokens.weight"}
+    assert select_parameters(Selection(parts=("embeddings",)), of, "freeze") == {"model.embed_tokens.weight"}
     for selection in (Selection(last="1"), Selection(layers="0"), Selection(first="50%")):
         with pytest.raises(ConfigError, match="freeze: the model's blocks are not to be found"):
-            select(selection, of, "freeze")
-    assert set(rate_factors(of, layer_decay=1.0, head_factor=1.0).values()) == {1.0}
+            select_parameters(selection, of, "freeze")
+    assert set(parameter_rate_factors(of, layer_decay=1.0, head_factor=1.0).values()) == {1.0}
     with pytest.raises(ConfigError, match=r"optim\.layer_decay: the model's blocks"):
-        rate_factors(of, layer_decay=0.9, head_factor=1.0)
+        parameter_rate_factors(of, layer_decay=0.9, head_factor=1.0)
 
 
 def test_the_top_is_the_head_and_the_last_blocks() -> None:
-    of = layout(build("llama", scorer=True))
-    assert top(of, 0) == {"model.norm.weight", "score.weight"}
-    assert {of.places[name].block for name in top(of, 2)} == {None, 1, 2}
-    assert top(of, BLOCKS) == set(of.places) - {"model.embed_tokens.weight"}
+    of = map_parameters(build("llama", scorer=True))
+    assert top_parameters(of, 0) == {"model.norm.weight", "score.weight"}
+    assert {of.places[name].block for name in top_parameters(of, 2)} == {None, 1, 2}
+    assert top_parameters(of, BLOCKS) == set(of.places) - {"model.embed_tokens.weight"}

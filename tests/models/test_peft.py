@@ -13,11 +13,12 @@ from rlhf.config.schema import ClassifyConfig, PPOConfig, RewardConfig, SFTConfi
 from rlhf.config.sections import READ_BY, Peft
 from rlhf.data.collate import pad_right
 from rlhf.errors import ConfigError
-from rlhf.models.adapters import add_adapter, check_same_shape, policy_with_adapter, rate_factor, reference_policy
+from rlhf.models.adapters import adapter_rate_factor, add_adapter, check_same_shape, reference_policy
 from rlhf.models.heads import score_head, sequence_scores
-from rlhf.models.load import backbone, load_causal
+from rlhf.models.load import backbone
+from rlhf.models.policy import load_causal, policy_with_adapter
 from rlhf.models.reward_models import load_scorer, new_reward_model, saved_head
-from rlhf.models.shared_base import REWARD, VALUE, put_on
+from rlhf.models.shared_base import REWARD, VALUE, attach_scorer
 from tests.models import tiny
 from tests.models.fixtures import shake
 from tests.tolerances import assert_close
@@ -100,11 +101,11 @@ def test_the_equations_tell_the_methods_apart(right: str, wrong: str, sft_folder
 def test_lora_plus_multiplies_the_rate_of_b_alone(sft_folder: str) -> None:
     plus = Peft(method="lora", r=4, alpha=8.0, dora=True, lora_plus=16.0)
     policy = policy_with_adapter(tiny.source(sft_folder), plus)
-    factors = {n: rate_factor(n, plus) for n, p in policy.named_parameters() if p.requires_grad}
+    factors = {n: adapter_rate_factor(n, plus) for n, p in policy.named_parameters() if p.requires_grad}
     assert {n.split(".")[-3] for n, factor in factors.items() if factor == 16.0} == {"lora_B"}
     assert sum(factor == 16.0 for factor in factors.values()) == sum("lora_B" in n for n in factors) == 14
     assert {factor for n, factor in factors.items() if "lora_B" not in n} == {1.0}
-    assert {rate_factor(n, tiny.LORA) for n in factors} == {1.0}
+    assert {adapter_rate_factor(n, tiny.LORA) for n in factors} == {1.0}
 
 
 # Heads
@@ -169,8 +170,8 @@ def test_roles_on_one_base_compute_as_separate_models(peft: Peft, start: str, sf
     sft, reward_folder = chain(peft, start, sft_folder, tmp_path)
     alone, plain = load_scorer(tiny.source(reward_folder), trainable=True, peft=peft), load_causal(tiny.source(sft))
     policy = policy_with_adapter(tiny.source(sft), peft)
-    reward = put_on(policy, tiny.source(reward_folder), REWARD)
-    value = put_on(policy, tiny.source(reward_folder), VALUE, trainable=True)
+    reward = attach_scorer(policy, tiny.source(reward_folder), REWARD)
+    value = attach_scorer(policy, tiny.source(reward_folder), VALUE, trainable=True)
     assert_close(scores(reward), scores(alone).tolist())
     assert_close(scores(value), scores(alone).tolist())
     assert_close(logits(policy), logits(plain).tolist())

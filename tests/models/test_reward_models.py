@@ -11,7 +11,8 @@ import torch
 from rlhf.config.sections import Peft
 from rlhf.data.collate import pad_left, pad_right
 from rlhf.models.heads import Float32Head, head_dtype, score_head, sequence_outputs, token_outputs
-from rlhf.models.load import backbone, load_causal
+from rlhf.models.load import backbone
+from rlhf.models.policy import load_causal
 from rlhf.models.reward_models import _init_head, load_classifier, new_classifier, new_reward_model
 from tests.models import tiny
 from tests.models.fixtures import shake

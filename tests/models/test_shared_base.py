@@ -11,11 +11,12 @@ from torch import Tensor
 
 from rlhf.data.collate import pad_right
 from rlhf.errors import CheckpointError
-from rlhf.models.adapters import adapter_parameters, add_adapter, policy_with_adapter, reference_policy, wearing, worn
+from rlhf.models.adapters import active_adapter, adapter_parameters, add_adapter, reference_policy, use_adapter
 from rlhf.models.heads import AdapterScorer, rescale_head, sequence_scores, token_scores
-from rlhf.models.load import count_parameters, load_causal
+from rlhf.models.load import count_parameters
+from rlhf.models.policy import load_causal, policy_with_adapter
 from rlhf.models.reward_models import load_scorer, new_reward_model
-from rlhf.models.shared_base import REWARD, VALUE, new_on, put_on, why_apart
+from rlhf.models.shared_base import REWARD, VALUE, attach_new_value_model, attach_scorer, reason_not_shared
 from tests.models import tiny
 from tests.models.fixtures import shake
 from tests.tolerances import assert_close
@@ -36,8 +37,8 @@ def chain(
 def built(chain: tuple[str, str]) -> tuple[Any, AdapterScorer, AdapterScorer]:
     """Policy, value model and reward model on one base."""
     policy = policy_with_adapter(tiny.source(chain[0]), tiny.LORA)
-    reward = put_on(policy, tiny.source(chain[1]), REWARD)
-    return policy, put_on(policy, tiny.source(chain[1]), VALUE, trainable=True), reward
+    reward = attach_scorer(policy, tiny.source(chain[1]), REWARD)
+    return policy, attach_scorer(policy, tiny.source(chain[1]), VALUE, trainable=True), reward
 
 
 def scores(model: Any) -> Tensor:
@@ -68,7 +69,7 @@ def test_each_role_computes_as_its_separate_model(chain: tuple[str, str]) -> Non
 
 def test_a_new_value_model_has_the_policys_trunk_and_says_0(chain: tuple[str, str]) -> None:
     policy = policy_with_adapter(tiny.source(chain[0]), tiny.LORA)
-    value = new_on(policy, chain[0])
+    value = attach_new_value_model(policy, chain[0])
     assert not scores(value).any()
     with torch.no_grad():
         value.score.weight.fill_(1.0)
@@ -81,8 +82,8 @@ def test_there_is_one_base_and_small_adapters(chain: tuple[str, str]) -> None:
     policy = policy_with_adapter(tiny.source(chain[0]), tiny.LORA)
     before = count_parameters(policy)[1]
     adapter = sum(p.numel() for p in adapter_parameters(policy, "default").values())
-    value = put_on(policy, tiny.source(chain[1]), VALUE, trainable=True)
-    reward = put_on(policy, tiny.source(chain[1]), REWARD)
+    value = attach_scorer(policy, tiny.source(chain[1]), VALUE, trainable=True)
+    reward = attach_scorer(policy, tiny.source(chain[1]), REWARD)
     assert count_parameters(policy)[1] == before + 2 * adapter
     assert [count_parameters(scorer) for scorer in (value, reward)] == [(tiny.HIDDEN, tiny.HIDDEN), (0, tiny.HIDDEN)]
 
@@ -101,7 +102,7 @@ def test_a_value_model_is_saved_as_a_sequence_classifier(chain: tuple[str, str],
     shake(policy)
     value.save_pretrained(str(tmp_path / "value"))
     assert_close(scores(load_scorer(tiny.source(tmp_path / "value"))), scores(value).tolist())
-    again = put_on(policy, tiny.source(tmp_path / "value"), "again")
+    again = attach_scorer(policy, tiny.source(tmp_path / "value"), "again")
     assert torch.equal(scores(again), scores(value))
     plain = AutoPeftModelForSequenceClassification.from_pretrained(
         str(tmp_path / "value"), num_labels=1, pad_token_id=PAD
@@ -113,15 +114,15 @@ def test_a_value_model_is_saved_as_a_sequence_classifier(chain: tuple[str, str],
 def test_an_adapter_is_worn_for_a_while_also_when_something_fails(chain: tuple[str, str]) -> None:
     policy, _, _ = built(chain)
     trained = {name for name, p in policy.named_parameters() if p.requires_grad}
-    assert worn(policy) == "default"
-    with wearing(policy, VALUE):
-        assert worn(policy) == VALUE
-        with wearing(policy, None):
-            assert worn(policy) is None
-        assert worn(policy) == VALUE
-    with pytest.raises(RuntimeError, match="inside"), wearing(policy, VALUE):
+    assert active_adapter(policy) == "default"
+    with use_adapter(policy, VALUE):
+        assert active_adapter(policy) == VALUE
+        with use_adapter(policy, None):
+            assert active_adapter(policy) is None
+        assert active_adapter(policy) == VALUE
+    with pytest.raises(RuntimeError, match="inside"), use_adapter(policy, VALUE):
         raise RuntimeError("inside")
-    assert worn(policy) == "default"
+    assert active_adapter(policy) == "default"
     assert {name for name, p in policy.named_parameters() if p.requires_grad} == trained
 
 
@@ -130,18 +131,18 @@ def test_an_adapter_is_worn_for_a_while_also_when_something_fails(chain: tuple[s
 
 def test_it_says_why_models_cannot_share(chain: tuple[str, str], reward_folder: str, tmp_path: Path) -> None:
     policy, reward = tiny.source(chain[0]), tiny.source(chain[1])
-    assert why_apart(policy, reward, "lora") is None
-    assert "is no adapter" in str(why_apart(policy, tiny.source(reward_folder), "lora"))
-    assert "adapter of method lora" in str(why_apart(policy, reward, "ia3"))
+    assert reason_not_shared(policy, reward, "lora") is None
+    assert "is no adapter" in str(reason_not_shared(policy, tiny.source(reward_folder), "lora"))
+    assert "adapter of method lora" in str(reason_not_shared(policy, reward, "ia3"))
     other = tiny.save(tiny.new(9), tmp_path / "other")
-    assert "the policy's base is" in str(why_apart(tiny.source(other), reward, "lora"))
-    assert "another dtype" in str(why_apart(policy.model_copy(update={"dtype": "bfloat16"}), reward, "lora"))
+    assert "the policy's base is" in str(reason_not_shared(tiny.source(other), reward, "lora"))
+    assert "another dtype" in str(reason_not_shared(policy.model_copy(update={"dtype": "bfloat16"}), reward, "lora"))
 
 
 def test_an_adapter_without_a_head_is_no_reward_model(adapter_folder: str) -> None:
     policy = policy_with_adapter(tiny.source(adapter_folder), tiny.LORA)
     with pytest.raises(CheckpointError, match="no score head"):
-        put_on(policy, tiny.source(adapter_folder), REWARD)
+        attach_scorer(policy, tiny.source(adapter_folder), REWARD)
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -158,10 +159,10 @@ def test_embeddings_that_grew_must_be_the_policys_own(same: bool, sft_folder: st
     policy = policy_with_adapter(tiny.source(sft), tiny.LORA)
     if not same:
         with pytest.raises(CheckpointError, match="differ from the policy's base"):
-            put_on(policy, tiny.source(reward), REWARD)
+            attach_scorer(policy, tiny.source(reward), REWARD)
         return
     alone = load_scorer(tiny.source(reward), trainable=True, peft=tiny.LORA)
-    assert_close(scores(put_on(policy, tiny.source(reward), REWARD)), scores(alone).tolist())
+    assert_close(scores(attach_scorer(policy, tiny.source(reward), REWARD)), scores(alone).tolist())
 
 
 def test_the_comparisons_see_another_adapter(chain: tuple[str, str]) -> None:

@@ -11,12 +11,13 @@ import torch
 from rlhf.config.sections import Sampling
 from rlhf.data.collate import pad_left
 from rlhf.errors import CheckpointError
-from rlhf.generation.native import sample
+from rlhf.generation.native import generate_rollout
 from rlhf.models.adapters import add_adapter, load_adapter
 from rlhf.models.heads import position_ids
-from rlhf.models.load import context_length, count_parameters, load_causal
+from rlhf.models.load import context_length, count_parameters
+from rlhf.models.policy import load_causal
 from rlhf.models.reward_models import new_classifier
-from rlhf.models.soft_prompt import SoftPrompt, load_speaker
+from rlhf.models.soft_prompt import SoftPrompt, load_for_generation
 from rlhf.rollout.score import response_logprobs
 from tests.models import tiny
 from tests.models.fixtures import shake
@@ -45,7 +46,7 @@ def test_it_computes_as_peft_does_and_shows_no_logits_of_the_prompt(folder: str,
     mask = torch.ones_like(ids)
     with torch.no_grad():
         wanted = theirs(folder)(input_ids=ids, attention_mask=mask).logits[:, tiny.PROMPT.prompt_tokens :]
-        model = load_speaker(tiny.source(folder)).eval()
+        model = load_for_generation(tiny.source(folder)).eval()
         found = model(ids, mask, position_ids(mask.bool())).logits
         last = model(ids, mask, position_ids(mask.bool()), logits_to_keep=1).logits
         plain = load_causal(tiny.source(sft_folder))(ids).logits
@@ -68,8 +69,8 @@ def greedy(model: Any, prompt: list[int], tokens: int) -> list[int]:
 
 def test_it_is_sampled_from_with_a_cache_and_padding_as_without(folder: str) -> None:
     prompts = tiny.rows(3, [4, 9, 2])
-    rollout = sample(
-        load_speaker(tiny.source(folder)),
+    rollout = generate_rollout(
+        load_for_generation(tiny.source(folder)),
         list(enumerate(prompts)),
         Sampling(max_new_tokens=7, temperature=0.0),
         seed=1,
@@ -81,7 +82,7 @@ def test_it_is_sampled_from_with_a_cache_and_padding_as_without(folder: str) -> 
     said = [row[mask].tolist() for row, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)]
     model = theirs(folder)
     assert said == [greedy(model, prompt, 7) for prompt in prompts]
-    logprobs, _ = response_logprobs(load_speaker(tiny.source(folder)), rollout, 1.0)
+    logprobs, _ = response_logprobs(load_for_generation(tiny.source(folder)), rollout, 1.0)
     assert_close(logprobs.detach(), rollout.sampled_logprobs.tolist())
 
 
@@ -91,7 +92,7 @@ def test_the_comparison_sees_positions_that_do_not_count_the_prompt(folder: str)
             return super().forward(input_ids, attention_mask, position_ids + 5, **options)
 
     ids, mask = pad_left(tiny.rows(4, [9, 5]), PAD)
-    model, wrong = load_speaker(tiny.source(folder)).eval(), Wrong(theirs(folder)).eval()
+    model, wrong = load_for_generation(tiny.source(folder)).eval(), Wrong(theirs(folder)).eval()
     with torch.no_grad():
         right = model(ids, mask.long(), position_ids(mask)).logits[mask]
         assert (wrong(ids, mask.long(), position_ids(mask)).logits[mask] - right).abs().max() > 0.01
@@ -106,4 +107,4 @@ def test_who_needs_whole_weights_says_so(folder: str, sft_folder: str, tmp_path:
         with pytest.raises(CheckpointError, match="a soft prompt has no weights to fold") as error:
             attempt()
         assert "peft.method=lora" in str(error.value)
-    assert load_speaker(tiny.source(sft_folder)).config.model_type == "llama"  # others load as ever
+    assert load_for_generation(tiny.source(sft_folder)).config.model_type == "llama"  # others load as ever

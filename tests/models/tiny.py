@@ -13,9 +13,9 @@ from rlhf.config.schema import Architecture
 from rlhf.config.sections import ModelSource, Peft
 from rlhf.data.collate import pad_left, pad_right
 from rlhf.data.render import Renderer
-from rlhf.models.load import disable_dropout
+from rlhf.models.handover import save_tokenizer_and_handover
+from rlhf.models.load import disable_dropout, set_stop_tokens
 from rlhf.rollout.types import Rollout
-from rlhf.stages.lifecycle import seal, stop_at
 from rlhf.stages.pretrain import new_model, new_tokenizer
 
 TEXTS = ["the cat sat on the mat", "what is a dog? a dog is an animal", "good day to you", "yes or no, please tell me"]
@@ -62,10 +62,10 @@ def new(seed: int = 0, *, spread: float = 1.0, layers: int = 2) -> Any:
 def save(model: Any, folder: Path, *, with_tokenizer: bool = True) -> str:
     """Write a model as a stage does; returns the folder."""
     if hasattr(model, "generation_config"):
-        stop_at(model, renderer())
+        set_stop_tokens(model, renderer())
     model.save_pretrained(str(folder))
     if with_tokenizer:
-        seal(folder, "sft", renderer(), tokenizer())
+        save_tokenizer_and_handover(folder, "sft", renderer(), tokenizer())
     return str(folder)
 
 

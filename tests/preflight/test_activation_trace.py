@@ -10,7 +10,7 @@ from torch import nn
 
 from rlhf.models.adapters import add_adapter
 from rlhf.models.load import backbone
-from rlhf.preflight.activation_trace import Tally, trace
+from rlhf.preflight.activation_trace import LiveBytes, trace_activations
 from tests.models import tiny
 
 
@@ -24,7 +24,7 @@ def build(blocks: int, *, adapter: bool = False, frozen: bool = False, attention
 
 def test_a_tally_by_hand() -> None:
     layer, x = nn.Linear(8, 16, bias=False), torch.zeros(4, 8)
-    with Tally() as tally:
+    with LiveBytes() as tally:
         y = layer(x)  # 4 x 16 floats
         assert tally.live == 4 * 16 * 4
         z = y.view(16, 4)  # the same memory
@@ -39,12 +39,12 @@ def test_a_tally_by_hand() -> None:
 @pytest.mark.parametrize("bfloat16", [False, True])
 def test_it_agrees_with_real_tensors(attention: str, bfloat16: bool) -> None:
     rows, length, blocks = 16, 64, 5  # so many that gradients of weights hardly count
-    traced = trace(lambda n: build(n, attention=attention), rows=rows, length=length, bfloat16=bfloat16)
+    traced = trace_activations(lambda n: build(n, attention=attention), rows=rows, length=length, bfloat16=bfloat16)
     model = build(blocks, attention=attention).train()
     ids = torch.zeros(rows, length, dtype=torch.long)
     mask = torch.ones_like(ids)
     mask[0, -1] = 0  # as in training; without any padding the real pass makes no mask
-    with Tally() as tally:
+    with LiveBytes() as tally:
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             hidden = backbone(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         forward = tally.peak
@@ -55,7 +55,10 @@ def test_it_agrees_with_real_tensors(attention: str, bfloat16: bool) -> None:
 
 
 def test_longer_and_more_rows_never_need_less() -> None:
-    sizes = [trace(build, rows=r, length=t, bfloat16=False) for r, t in ((1, 8), (2, 8), (2, 16), (4, 16), (4, 32))]
+    sizes = [
+        trace_activations(build, rows=r, length=t, bfloat16=False)
+        for r, t in ((1, 8), (2, 8), (2, 16), (4, 16), (4, 32))
+    ]
     assert [s.block for s in sizes] == sorted(s.block for s in sizes)
     assert [s.boundary for s in sizes] == [
         r * t * tiny.HIDDEN * 4 for r, t in ((1, 8), (2, 8), (2, 16), (4, 16), (4, 32))
@@ -63,11 +66,11 @@ def test_longer_and_more_rows_never_need_less() -> None:
 
 
 def test_a_frozen_model_keeps_next_to_nothing() -> None:
-    trained = trace(build, rows=4, length=32, bfloat16=False)
-    frozen = trace(lambda n: build(n, frozen=True), rows=4, length=32, bfloat16=False)
+    trained = trace_activations(build, rows=4, length=32, bfloat16=False)
+    frozen = trace_activations(lambda n: build(n, frozen=True), rows=4, length=32, bfloat16=False)
     assert frozen.block < 0.1 * trained.block
 
 
 def test_an_adapter_is_traced_with_its_layers() -> None:
-    adapted = trace(lambda n: build(n, adapter=True), rows=4, length=32, bfloat16=False)
-    assert adapted.block > trace(build, rows=4, length=32, bfloat16=False).boundary
+    adapted = trace_activations(lambda n: build(n, adapter=True), rows=4, length=32, bfloat16=False)
+    assert adapted.block > trace_activations(build, rows=4, length=32, bfloat16=False).boundary

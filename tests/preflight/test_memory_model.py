@@ -9,16 +9,16 @@ import pytest
 import yaml
 
 from rlhf.preflight import memory_model
-from rlhf.preflight.memory_model import Part, Runtime, Sharding, Traced, Weights
+from rlhf.preflight.memory_model import ActivationBytes, MemoryPart, ProcessOverhead, Sharding, WeightCounts
 from tests.project.code import ROOT
 
-TINY = Weights(trained=1000, frozen=200, trained_bytes=4, frozen_bytes=2)
+TINY = WeightCounts(trained=1000, frozen=200, trained_bytes=4, frozen_bytes=2)
 ZERO = {stage: Sharding(4, stage, deepspeed=True) for stage in (1, 2, 3)}
 
 
-def bytes_of(w: Weights, s: Sharding) -> dict[str, float]:
+def bytes_of(w: WeightCounts, s: Sharding) -> dict[str, float]:
     """Name -> bytes."""
-    return {part.name: part.bytes for part in memory_model.states(w, s)}
+    return {part.name: part.bytes for part in memory_model.state_parts(w, s)}
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_counted_by_hand(sharding: Sharding, expected: dict[str, float]) -> None
 
 
 def test_bfloat16_weights_have_bfloat16_moments_but_not_under_deepspeed() -> None:
-    half = Weights(1000, 0, 2)
+    half = WeightCounts(1000, 0, 2)
     assert bytes_of(half, Sharding()) == {"weights": 2000, "gradients": 2000, "optimizer (Adam)": 4000}
     assert bytes_of(half, ZERO[1])["optimizer (Adam)"] == 2000
     assert bytes_of(half, ZERO[1])["master copy"] == 1000
@@ -54,7 +54,7 @@ def test_bfloat16_weights_have_bfloat16_moments_but_not_under_deepspeed() -> Non
 
 def test_offload_moves_bytes_to_the_host() -> None:
     s = Sharding(2, 3, deepspeed=True, offload_optimizer=True, offload_weights=True)
-    where = {part.name: part.host for part in memory_model.states(TINY, s)}
+    where = {part.name: part.host for part in memory_model.state_parts(TINY, s)}
     assert where == {
         "weights": True,
         "gradients": True,
@@ -65,36 +65,36 @@ def test_offload_moves_bytes_to_the_host() -> None:
 
 
 def test_gathered() -> None:
-    whole = memory_model.gathered(TINY, 10, ZERO[3], whole=True)
-    assert whole == Part("gathered weights", 4400)
-    assert memory_model.gathered(TINY, 10, ZERO[2]).bytes == 0
-    assert memory_model.gathered(TINY, 10, Sharding(4, 3)).bytes == 880  # FSDP: 2 blocks of 10
-    big = Weights(2 * memory_model.LIVE)
-    assert memory_model.gathered(big, 10, ZERO[3]).bytes == 4 * memory_model.LIVE
+    whole = memory_model.gathered_part(TINY, 10, ZERO[3], whole=True)
+    assert whole == MemoryPart("gathered weights", 4400)
+    assert memory_model.gathered_part(TINY, 10, ZERO[2]).bytes == 0
+    assert memory_model.gathered_part(TINY, 10, Sharding(4, 3)).bytes == 880  # FSDP: 2 blocks of 10
+    big = WeightCounts(2 * memory_model.LIVE)
+    assert memory_model.gathered_part(big, 10, ZERO[3]).bytes == 4 * memory_model.LIVE
 
 
 def test_activations_by_hand() -> None:
-    traced = Traced(block=100.0, fixed=7.0, boundary=10.0)
-    assert memory_model.activations(traced, 5, recompute=False) == 507
-    assert memory_model.activations(traced, 2, recompute=False) == 207  # three frozen blocks below keep nothing
-    assert memory_model.activations(traced, 5, recompute=True) == 157
-    assert memory_model.activations(traced, 0, recompute=True) == 7
+    traced = ActivationBytes(block=100.0, fixed=7.0, boundary=10.0)
+    assert memory_model.activation_part(traced, 5, recompute=False) == 507
+    assert memory_model.activation_part(traced, 2, recompute=False) == 207  # three frozen blocks below keep nothing
+    assert memory_model.activation_part(traced, 5, recompute=True) == 157
+    assert memory_model.activation_part(traced, 0, recompute=True) == 7
 
 
 def test_cache_and_logits_by_hand() -> None:
     # keys and values, 2 layers and a copy of one, 3 heads of 4, 5 rows of 64 columns, 2 bytes
-    assert memory_model.kv_cache(2, 3, 4, 5, 33, 2) == 2 * 3 * 3 * 4 * 5 * 64 * 2
-    assert memory_model.logits(10, 50, memory_model.LOSS) == 6000
+    assert memory_model.kv_cache_bytes(2, 3, 4, 5, 33, 2) == 2 * 3 * 3 * 4 * 5 * 64 * 2
+    assert memory_model.logit_bytes(10, 50, memory_model.LOSS) == 6000
 
 
 def test_two_models_trained_as_one() -> None:
-    both = Weights(10, 5, 4, 2) + Weights(1, 2, 2, 4)
+    both = WeightCounts(10, 5, 4, 2) + WeightCounts(1, 2, 2, 4)
     assert (both.trained, both.frozen, both.trained_bytes, both.frozen_bytes) == (11, 7, 4, 4)
 
 
 def test_runtime_adds_to_what_comes_and_goes() -> None:
     parts = memory_model.with_runtime(
-        [Part("weights", 100)], [Part("activations", 50), Part("nothing", 0)], Runtime(7, 1.5)
+        [MemoryPart("weights", 100)], [MemoryPart("activations", 50), MemoryPart("nothing", 0)], ProcessOverhead(7, 1.5)
     )
     assert [(p.name, p.bytes) for p in parts] == [
         ("weights", 100),
@@ -104,8 +104,8 @@ def test_runtime_adds_to_what_comes_and_goes() -> None:
 
 
 def test_the_peak_is_the_worst_phase_and_the_host_is_apart() -> None:
-    phases = {"a": [Part("x", 5), Part("y", 9, host=True)], "b": [Part("x", 7)]}
-    gpu, cpu = memory_model.Estimate(phases, False), memory_model.Estimate(phases, True)
+    phases = {"a": [MemoryPart("x", 5), MemoryPart("y", 9, host=True)], "b": [MemoryPart("x", 7)]}
+    gpu, cpu = memory_model.MemoryEstimate(phases, False), memory_model.MemoryEstimate(phases, True)
     assert (gpu.largest, gpu.peak, gpu.host) == ("b", 7, 9)
     assert (cpu.largest, cpu.peak, cpu.host) == ("a", 14, 0)
 
@@ -113,15 +113,15 @@ def test_the_peak_is_the_worst_phase_and_the_host_is_apart() -> None:
 # --- laws ------------------------------------------------------------------------------------------------------------
 
 
-def total(w: Weights, s: Sharding, blocks: int = 8) -> float:
+def total(w: WeightCounts, s: Sharding, blocks: int = 8) -> float:
     """Everything but activations."""
-    return sum(p.bytes for p in memory_model.states(w, s)) + memory_model.gathered(w, blocks, s).bytes
+    return sum(p.bytes for p in memory_model.state_parts(w, s)) + memory_model.gathered_part(w, blocks, s).bytes
 
 
 @pytest.mark.parametrize("deepspeed", [True, False])
 @pytest.mark.parametrize("size", [1, 1000, 10**9, 10**11])
 def test_more_processes_under_zero3_never_need_more(size: int, deepspeed: bool) -> None:
-    needed = [total(Weights(size, size // 7), Sharding(n, 3, deepspeed)) for n in (1, 2, 3, 8, 64, 512)]
+    needed = [total(WeightCounts(size, size // 7), Sharding(n, 3, deepspeed)) for n in (1, 2, 3, 8, 64, 512)]
     assert needed == sorted(needed, reverse=True)
 
 
@@ -129,21 +129,21 @@ def test_more_processes_under_zero3_never_need_more(size: int, deepspeed: bool) 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_an_adapter_never_has_more_optimizer_memory(n: int, stage: int) -> None:
     s = Sharding(n, stage, stage > 0)
-    full, lora = Weights(10**6), Weights(10**4, 10**6)
+    full, lora = WeightCounts(10**6), WeightCounts(10**4, 10**6)
     for name in ("gradients", "optimizer (Adam)", "master copy", "communication"):
         assert bytes_of(lora, s).get(name, 0) <= bytes_of(full, s).get(name, 0)
 
 
 def test_each_stage_of_zero_needs_no_more_states_than_the_one_before() -> None:
-    for w, n in itertools.product((Weights(10**6), Weights(10**3, 10**6)), (2, 8)):
-        sums = [sum(p.bytes for p in memory_model.states(w, Sharding(n, stage, True))) for stage in (1, 2, 3)]
+    for w, n in itertools.product((WeightCounts(10**6), WeightCounts(10**3, 10**6)), (2, 8)):
+        sums = [sum(p.bytes for p in memory_model.state_parts(w, Sharding(n, stage, True))) for stage in (1, 2, 3)]
         assert sums == sorted(sums, reverse=True)
 
 
 def test_recomputing_never_needs_more_than_keeping_two_blocks_or_more() -> None:
-    traced = Traced(block=100.0, fixed=7.0, boundary=10.0)
+    traced = ActivationBytes(block=100.0, fixed=7.0, boundary=10.0)
     for blocks in range(2, 40):
-        assert memory_model.activations(traced, blocks, recompute=True) <= memory_model.activations(
+        assert memory_model.activation_part(traced, blocks, recompute=True) <= memory_model.activation_part(
             traced, blocks, recompute=False
         )
 
@@ -190,8 +190,8 @@ def test_amounts_of_memory(text: str, amount: float | None) -> None:
 
 
 def test_amounts_in_words() -> None:
-    assert memory_model.in_words(3 * 2**29) == "1.50 GiB"
-    assert memory_model.in_words(5 * 2**20) == "5 MiB"
+    assert memory_model.format_bytes(3 * 2**29) == "1.50 GiB"
+    assert memory_model.format_bytes(5 * 2**20) == "5 MiB"
 
 
 def test_the_formulas_import_no_torch() -> None:

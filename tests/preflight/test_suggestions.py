@@ -14,13 +14,13 @@ from torch import Tensor
 from rlhf.config.sections import Optim
 from rlhf.errors import TrainingError
 from rlhf.models import shared_base
-from rlhf.models.adapters import policy_with_adapter
+from rlhf.models.policy import policy_with_adapter
 from rlhf.models.reward_models import load_scorer, new_reward_model
 from rlhf.rollout.types import Rollout
 from rlhf.runs.run_dir import RunDir
-from rlhf.trainers.phase_schedule import Program, Stretch
+from rlhf.trainers.phase_schedule import PhaseSchedule, ResolvedPhase
 from rlhf.trainers.ppo.policy_value import PolicyAndValue
-from rlhf.trainers.supervised.base import arguments
+from rlhf.trainers.supervised.base import training_arguments
 from tests.models import tiny
 from tests.models.fixtures import shake
 from tests.tolerances import assert_close
@@ -86,7 +86,7 @@ def adapters(folder: str, sft: str) -> PolicyAndValue:
     torch.manual_seed(0)  # of a fresh adapter
     policy = policy_with_adapter(tiny.source(sft), tiny.LORA)
     return PolicyAndValue(
-        shake(policy), shared_base.put_on(policy, tiny.source(folder), shared_base.VALUE, trainable=True)
+        shake(policy), shared_base.attach_scorer(policy, tiny.source(folder), shared_base.VALUE, trainable=True)
     )
 
 
@@ -143,7 +143,9 @@ def test_recomputing_under_another_adapter_would_be_seen(
 def test_the_other_stages_have_the_same_switch(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     for on in (True, False):
-        plan = Program((Stretch(frozenset("w"), 10, 1e-3),), {})
-        found = arguments(Optim(activation_checkpointing=on), run, seed=1, processes=1, program=plan, evaluate=False)
+        plan = PhaseSchedule((ResolvedPhase(frozenset("w"), 10, 1e-3),), {})
+        found = training_arguments(
+            Optim(activation_checkpointing=on), run, seed=1, processes=1, program=plan, evaluate=False
+        )
         assert found["gradient_checkpointing"] is on
         assert found["gradient_checkpointing_kwargs"] == {"use_reentrant": False}

@@ -12,7 +12,7 @@ from pathlib import Path
 import typer
 
 from rlhf.cli.main import app
-from rlhf.config.load import load, load_pipeline
+from rlhf.config.load import load_pipeline, load_stage_config
 from rlhf.config.schema import RECIPES
 from rlhf.errors import RLHFError
 from tests.project.code import ROOT
@@ -103,7 +103,7 @@ def _load(command: str, config: Path, stage: str | None, overrides: list[str]) -
     if command == "run" or (command == "check" and (stage or config.stem) == "pipeline"):
         load_pipeline(config, overrides)
     else:
-        load(RECIPES[stage or (command if command in RECIPES else config.stem)], config, overrides)
+        load_stage_config(RECIPES[stage or (command if command in RECIPES else config.stem)], config, overrides)
 
 
 def _launcher(name: str | None) -> list[str]:

@@ -10,7 +10,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
-from rlhf.config.load import load, load_pipeline
+from rlhf.config.load import load_pipeline, load_stage_config
 from rlhf.config.schema import RECIPES
 from rlhf.errors import ConfigError
 from tests.project.code import ROOT
@@ -31,7 +31,7 @@ def check(path: Path) -> None:
     stage = next((s for s in RECIPES if path.stem == s or path.stem.startswith(f"{s}-")), None)
     if stage is None:
         raise ConfigError("a recipe is named after its stage", where=str(path), do=f"one of {', '.join(RECIPES)}")
-    load(RECIPES[stage], path)
+    load_stage_config(RECIPES[stage], path)
     return None
 
 

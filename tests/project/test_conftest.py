@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from rlhf.config.sections import ModelSource
-from rlhf.models.load import count_parameters, load_causal
+from rlhf.models.load import count_parameters
+from rlhf.models.policy import load_causal
 from tests.conftest import NetworkForbidden, Run
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 
 from tests.project.code import Code, imports, inside, package, reachable
@@ -121,8 +123,26 @@ def gold_readers(code: Code) -> list[str]:
     ]
 
 
+def circles(code: Code) -> list[str]:
+    """Modules that import each other, at any depth and for type checking too."""
+    graph = {module: {t for t, _ in imports(module, code) if t in code and t != module} for module in code}
+    return [f"{module} reaches itself" for module in code if module in _reached(graph[module], graph)]
+
+
+def _reached(start: set[str], graph: Mapping[str, set[str]]) -> set[str]:
+    seen: set[str] = set()
+    queue = list(start)
+    while queue:
+        module = queue.pop()
+        if module not in seen:
+            seen.add(module)
+            queue += graph[module]
+    return seen
+
+
 RULES = {
     "up": up,
+    "circles": circles,
     "strangers": strangers,
     "intruders": intruders,
     "torch users": torch_users,
@@ -142,11 +162,11 @@ def test_the_package_keeps_the_rule(rule: str) -> None:
         ("up", "rlhf.data.new", "def f():\n    import rlhf.trainers.ppo.trainer"),
         ("up", "rlhf.data.new", "from rlhf.rollout.types import Rollout"),
         ("up", "rlhf.models.new", "from rlhf.rollout import sample"),
-        ("up", "rlhf.rollout.types", "from rlhf.models.load import resolve"),
         ("up", "rlhf.trainers.new", "from ..evaluation import stats"),
         ("up", "rlhf.runs.new", "from rlhf import stages"),
         ("up", "rlhf.stages.new", "from rlhf.cli.main import app"),
         ("up", "rlhf.runs.new", "import importlib\nimportlib.import_module(f'rlhf.stages.{1}')"),
+        ("circles", "rlhf.errors", "def f():\n    import rlhf.cli.main"),
         ("strangers", "rlhf.data.new", "from rlhf.demo.gold import utility"),
         ("strangers", "rlhf.evaluation.new", "from rlhf import demo"),
         ("strangers", "rlhf.demo.new", "from rlhf.data import records"),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.launch.launcher import Options, resolve_launch
+from rlhf.launch.launcher import LaunchOptions, resolve_launch
 from tests.project.code import ROOT
 from tests.project.commands import problems
 
@@ -39,11 +39,11 @@ def rendered(script: str, arguments: list[str], place: Path, **environment: str)
     return [(line.split("\t")[0], line.split("\t")[1]) for line in lines]
 
 
-def options(command: str) -> Options:
+def options(command: str) -> LaunchOptions:
     """What a command says about processes."""
     words = shlex.split(command)
     flags = {w: words[i + 1] for i, w in enumerate(words) if w.startswith("--")}
-    return Options(
+    return LaunchOptions(
         flags["--launcher"],
         int(flags["--num-processes"]),
         int(flags["--num-machines"]),

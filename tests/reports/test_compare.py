@@ -11,7 +11,7 @@ import pytest
 
 from rlhf.console import Console
 from rlhf.errors import ConfigError
-from rlhf.reports.compare import compare
+from rlhf.reports.compare import compare_runs
 
 WINS = (0.75, 0.625, 0.875)
 
@@ -42,7 +42,7 @@ def runs(tmp_path: Path) -> list[Path]:
 
 def printed(capsys: pytest.CaptureFixture[str], runs: list[Path], output: Path | None = None) -> dict[str, list[str]]:
     """Title -> table lines, one a row."""
-    compare(runs, Console(as_json=True), output=output)
+    compare_runs(runs, Console(as_json=True), output=output)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     return {line["table"]: [list(row.values()) for row in line["rows"]] for line in lines if "table" in line}
 
@@ -96,9 +96,9 @@ def test_what_cannot_be_compared_is_refused(
 ) -> None:
     other = evaluation(tmp_path / "other", rows, reference)
     with pytest.raises(ConfigError, match=words):
-        compare([runs[0], other], Console(), output=None)
+        compare_runs([runs[0], other], Console(), output=None)
 
 
 def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no finished evaluation"):
-        compare([tmp_path], Console(), output=None)
+        compare_runs([tmp_path], Console(), output=None)

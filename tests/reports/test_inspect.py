@@ -10,11 +10,11 @@ import pytest
 
 from rlhf.console import Console
 from rlhf.errors import ConfigError
-from rlhf.reports.inspect import COLUMNS, inspect, painted
+from rlhf.reports.inspect import PAINTABLE_NUMBERS, inspect_rollout, paint_tokens
 
 
 def token(text: str, **numbers: float) -> dict[str, Any]:
-    return {"token": text, **dict.fromkeys(COLUMNS, 0.0), **numbers}
+    return {"token": text, **dict.fromkeys(PAINTABLE_NUMBERS, 0.0), **numbers}
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_it_shows_tokens_numbers_and_sums(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    inspect(run, Console(), step=1, row=1, paint="kl")
+    inspect_rollout(run, Console(), step=1, row=1, paint="kl")
     out = capsys.readouterr().out
     for words in ("step 1", "row 1: score 1.500, KL 0.250 nats, not ended", "' no'", "-1.000", "0.250", "<|user|>hi"):
         assert words in out
@@ -46,7 +46,7 @@ def test_it_shows_tokens_numbers_and_sums(run: Path, capsys: pytest.CaptureFixtu
 
 
 def test_the_last_step_is_shown_if_none_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    inspect(run, Console(), step=None, row=None, paint="advantage")
+    inspect_rollout(run, Console(), step=None, row=None, paint="advantage")
     out = capsys.readouterr().out
     assert "step 10" in out
     assert "row 0" in out
@@ -54,7 +54,7 @@ def test_the_last_step_is_shown_if_none_is_named(run: Path, capsys: pytest.Captu
 
 
 def test_paint_is_green_above_and_red_below_0_by_size() -> None:
-    text = painted([token("a", advantage=2.0), token("b", advantage=-1.0), token("c")], "advantage")
+    text = paint_tokens([token("a", advantage=2.0), token("b", advantage=-1.0), token("c")], "advantage")
     assert text.plain == "  abc"
     assert [str(span.style) for span in text.spans] == [
         "white on rgb(0,200,0)",
@@ -73,9 +73,9 @@ def test_paint_is_green_above_and_red_below_0_by_size() -> None:
 )
 def test_what_is_not_there_is_said_with_what_is(run: Path, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        inspect(run, Console(), **{"step": 1, "row": None, "paint": "kl"} | options)
+        inspect_rollout(run, Console(), **{"step": 1, "row": None, "paint": "kl"} | options)
 
 
 def test_a_folder_without_samples_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="run directory of a ppo stage"):
-        inspect(tmp_path, Console(), step=None, row=None, paint="kl")
+        inspect_rollout(tmp_path, Console(), step=None, row=None, paint="kl")

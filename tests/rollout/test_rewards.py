@@ -13,7 +13,7 @@ from rlhf.data.render import Renderer
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.models.heads import sequence_scores
 from rlhf.models.reward_models import load_scorer
-from rlhf.rollout.rewards import EnsembleReward, FunctionReward, ModelReward, Rewards, load_function
+from rlhf.rollout.rewards import EnsembleReward, FunctionReward, ModelReward, Rewards, import_reward_function
 from rlhf.rollout.types import Rollout
 from rlhf.stages.pretrain import new_tokenizer
 from tests.models import tiny
@@ -143,7 +143,9 @@ def test_an_ensemble_combines_its_members_on_their_scales(rollout: Rollout, scor
 
 def test_a_function_gets_prompt_text_and_record(rollout: Rollout) -> None:
     reward = FunctionReward(
-        "length", load_function("tests.rollout.test_rewards:length", what="reward function", where="x"), tiny.renderer()
+        "length",
+        import_reward_function("tests.rollout.test_rewards:length", what="reward function", where="x"),
+        tiny.renderer(),
     )
     assert reward(rollout, RECORDS).tolist() == [len(SAID[0]) + 300, len(SAID[1]) + 400]
 
@@ -159,7 +161,7 @@ def test_a_function_that_fails_is_named_with_what_it_was_given(rollout: Rollout,
 @pytest.mark.parametrize("name", ["nothing", "no.such.module:f", "tests.rollout.test_rewards:absent", "math:pi"])
 def test_a_function_that_is_not_there_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="function"):
-        load_function(name, what="reward function", where="rewards")
+        import_reward_function(name, what="reward function", where="rewards")
 
 
 def test_parts_are_added_by_weight(rollout: Rollout, scorer: Any) -> None:

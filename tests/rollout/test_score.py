@@ -13,7 +13,7 @@ from torch import Tensor
 from rlhf.config.schema import PPO
 from rlhf.models.heads import sequence_scores
 from rlhf.models.reward_models import load_scorer
-from rlhf.rollout.score import Spread, measure, response_logprobs, response_values, shape
+from rlhf.rollout.score import RunningStats, make_experience, response_logprobs, response_values, score_rollout
 from rlhf.rollout.types import Experience, Rollout
 from rlhf.trainers.ppo.policy_value import PolicyAndValue
 from tests import oracles
@@ -50,7 +50,7 @@ def experience(rollout: Rollout, models: dict[str, Any], **changes: Any) -> Expe
         "microbatch": 2,
         "packed": True,
     }
-    return shape(measure(rollout, **options | changes), kl_coef=COEF, **shaping)
+    return make_experience(score_rollout(rollout, **options | changes), kl_coef=COEF, **shaping)
 
 
 @pytest.fixture
@@ -103,14 +103,14 @@ def test_a_fixed_score_replaces_that_of_unfinished_responses(rollout: Rollout, m
 
 def test_the_spread_of_a_stream_is_that_of_all_its_scores() -> None:
     stream = [torch.randn(n, generator=torch.Generator().manual_seed(n)) * 3 + 5 for n in (1, 7, 2, 30)]
-    spread = Spread()
+    spread = RunningStats()
     for part in stream:
         spread = spread.seen(part)
     everything = torch.cat(stream).double()
     assert spread.number == 40
     assert_close(torch.tensor(spread.mean), float(everything.mean()))
     assert_close(torch.tensor(spread.deviation), float(everything.std(correction=0)))
-    assert Spread().seen(torch.full((5,), 2.0)).deviation == 1e-3  # equal scores are not blown up
+    assert RunningStats().seen(torch.full((5,), 2.0)).deviation == 1e-3  # equal scores are not blown up
 
 
 def test_raw_scores_are_those_of_whole_sequences(made: Experience, rollout: Rollout, models: dict[str, Any]) -> None:

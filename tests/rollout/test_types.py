@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlhf.errors import ShapeError
-from rlhf.rollout.types import Rollout, merge
+from rlhf.rollout.types import Rollout, merge_rollouts
 from tests.models import tiny
 
 PAD = tiny.renderer().pad_id
@@ -66,7 +66,7 @@ def test_selecting_cuts_padding_that_no_row_needs(rollout: Rollout) -> None:
 @pytest.mark.parametrize("cuts", [[[0], [1], [2], [3]], [[0, 1], [2, 3]], [[2], [3, 1, 0]]])
 def test_what_is_cut_apart_can_be_put_together_again(rollout: Rollout, cuts: list[list[int]]) -> None:
     parts = [rollout.select(torch.tensor(rows)) for rows in cuts]
-    merged = merge(parts, PAD)
+    merged = merge_rollouts(parts, PAD)
     merged.validate()
     assert same(merged.select(merged.index.argsort()), rollout)
 

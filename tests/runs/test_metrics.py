@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.errors import TrainingError
-from rlhf.runs.metrics import METRICS, MetricsWriter, read_lines
+from rlhf.runs.metrics import METRICS, MetricsWriter, read_jsonl
 
 
 def written(path: Path, steps: range) -> None:
@@ -50,7 +50,7 @@ def test_on_resume_later_steps_are_dropped(tmp_path: Path) -> None:
     writer = MetricsWriter(path, keep_until=4)
     writer.write(5, {"loss": 9.0})
     writer.close()
-    assert [(line["step"], line["loss"]) for line in read_lines(path)] == [
+    assert [(line["step"], line["loss"]) for line in read_jsonl(path)] == [
         (1, 0.1),
         (2, 0.2),
         (3, 0.3),
@@ -62,16 +62,16 @@ def test_on_resume_later_steps_are_dropped(tmp_path: Path) -> None:
 def test_a_fresh_start_forgets_the_old_file(tmp_path: Path) -> None:
     written(tmp_path / "m", range(1, 4))
     MetricsWriter(tmp_path / "m").close()
-    assert list(read_lines(tmp_path / "m")) == []
+    assert list(read_jsonl(tmp_path / "m")) == []
 
 
 def test_a_last_line_cut_by_a_crash_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "m"
     written(path, range(1, 4))
     path.write_text(path.read_text(encoding="utf-8")[:-5], encoding="utf-8")
-    assert [line["step"] for line in read_lines(path)] == [1, 2]
+    assert [line["step"] for line in read_jsonl(path)] == [1, 2]
     MetricsWriter(path, keep_until=3).close()
-    assert [line["step"] for line in read_lines(path)] == [1, 2]
+    assert [line["step"] for line in read_jsonl(path)] == [1, 2]
 
 
 def test_every_metric_says_unit_meaning_and_a_range_that_is_not_empty() -> None:

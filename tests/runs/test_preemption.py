@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from rlhf.cli.output import print_ending
 from rlhf.runs import preemption
 
 
@@ -16,7 +17,7 @@ from rlhf.runs import preemption
 def listening() -> Iterator[None]:
     """As in the command line."""
     before = signal.getsignal(signal.SIGTERM)
-    preemption.listen()
+    preemption.handle_sigterm()
     yield
     signal.signal(signal.SIGTERM, before)
 
@@ -26,47 +27,47 @@ def terminate() -> None:
 
 
 def test_it_ends_at_once_where_no_safe_point_is_to_come() -> None:
-    with pytest.raises(preemption.Stopped) as end:
+    with pytest.raises(preemption.RunStopped) as end:
         terminate()
-    assert end.value.code == preemption.STOPPED == 75
+    assert end.value.code == preemption.STOPPED_EXIT_CODE == 75
 
 
 def patient() -> None:
-    with preemption.at_safe_points(60):
-        assert not preemption.asked()
+    with preemption.delay_sigterm(60):
+        assert not preemption.stop_requested()
         terminate()
         terminate()
-        assert preemption.asked()
-        assert not preemption.urgent()
+        assert preemption.stop_requested()
+        assert not preemption.stop_is_urgent()
 
 
 def hasty() -> None:
-    with preemption.at_safe_points(0.2):
+    with preemption.delay_sigterm(0.2):
         terminate()
         time.sleep(0.12)
-        assert preemption.urgent()
+        assert preemption.stop_is_urgent()
         time.sleep(30)
 
 
 def test_it_waits_for_a_safe_point_and_twice_is_as_once() -> None:
-    with pytest.raises(preemption.Stopped):
+    with pytest.raises(preemption.RunStopped):
         patient()
-    assert not preemption.asked()
+    assert not preemption.stop_requested()
 
 
 def test_it_ends_when_the_grace_is_over() -> None:
     begun = time.monotonic()
-    with pytest.raises(preemption.Stopped):
+    with pytest.raises(preemption.RunStopped):
         hasty()
     assert time.monotonic() - begun < 10
 
 
 def test_a_request_is_forgotten_with_the_run_that_it_was_for() -> None:
-    with preemption.at_safe_points(0.1):
+    with preemption.delay_sigterm(0.1):
         pass
     time.sleep(0.15)
-    with preemption.at_safe_points(60):
-        assert not preemption.asked()
+    with preemption.delay_sigterm(60):
+        assert not preemption.stop_requested()
 
 
 def test_the_last_line_says_how_to_continue(
@@ -77,5 +78,5 @@ def test_the_last_line_says_how_to_continue(
         (["rlhf", "chat", "x"], ""),
     ):
         monkeypatch.setattr("sys.argv", argv)
-        assert preemption.say_end("stopped", 75) == 75
+        assert print_ending("stopped", 75) == 75
         assert capsys.readouterr().err == f"\nstopped{more}\n"

@@ -13,7 +13,7 @@ import yaml
 
 from rlhf.models.handover import Handover
 from rlhf.models.heads import sequence_scores
-from rlhf.models.load import load_causal
+from rlhf.models.policy import load_causal
 from rlhf.models.reward_models import load_scorer
 from rlhf.runs.metrics import METRICS
 from tests.models import tiny

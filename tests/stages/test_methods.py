@@ -12,8 +12,8 @@ import torch
 from rlhf.config.schema import SFTConfig
 from rlhf.console import Console
 from rlhf.errors import ConfigError
-from rlhf.models.load import load_causal
-from rlhf.models.soft_prompt import SoftPrompt, load_speaker
+from rlhf.models.policy import load_causal
+from rlhf.models.soft_prompt import SoftPrompt, load_for_generation
 from rlhf.stages.sft import _model
 from tests.models import tiny
 from tests.stages import setup
@@ -71,7 +71,7 @@ def test_a_soft_prompt_is_trained_used_and_trained_on(
     run_stage("sft", made["sft"] | {"peft": peft, "optim": setup.optim(learning_rate=0.05, epochs=4)})
     losses = [line["loss"] for line in setup.metrics(tmp_path / "sft") if "loss" in line]
     assert losses[-1] < losses[0]
-    speaker = load_speaker(tiny.source(tmp_path / "sft"))
+    speaker = load_for_generation(tiny.source(tmp_path / "sft"))
     assert isinstance(speaker, SoftPrompt)
     assert speaker.prompt.shape[1] == 4
     code, _, err = call_cli(
@@ -85,7 +85,7 @@ def test_a_soft_prompt_is_trained_used_and_trained_on(
     run_stage("evaluate", evaluate | {"best_of": 0})
     again = made["sft"] | {"output_dir": str(tmp_path / "again"), "model": {"path": str(tmp_path / "sft")}}
     run_stage("sft", again | {"peft": peft})
-    more = load_speaker(tiny.source(tmp_path / "again"))
+    more = load_for_generation(tiny.source(tmp_path / "again"))
     assert 0 < (more.prompt - speaker.prompt).abs().max() < 1
     for stage in ("reward", "sft"):
         config = made[stage] | {"output_dir": str(tmp_path / "no"), "model": {"path": str(tmp_path / "sft")}}

@@ -17,11 +17,12 @@ from rlhf.console import Console
 from rlhf.data.render import Renderer
 from rlhf.distributed.engine_limits import check_deepspeed
 from rlhf.errors import ConfigError
+from rlhf.models.handover import save_tokenizer_and_handover
 from rlhf.models.heads import sequence_scores
-from rlhf.models.load import load_causal, load_tokenizer
+from rlhf.models.load import load_tokenizer
+from rlhf.models.policy import load_causal
 from rlhf.models.reward_models import load_scorer
-from rlhf.stages.lifecycle import seal
-from rlhf.stages.ppo import prepare
+from rlhf.stages.ppo import load_components
 from rlhf.stages.pretrain import new_tokenizer
 from tests.models import tiny
 from tests.stages import setup
@@ -69,8 +70,8 @@ def test_frozen_models_that_rest_change_no_number(full: Any, run_stage: Any, tmp
 def test_a_reward_model_on_the_shared_base_cannot_rest(adapted: Any, tmp_path: Path) -> None:
     found = PPOConfig.model_validate(config(adapted, tmp_path / "run", offload=["reward"]))
     with pytest.raises(ConfigError, match=r"offload: there is no reward model to offload .* set roles=separate"):
-        prepare(found, Console(quiet=True))
-    prepare(found.model_copy(update={"roles": "separate"}), Console(quiet=True))
+        load_components(found, Console(quiet=True))
+    load_components(found.model_copy(update={"roles": "separate"}), Console(quiet=True))
 
 
 def test_text_average_filters_and_an_early_stop_go_through_the_stage(
@@ -111,7 +112,9 @@ def test_a_reward_model_with_another_tokenizer_is_read_in_its_own_words(
         (folder / name).unlink(missing_ok=True)
     size = len(load_tokenizer(tiny.source(full.run("sft"))))
     other = new_tokenizer(iter(["quite other sentences make quite other tokens, and so they should"] * 3), size)
-    seal(folder, "reward", Renderer(other), other, score_mean=0.0, score_std=1.0, head_dtype="float32")
+    save_tokenizer_and_handover(
+        folder, "reward", Renderer(other), other, score_mean=0.0, score_std=1.0, head_dtype="float32"
+    )
     out = run_stage("ppo", config(full, tmp_path / "run", reward_model={"path": str(folder)}))
     assert "has another tokenizer than the policy" in out
     assert metrics(tmp_path / "run")[0]["score_std"] > 0
@@ -248,7 +251,7 @@ def test_activation_checkpointing_reaches_every_layer_that_is_trained(
     found = request.getfixturevalue(chain)
     for on in (True, False):
         chosen = config(found, tmp_path / "run", optim={"activation_checkpointing": on})
-        model = prepare(PPOConfig.model_validate(chosen), Console(quiet=True)).model
+        model = load_components(PPOConfig.model_validate(chosen), Console(quiet=True)).model
         layers = [m for m in model.modules() if hasattr(m, "gradient_checkpointing") and hasattr(m, "self_attn")]
         assert len(layers) == (4 if chain == "full" else 2)  # two layers a model; adapters share them
         assert all(layer.gradient_checkpointing is on for layer in layers)

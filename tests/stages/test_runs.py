@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from rlhf.models.load import load_causal
+from rlhf.models.policy import load_causal
 from tests.models import tiny
 from tests.stages import setup
 from tests.stages.setup import info, metrics
@@ -111,11 +111,11 @@ def test_samples_are_not_written_twice(
     full: Any, call_cli: Any, run_stage: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Hit while writing the checkpoint of step 2, whose samples are there already."""
-    from rlhf.trainers.ppo.checkpointer import Keeper
+    from rlhf.trainers.ppo.checkpointer import PPOCheckpointer
 
     config = moved(full.configs["ppo"], tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(Keeper, "save", interrupted_at(2, Keeper.save, lambda _, t: t.step))
+        patch.setattr(PPOCheckpointer, "save", interrupted_at(2, PPOCheckpointer.save, lambda _, t: t.step))
         interrupt("ppo", config, tmp_path, call_cli)
     run_stage("ppo", config)
     ours, theirs = ((run / "samples.jsonl").read_text() for run in (tmp_path / "run", full.run("ppo")))
@@ -127,12 +127,12 @@ def test_an_interrupted_run_on_a_trainer_ends_as_an_uninterrupted_one(
     stage: str, at: int, trained: Any, call_cli: Any, run_stage: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Checkpoints are of every second of six updates; three make an epoch."""
-    from rlhf.trainers.supervised.base import Report
+    from rlhf.trainers.supervised.base import MetricsCallback
 
     config = moved(trained.configs[stage], tmp_path / "run")
     with monkeypatch.context() as patch:
         state = lambda _, args, state, *rest: state.global_step  # noqa: E731
-        patch.setattr(Report, "on_step_end", interrupted_at(at, Report.on_step_end, state))
+        patch.setattr(MetricsCallback, "on_step_end", interrupted_at(at, MetricsCallback.on_step_end, state))
         interrupt(stage, config, tmp_path, call_cli)
     run_stage(stage, config)
     assert_same_run(tmp_path / "run", trained.run(stage))

@@ -14,10 +14,10 @@ from rlhf.data.collate import pad_right
 from rlhf.models import handover
 from rlhf.models import load as loading
 from rlhf.models.adapters import add_adapter, load_adapter
+from rlhf.models.handover import save_tokenizer_and_handover
 from rlhf.models.heads import sequence_outputs
-from rlhf.models.load import load_causal
+from rlhf.models.policy import load_causal
 from rlhf.models.reward_models import adapted_classifier, load_classifier, load_scorer, new_classifier
-from rlhf.stages.lifecycle import seal
 from tests.models import tiny
 from tests.models.fixtures import shake
 from tests.tolerances import assert_close
@@ -46,7 +46,9 @@ def classifier(name: str, sft_folder: str, folder: Path, *, labels: list[str] | 
     )
     shake(model).save_pretrained(str(folder))
     more: dict[str, Any] = {"labels": labels, "several": True} if labels else {"score_mean": 0.5, "score_std": 2.0}
-    seal(folder, "classify" if labels else "reward", renderer, tokenizer, head_dtype="float32", **more)
+    save_tokenizer_and_handover(
+        folder, "classify" if labels else "reward", renderer, tokenizer, head_dtype="float32", **more
+    )
     return str(folder)
 
 
@@ -84,7 +86,7 @@ def test_transformers_alone_gets_the_adapters_logits(name: str, sft_folder: str,
     end = plain.generation_config
     assert (end.eos_token_id, end.pad_token_id) == (tiny.renderer().end_id, tiny.renderer().pad_id)
     assert AutoTokenizer.from_pretrained(str(tmp_path / "plain")).chat_template
-    assert handover.read(tmp_path / "plain") == handover.read(folder)
+    assert handover.read_handover(tmp_path / "plain") == handover.read_handover(folder)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "plain"]
     assert (tmp_path / "plain").stat().st_mode == (tmp_path / "adapter").stat().st_mode
 
@@ -115,7 +117,7 @@ def test_a_reward_model_keeps_its_scale_and_is_one_still(sft_folder: str, call_c
     assert_close(
         outputs(load_scorer(tiny.source(tmp_path / "plain"))), outputs(load_scorer(tiny.source(folder))).tolist()
     )
-    record = handover.read(tmp_path / "plain")
+    record = handover.read_handover(tmp_path / "plain")
     assert record is not None
     assert (record.stage, record.score_mean, record.score_std) == ("reward", 0.5, 2.0)
 

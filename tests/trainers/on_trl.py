@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config.sections import Optim
-from rlhf.config.tuning import NOTHING, Phase, Selection
+from rlhf.config.tuning import EMPTY_SELECTION, Selection, TrainingPhase
 from rlhf.data.render import Rendered
-from rlhf.models.parameter_selection import layout
-from rlhf.runs.metrics import MetricsWriter, read_lines
+from rlhf.models.parameter_selection import map_parameters
+from rlhf.runs.metrics import MetricsWriter, read_jsonl
 from rlhf.runs.run_dir import RunDir
-from rlhf.trainers.phase_schedule import Program, program, rate_factors
+from rlhf.trainers.phase_schedule import PhaseSchedule, make_schedule, parameter_rate_factors
 from rlhf.trainers.supervised import classify, reward, sft
-from rlhf.trainers.supervised.base import Report, arguments, silence
-from rlhf.trainers.supervised.phase_callback import follow
+from rlhf.trainers.supervised.base import MetricsCallback, remove_printer, training_arguments
+from rlhf.trainers.supervised.phase_callback import attach_phases
 from tests.models import tiny
 
 
@@ -32,29 +32,29 @@ def prepared(
     records: int,
     evaluate: bool,
     *,
-    freeze: Selection = NOTHING,
-    unfreeze: tuple[Phase, ...] = (),
+    freeze: Selection = EMPTY_SELECTION,
+    unfreeze: tuple[TrainingPhase, ...] = (),
     evaluations: int = 5,
     **optim: Any,
-) -> tuple[dict[str, Any], Report, Program]:
+) -> tuple[dict[str, Any], MetricsCallback, PhaseSchedule]:
     """Trainer arguments, the report and the program of a run in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = Optim(**{"batch_size": 8, "microbatch_size": 8, "warmup_fraction": 0.0} | optim)
-    of = layout(model)
-    made = program(
+    of = map_parameters(model)
+    made = make_schedule(
         of.only(n for n, p in model.named_parameters() if p.requires_grad),
         settings,
         freeze=freeze,
         unfreeze=unfreeze,
         per_epoch=math.ceil(records / settings.batch_size),
-        factors=rate_factors(of, layer_decay=settings.layer_decay, head_factor=settings.head_factor),
+        factors=parameter_rate_factors(of, layer_decay=settings.layer_decay, head_factor=settings.head_factor),
     )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in made.names)
-    args = arguments(
+    args = training_arguments(
         settings, RunDir(folder), seed=1, processes=1, program=made, evaluate=evaluate, evaluations=evaluations
     )
-    return args, Report(MetricsWriter(folder / "metrics.jsonl"), NoBar(), ("loss",)), made
+    return args, MetricsCallback(MetricsWriter(folder / "metrics.jsonl"), NoBar(), ("loss",)), made
 
 
 def sft_trainer(
@@ -68,7 +68,7 @@ def sft_trainer(
 ) -> Any:
     """An SFT trainer on rendered rows."""
     args, report, made = prepared(folder, model, len(rows), bool(validation), **settings)
-    trainer = sft.build(model, tiny.tokenizer(), rows, validation or [], args, report, packing=packing)
+    trainer = sft.build_sft_trainer(model, tiny.tokenizer(), rows, validation or [], args, report, packing=packing)
     return ready(trainer, made)
 
 
@@ -83,7 +83,9 @@ def reward_trainer(
 ) -> Any:
     """A reward trainer on pairs."""
     args, report, made = prepared(folder, model, len(pairs), bool(validation), **settings)
-    return ready(reward.build(model, tiny.tokenizer(), pairs, validation or [], args, report, center=center), made)
+    return ready(
+        reward.build_reward_trainer(model, tiny.tokenizer(), pairs, validation or [], args, report, center=center), made
+    )
 
 
 def label_trainer(
@@ -98,19 +100,19 @@ def label_trainer(
 ) -> Any:
     """A classifier's trainer on rows with targets."""
     args, report, made = prepared(folder, model, len(rows), bool(validation), **settings)
-    trainer = classify.build(
+    trainer = classify.build_classifier_trainer(
         model, tiny.tokenizer(), rows, validation or [], args, report, several=several, weight=weight
     )
     return ready(trainer, made)
 
 
-def ready(trainer: Any, made: Program) -> Any:
+def ready(trainer: Any, made: PhaseSchedule) -> Any:
     """As a stage leaves it before it trains."""
-    follow(trainer, made)
-    silence(trainer)
+    attach_phases(trainer, made)
+    remove_printer(trainer)
     return trainer
 
 
 def written(folder: Path) -> list[dict[str, float]]:
     """Lines of metrics.jsonl."""
-    return list(read_lines(folder / "metrics.jsonl"))
+    return list(read_jsonl(folder / "metrics.jsonl"))

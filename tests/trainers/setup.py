@@ -16,9 +16,9 @@ from rlhf.distributed.engine import make_accelerator
 from rlhf.models.reward_models import load_scorer
 from rlhf.rollout.rewards import ModelReward, Rewards
 from rlhf.rollout.types import Experience
-from rlhf.trainers.ppo.health import Watcher
+from rlhf.trainers.ppo.health import HealthMonitor
 from rlhf.trainers.ppo.policy_value import PolicyAndValue
-from rlhf.trainers.ppo.state import STATE
+from rlhf.trainers.ppo.state import STATE_FILE
 from rlhf.trainers.ppo.trainer import PPOTrainer
 from tests.models import tiny
 
@@ -84,7 +84,7 @@ def make(
         pad_id=tiny.renderer().pad_id,
         text=text,
         decode=tiny.tokenizer().decode,
-        watcher=Watcher(made.watch, folder, say or (lambda _: None)),
+        watcher=HealthMonitor(made.watch, folder, say or (lambda _: None)),
         report=report or (lambda *_: None),
         checkpoint=checkpoint or (lambda _: None),
         restore=restore or (lambda _: False),
@@ -138,7 +138,9 @@ def memory() -> tuple[dict[str, Any], Callable[[PPOTrainer], None], Callable[[PP
 
     def save(trainer: PPOTrainer) -> None:
         folder = saved(trainer, Path(place.name) / str(len(kept["all"]) if kept else 0))
-        kept.update({"all": [*kept.get("all", []), folder], "state": torch.load(folder / STATE, weights_only=True)})
+        kept.update(
+            {"all": [*kept.get("all", []), folder], "state": torch.load(folder / STATE_FILE, weights_only=True)}
+        )
 
     def load(trainer: PPOTrainer) -> bool:
         if kept:

@@ -10,31 +10,40 @@ from typing import Any
 import pytest
 
 from rlhf.config.sections import Optim
-from rlhf.config.tuning import NOTHING, Phase, Selection, Steps
+from rlhf.config.tuning import EMPTY_SELECTION, PPOPhase, Selection, TrainingPhase
 from rlhf.errors import ConfigError
-from rlhf.models.parameter_selection import Layout, Place
-from rlhf.trainers.lr_schedule import rate_factor
-from rlhf.trainers.phase_schedule import Program, Stretch, ppo_program, program, rate_factors, table
+from rlhf.models.parameter_selection import ParameterMap, ParameterPlace
+from rlhf.trainers.lr_schedule import schedule_factor
+from rlhf.trainers.phase_schedule import (
+    PhaseSchedule,
+    ResolvedPhase,
+    make_ppo_schedule,
+    make_schedule,
+    parameter_rate_factors,
+    phase_table,
+)
 
 BLOCKS = 3
 PLACES = {
-    "embed": Place(None, "embeddings", 0),
-    **{f"b{i}": Place(i, "mlp", i + 1) for i in range(BLOCKS)},
-    "norm": Place(None, "norms", BLOCKS + 1),
-    "score": Place(None, "score", BLOCKS + 1),
+    "embed": ParameterPlace(None, "embeddings", 0),
+    **{f"b{i}": ParameterPlace(i, "mlp", i + 1) for i in range(BLOCKS)},
+    "norm": ParameterPlace(None, "norms", BLOCKS + 1),
+    "score": ParameterPlace(None, "score", BLOCKS + 1),
 }
-OF = Layout(PLACES, BLOCKS, tied=False)
+OF = ParameterMap(PLACES, BLOCKS, tied=False)
 HEAD, LAST, ALL = frozenset({"score"}), frozenset({"score", "b2"}), frozenset(PLACES)
 
 
-def stretches(*lengths: int, patience: int | None = None) -> Program:
-    return Program(tuple(Stretch(ALL, n, 1.0, patience=patience) for n in lengths), {})
+def stretches(*lengths: int, patience: int | None = None) -> PhaseSchedule:
+    return PhaseSchedule(tuple(ResolvedPhase(ALL, n, 1.0, patience=patience) for n in lengths), {})
 
 
-def made(unfreeze: Sequence[Phase] = (), freeze: Selection = NOTHING, per_epoch: int = 10, **optim: Any) -> Program:
+def made(
+    unfreeze: Sequence[TrainingPhase] = (), freeze: Selection = EMPTY_SELECTION, per_epoch: int = 10, **optim: Any
+) -> PhaseSchedule:
     settings = Optim(**{"learning_rate": 0.1, "schedule": "constant"} | optim)
-    factors = rate_factors(OF, layer_decay=settings.layer_decay, head_factor=settings.head_factor)
-    return program(OF, settings, freeze=freeze, unfreeze=unfreeze, per_epoch=per_epoch, factors=factors)
+    factors = parameter_rate_factors(OF, layer_decay=settings.layer_decay, head_factor=settings.head_factor)
+    return make_schedule(OF, settings, freeze=freeze, unfreeze=unfreeze, per_epoch=per_epoch, factors=factors)
 
 
 def test_phases_follow_one_another() -> None:
@@ -84,10 +93,10 @@ def test_a_run_without_phases_is_one() -> None:
 def test_probe_then_fine_tune() -> None:
     plan = made(
         [
-            Phase(
+            TrainingPhase(
                 train=Selection(parts=("score",)), epochs=3, learning_rate=1.0, warmup_fraction=0.5, schedule="linear"
             ),
-            Phase(train="all", updates=7),
+            TrainingPhase(train="all", updates=7),
         ],
     )
     probe, tune = plan.stretches
@@ -102,14 +111,14 @@ def test_probe_then_fine_tune() -> None:
 
 
 def test_top_down_ends_with_everything_and_never_freezes_again() -> None:
-    plan = made([Phase(train="top-down", updates=2)])
+    plan = made([TrainingPhase(train="top-down", updates=2)])
     assert [len(s.names) for s in plan.stretches] == [3, 4, 5, 6]
     assert plan.stretches[0].names == {"score", "norm", "b2"}
     assert all(before.names < after.names for before, after in pairwise(plan.stretches))
 
 
 def test_what_is_frozen_is_in_no_phase() -> None:
-    plan = made([Phase(train="top-down", updates=2)], Selection(parts=("embeddings",), layers="0"))
+    plan = made([TrainingPhase(train="top-down", updates=2)], Selection(parts=("embeddings",), layers="0"))
     assert plan.names == ALL - {"embed", "b0"}
 
 
@@ -117,18 +126,24 @@ def test_nothing_left_to_train() -> None:
     with pytest.raises(ConfigError, match=r"nothing is left to train \(found: 6 of 6"):
         made(freeze=Selection(names=("*",)))
     with pytest.raises(ConfigError, match=r"unfreeze\[1\]: nothing is left"):
-        made([Phase(updates=1), Phase(train=Selection(parts=("score",)), updates=1)], Selection(parts=("score",)))
+        made(
+            [TrainingPhase(updates=1), TrainingPhase(train=Selection(parts=("score",)), updates=1)],
+            Selection(parts=("score",)),
+        )
 
 
 def test_layer_decay_falls_towards_the_input() -> None:
-    factors = rate_factors(OF, layer_decay=0.5, head_factor=10.0)
+    factors = parameter_rate_factors(OF, layer_decay=0.5, head_factor=10.0)
     assert factors == {"embed": 1 / 16, "b0": 1 / 8, "b1": 1 / 4, "b2": 1 / 2, "norm": 1.0, "score": 10.0}
-    assert set(rate_factors(OF, layer_decay=1.0, head_factor=1.0).values()) == {1.0}
+    assert set(parameter_rate_factors(OF, layer_decay=1.0, head_factor=1.0).values()) == {1.0}
 
 
 def test_groups_hold_together_what_begins_and_ends_together_and_waits_with_rate_0() -> None:
     plan = made(
-        [Phase(train=Selection(parts=("score",)), updates=2, learning_rate=1.0), Phase(train="all", updates=2)],
+        [
+            TrainingPhase(train=Selection(parts=("score",)), updates=2, learning_rate=1.0),
+            TrainingPhase(train="all", updates=2),
+        ],
         layer_decay=0.5,
     )
     groups = plan.groups(frozenset({"norm"}))
@@ -145,7 +160,7 @@ def test_groups_hold_together_what_begins_and_ends_together_and_waits_with_rate_
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 def test_each_phase_has_a_schedule_of_its_own(schedule: Any) -> None:
     phase = {"schedule": schedule, "warmup_fraction": 0.2, "updates": 10}
-    plan = made([Phase(**phase, learning_rate=1.0), Phase(**phase, learning_rate=0.5)])
+    plan = made([TrainingPhase(**phase, learning_rate=1.0), TrainingPhase(**phase, learning_rate=0.5)])
     groups = plan.groups()
     rates = [plan.rates(groups, done, plan.now(done))[0] for done in range(20)]
     assert rates[10:] == [0.5 * rate for rate in rates[:10]]
@@ -155,32 +170,37 @@ def test_each_phase_has_a_schedule_of_its_own(schedule: Any) -> None:
 
 
 def test_the_factor_of_a_rate() -> None:
-    assert [rate_factor("linear", 0, u, 4) for u in range(4)] == [1.0, 0.75, 0.5, 0.25]
-    assert rate_factor("cosine", 0, 2, 4) == pytest.approx(0.5)
-    assert [rate_factor("constant", 4, u, 8) for u in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert [schedule_factor("linear", 0, u, 4) for u in range(4)] == [1.0, 0.75, 0.5, 0.25]
+    assert schedule_factor("cosine", 0, 2, 4) == pytest.approx(0.5)
+    assert [schedule_factor("constant", 4, u, 8) for u in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
 
 
 def test_the_phases_of_ppo_and_the_rest_of_the_run() -> None:
-    phases = [Steps(train=Selection(last=1), steps=2, learning_rate=3.0), Steps()]
-    plan = ppo_program(OF, freeze=NOTHING, unfreeze=phases, steps=5, learning_rate=1.0, where="policy", factors={})
+    phases = [PPOPhase(train=Selection(last=1), steps=2, learning_rate=3.0), PPOPhase()]
+    plan = make_ppo_schedule(
+        OF, freeze=EMPTY_SELECTION, unfreeze=phases, steps=5, learning_rate=1.0, where="policy", factors={}
+    )
     assert [plan.now(step).phase for step in range(5)] == [0, 0, 1, 1, 1]
     assert [s.learning_rate for s in plan.stretches] == [3.0, 1.0]
-    short = ppo_program(
-        OF, freeze=NOTHING, unfreeze=[Steps(steps=2)], steps=5, learning_rate=1.0, where="policy", factors={}
+    short = make_ppo_schedule(
+        OF, freeze=EMPTY_SELECTION, unfreeze=[PPOPhase(steps=2)], steps=5, learning_rate=1.0, where="policy", factors={}
     )
     assert short.now(4).phase == 0  # a run longer than its phases stays in the last
     with pytest.raises(ConfigError, match=r"freeze\.policy: nothing is left"):
-        ppo_program(
+        make_ppo_schedule(
             OF, freeze=Selection(names=("*",)), unfreeze=(), steps=1, learning_rate=1.0, where="policy", factors={}
         )
 
 
 def test_the_table_says_what_is_trained_when_and_how_fast() -> None:
     plan = made(
-        [Phase(train=Selection(parts=("score",)), updates=2, learning_rate=1.0), Phase(train="all", updates=2)],
+        [
+            TrainingPhase(train=Selection(parts=("score",)), updates=2, learning_rate=1.0),
+            TrainingPhase(train="all", updates=2),
+        ],
         Selection(parts=("embeddings",)),
     )
-    header, rows = table(OF, dict.fromkeys(PLACES, 1000), plan)
+    header, rows = phase_table(OF, dict.fromkeys(PLACES, 1000), plan)
     assert header == ["weights", "tensors", "parameters", "trained", "in phases", "peak rate"]
     assert rows == [
         ["embeddings", "1", "1,000", "0", "never", "-"],

@@ -21,7 +21,7 @@ from rlhf.rollout.types import Experience, Rollout
 from rlhf.runs.metrics import METRICS
 
 # Numbers whose healthy range is a condition of the run, not only a colour in a report.
-VITAL = (
+HEALTH_METRICS = (
     "kl",
     "entropy",
     "approx_kl",
@@ -31,11 +31,11 @@ VITAL = (
     "length_drift",
     "score_length_correlation",
 )
-SETTLING = 5  # steps after the warm-up before the value model must be of use
-ROWS = 4  # of a rollout, scored a second and a third time
+SETTLING_STEPS = 5  # steps after the warm-up before the value model must be of use
+ROWS_SCORED_TWICE = 4  # of a rollout, scored a second and a third time
 
 
-class Unhealthy(TrainingError):
+class UnhealthyError(TrainingError):
     """A vital number left its healthy range and the configuration asks for a rollback."""
 
 
@@ -54,7 +54,9 @@ TOLERANCES = {
 }
 
 
-def broken_experience(e: Experience, *, kl_coef: float, whitened: bool, fresh: bool, tolerance: Tolerance) -> list[str]:
+def find_broken_invariants(
+    e: Experience, *, kl_coef: float, whitened: bool, fresh: bool, tolerance: Tolerance
+) -> list[str]:
     """Invariants of a scored rollout that do not hold, in words.
 
     Args:
@@ -101,11 +103,11 @@ def _score_place(e: Experience, penalty: Tensor) -> list[str]:
     return ["the score does not lie, whole, on the last real token of its response"]
 
 
-def broken_scores(
+def find_unstable_scores(
     rewards: Callable[[Rollout], Tensor], rollout: Rollout, pad_id: int, tolerance: Tolerance
 ) -> list[str]:
     """The reward models must say the same twice, and of padded rows what they say of packed ones."""
-    part = rollout.select(torch.arange(min(ROWS, len(rollout)), device=rollout.response_ids.device))
+    part = rollout.select(torch.arange(min(ROWS_SCORED_TWICE, len(rollout)), device=rollout.response_ids.device))
     first, second = rewards(part), rewards(part)
     again = float((first - second).abs().max())
     if again != 0.0:
@@ -131,10 +133,10 @@ def _widened(part: Rollout, pad_id: int) -> Rollout:
     return type(part)(**values)
 
 
-def unhealthy(stats: Mapping[str, float], *, fresh: bool = False) -> list[str]:
+def find_unhealthy_metrics(stats: Mapping[str, float], *, fresh: bool = False) -> list[str]:
     """Vital numbers outside their healthy range, in words. A `fresh` value model need not explain anything yet."""
     found = []
-    for name in VITAL:
+    for name in HEALTH_METRICS:
         if fresh and name == "explained_variance":
             continue
         metric = METRICS[name]
@@ -144,7 +146,7 @@ def unhealthy(stats: Mapping[str, float], *, fresh: bool = False) -> list[str]:
     return found
 
 
-class Watcher:
+class HealthMonitor:
     """Acts on what the checks find, as configured, and keeps the offending batch."""
 
     def __init__(self, config: Watch, folder: Path | None, say: Callable[[str], None]) -> None:
@@ -174,7 +176,7 @@ class Watcher:
             for problem in problems:
                 self._once(f"step {step}: {problem}", problem.split(" is ")[0])
             return
-        kind = Unhealthy if self.config.unhealthy == "rollback" else TrainingError
+        kind = UnhealthyError if self.config.unhealthy == "rollback" else TrainingError
         raise kind(
             "; ".join(problems),
             where=f"step {step}",
@@ -183,7 +185,7 @@ class Watcher:
 
     def not_finite(self, what: str, value: float, step: int, batch: Rollout) -> TrainingError:
         """The error for a loss or gradient that is no finite number; a run that may roll back does so."""
-        kind = Unhealthy if self.config.unhealthy == "rollback" else TrainingError
+        kind = UnhealthyError if self.config.unhealthy == "rollback" else TrainingError
         return kind(
             f"{what} is {value}",
             where=f"step {step}, before the optimizer step",

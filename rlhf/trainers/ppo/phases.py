@@ -8,35 +8,37 @@ from typing import Any
 from torch import nn
 
 from rlhf.config.schema import PPOConfig
-from rlhf.config.tuning import Selection, Steps
-from rlhf.distributed.zero_gather import forget_steps
-from rlhf.models.adapters import rate_factor
-from rlhf.models.heads import AdapterScorer, SharedValue
-from rlhf.models.parameter_selection import Layout, Place, layout
-from rlhf.trainers.phase_schedule import Group, Program, Stretch, ppo_program
+from rlhf.config.tuning import PPOPhase, Selection
+from rlhf.distributed.zero_gather import reset_adam_steps
+from rlhf.models.adapters import adapter_rate_factor
+from rlhf.models.heads import AdapterScorer, SharedValueHead
+from rlhf.models.parameter_selection import ParameterMap, ParameterPlace, map_parameters
+from rlhf.trainers.phase_schedule import OptimizerGroup, PhaseSchedule, ResolvedPhase, make_ppo_schedule
 from rlhf.trainers.ppo.policy_value import PolicyAndValue
-from rlhf.trainers.supervised.phase_callback import begins
+from rlhf.trainers.supervised.phase_callback import groups_that_begin
 
 
-def programs(config: PPOConfig, model: PolicyAndValue) -> tuple[Program, Program]:
+def phase_schedules(config: PPOConfig, model: PolicyAndValue) -> tuple[PhaseSchedule, PhaseSchedule]:
     """What is trained of the policy and of the value model, and when.
 
     Raises: ConfigError for a selection that matches nothing, or if nothing is left to train.
     """
     o = config.optim
     return (
-        _program(config, "policy", lambda: layout(model.policy), model.trained_policy(), o.learning_rate),
-        _program(config, "value_model", lambda: value_layout(model), model.trained_value(), o.value_learning_rate),
+        _program(config, "policy", lambda: map_parameters(model.policy), model.trained_policy(), o.learning_rate),
+        _program(
+            config, "value_model", lambda: value_parameter_map(model), model.trained_value(), o.value_learning_rate
+        ),
     )
 
 
-def _program(config: PPOConfig, name: str, of: Any, trained: Iterable[str], rate: float) -> Program:
+def _program(config: PPOConfig, name: str, of: Any, trained: Iterable[str], rate: float) -> PhaseSchedule:
     freeze: Selection = getattr(config.freeze, name)
-    unfreeze: Sequence[Steps] = getattr(config.unfreeze, name)
-    factors = {parameter: rate_factor(parameter, config.peft) for parameter in trained}
+    unfreeze: Sequence[PPOPhase] = getattr(config.unfreeze, name)
+    factors = {parameter: adapter_rate_factor(parameter, config.peft) for parameter in trained}
     if not freeze.given and not unfreeze:  # any module will do: it need not be a transformer
-        return Program((Stretch(frozenset(factors), config.ppo.steps, rate),), factors)
-    return ppo_program(
+        return PhaseSchedule((ResolvedPhase(frozenset(factors), config.ppo.steps, rate),), factors)
+    return make_ppo_schedule(
         of().only(factors),
         freeze=freeze,
         unfreeze=unfreeze,
@@ -47,25 +49,25 @@ def _program(config: PPOConfig, name: str, of: Any, trained: Iterable[str], rate
     )
 
 
-def value_layout(model: PolicyAndValue) -> Layout:
+def value_parameter_map(model: PolicyAndValue) -> ParameterMap:
     """Places of the value model's weights by the names of `trained_value`: some may lie on the policy's base."""
     value = model.value_model
-    if not isinstance(value, AdapterScorer | SharedValue):
-        return layout(value)
-    policy = layout(model.policy)
-    head = {name: Place(None, "score", policy.blocks + 1) for name, _ in value.named_parameters()}
+    if not isinstance(value, AdapterScorer | SharedValueHead):
+        return map_parameters(value)
+    policy = map_parameters(model.policy)
+    head = {name: ParameterPlace(None, "score", policy.blocks + 1) for name, _ in value.named_parameters()}
     on_policy = {name: policy.places[name] for name in model.trained_value() if name not in head}
-    return Layout(on_policy | head, policy.blocks, tied=False)
+    return ParameterMap(on_policy | head, policy.blocks, tied=False)
 
 
-class PairPhases:
+class PPOPhases:
     """Follows the programs of policy and value model."""
 
     def __init__(self, config: PPOConfig, model: PolicyAndValue) -> None:
         """Freezes what is never trained."""
-        self.programs = programs(config, model)
+        self.programs = phase_schedules(config, model)
         self.parameters: tuple[dict[str, nn.Parameter], ...] = (model.trained_policy(), model.trained_value())
-        self.groups: list[tuple[int, Group]] = []
+        self.groups: list[tuple[int, OptimizerGroup]] = []
         for i, (plan, named) in enumerate(zip(self.programs, self.parameters, strict=True)):
             self.groups += [(i, group) for group in plan.groups()]
             for name, parameter in named.items():
@@ -97,8 +99,8 @@ class PairPhases:
             now = plan.now(step)
             if step == now.begun:
                 own = [number for number, (owner, _) in enumerate(self.groups) if owner == i]
-                fresh += [own[k] for k in begins([self.groups[number][1] for number in own], now.phase)]
-        forget_steps(optimizer, fresh)
+                fresh += [own[k] for k in groups_that_begin([self.groups[number][1] for number in own], now.phase)]
+        reset_adam_steps(optimizer, fresh)
 
     def set_rates(self, optimizer: Any, step: int, policy: float, value: float) -> None:
         """Learning rates of a step; `policy` and `value` multiply those of the phases."""

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf.distributed.engine import everybody
+from rlhf.distributed.engine import all_gather_objects
 from rlhf.models.adapters import adapter_parameters
-from rlhf.models.heads import AdapterScorer, SharedValue, position_ids
-from rlhf.models.shared_base import recompute_activations
+from rlhf.models.heads import AdapterScorer, SharedValueHead, position_ids
+from rlhf.models.shared_base import enable_activation_checkpointing
 from rlhf.rollout.score import read_policy, response_logprobs, response_values
-from rlhf.rollout.types import Measured, Rollout, merge
+from rlhf.rollout.types import Rollout, ScoredRollout, merge_rollouts
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class PolicyAndValue(nn.Module):
 
     def recompute_activations(self) -> None:
         """In both models, to save memory."""
-        recompute_activations(self.policy)
-        if not isinstance(self.value_model, AdapterScorer | SharedValue):
-            recompute_activations(self.value_model)
+        enable_activation_checkpointing(self.policy)
+        if not isinstance(self.value_model, AdapterScorer | SharedValueHead):
+            enable_activation_checkpointing(self.value_model)
 
     def forward(self, batch: Rollout | TextBatch, temperature: float = 1.0) -> Any:
         """Everything that is differentiated passes here, so that an engine around this module sees it.
@@ -78,7 +78,7 @@ class PolicyAndValue(nn.Module):
         self, rollout: Rollout, temperature: float, *, entropy: bool = False
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Log-probs, entropy (if asked for) and values of a rollout: one code path for old and new ones."""
-        if not isinstance(self.value_model, SharedValue):
+        if not isinstance(self.value_model, SharedValueHead):
             logprobs, spread = response_logprobs(self.policy, rollout, temperature, entropy=entropy)
             return logprobs, spread, response_values(self.value_model, rollout)
         read = read_policy(self.policy, rollout, temperature, entropy=entropy, states=True)
@@ -99,10 +99,14 @@ def _text_loss(policy: Any, text: TextBatch) -> Tensor:
     return (nll * text.counts[:, 1:]).sum()
 
 
-def gather(measured: Measured, accelerator: Any, pad_id: int) -> Measured:
+def gather_rollouts(measured: ScoredRollout, accelerator: Any, pad_id: int) -> ScoredRollout:
     """Everybody's episodes on every process, in slot order."""
     device = measured.response_ids.device
     if accelerator.num_processes > 1:
-        parts = everybody({name: value.cpu() for name, value in vars(measured).items()}, accelerator.num_processes)
-        measured = merge([Measured(**{k: v.to(device) for k, v in part.items()}) for part in parts], pad_id)
+        parts = all_gather_objects(
+            {name: value.cpu() for name, value in vars(measured).items()}, accelerator.num_processes
+        )
+        measured = merge_rollouts(
+            [ScoredRollout(**{k: v.to(device) for k, v in part.items()}) for part in parts], pad_id
+        )
     return measured.select(measured.index.argsort())

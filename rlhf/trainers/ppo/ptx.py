@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from rlhf.config.ppo import Ptx
 from rlhf.data.collate import pad_right
 from rlhf.data.render import Rendered
-from rlhf.distributed.engine import accumulating, backward
+from rlhf.distributed.engine import backward, gradient_accumulation
 from rlhf.trainers.ppo.policy_value import TextBatch
-from rlhf.trainers.sample_order import passes
+from rlhf.trainers.sample_order import cyclic_indices
 
 
-class TextMix:
+class PtxMixture:
     """Which documents take part in which update."""
 
     def __init__(self, rows: Sequence[Rendered], config: Ptx, *, seed: int, pad_id: int, microbatch: int) -> None:
@@ -39,7 +39,7 @@ class TextMix:
     def batch(self, update: int) -> list[Rendered]:
         """The documents of an update, the same on every process: passes over shuffled rows."""
         size = self.config.batch_size
-        return [self.rows[i] for i in passes(len(self.rows), update * size, size, self.seed, 3)]
+        return [self.rows[i] for i in cyclic_indices(len(self.rows), update * size, size, self.seed, 3)]
 
     def share(
         self, update: int, *, process: int, processes: int, microbatch: int, device: torch.device
@@ -80,7 +80,9 @@ class TextMix:
         )
         weigh = weigh and self.config.balance is not None
         for part in parts:
-            with accumulating(model, a, last=False):  # the PPO loss that follows carries the sum to the other processes
+            with gradient_accumulation(
+                model, a, last=False
+            ):  # the PPO loss that follows carries the sum to the other processes
                 with computing():
                     loss = model(part) / total
                 backward(self.coef * loss * a.num_processes, model, a)

@@ -12,15 +12,15 @@ from rlhf.data.records import Prompt
 from rlhf.models.adapters import reference_policy
 from rlhf.rollout.score import response_logprobs
 from rlhf.rollout.types import Rollout
-from rlhf.trainers.ppo.health import broken_scores
+from rlhf.trainers.ppo.health import find_unstable_scores
 
 if TYPE_CHECKING:
     from rlhf.trainers.ppo.trainer import PPOTrainer
 
-Answer = Callable[[Rollout], Tensor]
+ScoringFunction = Callable[[Rollout], Tensor]
 
 
-def read(trainer: PPOTrainer, trained: Any, part: Rollout) -> tuple[Tensor, Tensor | None, Tensor]:
+def read_trained_models(trainer: PPOTrainer, trained: Any, part: Rollout) -> tuple[Tensor, Tensor | None, Tensor]:
     """Log-probs and values of the policy and the value model as they are before the update."""
     if trainer.config.ppo.old_logprobs == "sampled":
         return part.sampled_logprobs, None, trained.values_only(part)
@@ -29,7 +29,7 @@ def read(trainer: PPOTrainer, trained: Any, part: Rollout) -> tuple[Tensor, Tens
 
 
 @contextmanager
-def asked_reference(trainer: PPOTrainer) -> Iterator[Answer]:
+def reference_logprobs(trainer: PPOTrainer) -> Iterator[ScoringFunction]:
     """Log-probs of the response under the model that the policy started from, [B, R] nats."""
     temperature = trainer.config.sampling.temperature
     if trainer.reference is None:
@@ -42,7 +42,7 @@ def asked_reference(trainer: PPOTrainer) -> Iterator[Answer]:
 
 
 @contextmanager
-def asked_rewards(trainer: PPOTrainer, rollout: Rollout) -> Iterator[Answer]:
+def reward_scores(trainer: PPOTrainer, rollout: Rollout) -> Iterator[ScoringFunction]:
     """Raw scores, [B]. The reward models are checked on the rollout first.
 
     Raises: TrainingError if they do not say the same twice.
@@ -55,6 +55,6 @@ def asked_rewards(trainer: PPOTrainer, rollout: Rollout) -> Iterator[Answer]:
     with trainer.frozen.asked("reward"):
         models = trainer.rewards.models_only()
         if models.parts:
-            found = broken_scores(lambda p: models(p, records(p)), rollout, trainer.pad_id, trainer.tolerance)
+            found = find_unstable_scores(lambda p: models(p, records(p)), rollout, trainer.pad_id, trainer.tolerance)
             trainer.watcher.broken(found, trainer.step, rollout)
         yield lambda part: trainer.rewards(part, records(part))

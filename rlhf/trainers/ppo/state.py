@@ -13,20 +13,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rlhf.checkpointing.parameters_and_adam import read_trained, size_of_trained, write_trained
-from rlhf.distributed.engine import everybody
-from rlhf.rollout.score import Spread
+from rlhf.checkpointing.parameters_and_adam import (
+    load_parameters_and_adam,
+    parameters_and_adam_size,
+    save_parameters_and_adam,
+)
+from rlhf.distributed.engine import all_gather_objects
+from rlhf.rollout.score import RunningStats
 from rlhf.rollout.types import Experience
 
 if TYPE_CHECKING:
     from rlhf.trainers.ppo.trainer import PPOTrainer
 
-STATE = "state.pt"
+STATE_FILE = "state.pt"
 """Beside the trained weights; their files are those of `rlhf.checkpointing.parameters_and_adam`."""
 
 
 @dataclass
-class Work:
+class StepProgress:
     """A step that has its experience: which of its minibatches are done, and their numbers so far."""
 
     experience: Experience
@@ -46,7 +50,7 @@ def save_state(trainer: PPOTrainer, folder: Path | None) -> None:
         folder: on the main process; None on the others.
     """
     t = trainer
-    write_trained(folder, trained(t), t.optimizer)
+    save_parameters_and_adam(folder, trained_parameters(t), t.optimizer)
     state = {
         "step": t.step,
         "kl_coef": t.kl_coef,
@@ -57,11 +61,11 @@ def save_state(trainer: PPOTrainer, folder: Path | None) -> None:
         "average": t.average.weights if t.average is not None else None,
         "ptx_coef": t.text.coef if t.text is not None else None,
         "rates": [group["lr"] for group in t.optimizer.param_groups],  # of the last update, for the step's line
-        "buffers": buffers(t),
+        "buffers": saved_buffers(t),
         "work": _packed(t.work, t.accelerator) if t.work is not None else None,
     }
     if folder is not None:
-        torch.save(state, folder / STATE)
+        torch.save(state, folder / STATE_FILE)
 
 
 def load_state(trainer: PPOTrainer, folder: Path) -> None:
@@ -70,22 +74,22 @@ def load_state(trainer: PPOTrainer, folder: Path) -> None:
     Raises: CheckpointError if it is of other weights.
     """
     t = trainer
-    state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-    read_trained(folder, trained(t), t.optimizer)
+    state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+    load_parameters_and_adam(folder, trained_parameters(t), t.optimizer)
     t.step, t.kl_coef, t.rate, t.rollbacks = (state[name] for name in ("step", "kl_coef", "rate", "rollbacks"))
-    t.spread, t.first_length = Spread(*state["spread"]), state["first_length"]
+    t.spread, t.first_length = RunningStats(*state["spread"]), state["first_length"]
     if t.average is not None and t.average.main:
         t.average.weights = state["average"]
     if t.text is not None:
         t.text.coef = state["ptx_coef"]
     for group, rate in zip(t.optimizer.param_groups, state["rates"], strict=True):
         group["lr"] = rate
-    for name, buffer in buffers(t).items():
+    for name, buffer in saved_buffers(t).items():
         buffer.copy_(state["buffers"][name])
     t.work = _unpacked(state["work"], t.accelerator) if state["work"] is not None else None
 
 
-def trained(trainer: PPOTrainer) -> dict[str, nn.Parameter]:
+def trained_parameters(trainer: PPOTrainer) -> dict[str, nn.Parameter]:
     """The weights that the run changes, of both models.
 
     What is frozen throughout, such as the base under an adapter, is read again from where it came from.
@@ -96,16 +100,16 @@ def trained(trainer: PPOTrainer) -> dict[str, nn.Parameter]:
     }
 
 
-def buffers(trainer: PPOTrainer) -> dict[str, Tensor]:
+def saved_buffers(trainer: PPOTrainer) -> dict[str, Tensor]:
     """Numbers of the models that are saved with them and are no weights."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     saved = model.state_dict().keys()
     return {name: value.detach() for name, value in model.named_buffers() if name in saved}
 
 
-def size_of_state(trainer: PPOTrainer) -> int:
+def state_size(trainer: PPOTrainer) -> int:
     """Bytes that a checkpoint takes at most, optimizer state and rollout included."""
-    size = size_of_trained(trained(trainer))
+    size = parameters_and_adam_size(trained_parameters(trainer))
     if trainer.average is not None:
         size += sum(value.nbytes for value in trainer.average.weights.values())
     if trainer.work is not None:
@@ -113,15 +117,18 @@ def size_of_state(trainer: PPOTrainer) -> int:
     return size + 2**16
 
 
-def _packed(work: Work, accelerator: Any) -> dict[str, Any]:
+def _packed(work: StepProgress, accelerator: Any) -> dict[str, Any]:
     """Plain values and tensors. The sums are of every process: they are added at the end of the step, in rank order."""
     sums = {name: value.cpu() for name, value in work.sums.items()}
     ranks = accelerator.num_processes
     values = {f.name: getattr(work, f.name) for f in fields(work) if f.name not in ("experience", "sums")}
-    return values | {"experience": dict(vars(work.experience)), "sums": everybody(sums, ranks) if ranks > 1 else [sums]}
+    return values | {
+        "experience": dict(vars(work.experience)),
+        "sums": all_gather_objects(sums, ranks) if ranks > 1 else [sums],
+    }
 
 
-def _unpacked(values: dict[str, Any], accelerator: Any) -> Work:
+def _unpacked(values: dict[str, Any], accelerator: Any) -> StepProgress:
     device, ranks = accelerator.device, accelerator.num_processes
     experience = Experience(**{name: value.to(device) for name, value in values["experience"].items()})
     every = values["sums"]
@@ -132,4 +139,4 @@ def _unpacked(values: dict[str, Any], accelerator: Any) -> Work:
         first = accelerator.process_index == 0
         sums = {name: value if first else torch.zeros_like(value) for name, value in total.items()}
     rest = {name: value for name, value in values.items() if name not in ("experience", "sums")}
-    return Work(experience, sums={name: value.to(device) for name, value in sums.items()}, **rest)
+    return StepProgress(experience, sums={name: value.to(device) for name, value in sums.items()}, **rest)

@@ -8,10 +8,10 @@ from torch import Tensor
 from rlhf.functional import explained_variance, kl_estimate
 from rlhf.rollout.types import Experience
 
-Stats = dict[str, float]
+StepStats = dict[str, float]
 
 
-def describe(e: Experience) -> Stats:
+def rollout_stats(e: Experience) -> StepStats:
     """Means over all processes' episodes: scores, KL by three estimates, lengths, and how good the values were."""
     mask, length = e.response_mask, e.response_length.float()
 

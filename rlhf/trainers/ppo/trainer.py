@@ -19,26 +19,33 @@ from torch import Tensor, nn
 
 from rlhf.config.schema import PPOConfig
 from rlhf.data.records import Prompt
-from rlhf.distributed.engine import accumulating, backward, clip_and_step, unsharded, wants_bfloat16
-from rlhf.distributed.heartbeat import beat
+from rlhf.distributed.engine import backward, clip_and_step, gathered_module, gradient_accumulation, wants_bfloat16
+from rlhf.distributed.heartbeat import report_progress
 from rlhf.functional import adaptive_kl
-from rlhf.generation.native import sample
-from rlhf.models.ema import Average
-from rlhf.models.offload import Frozen
+from rlhf.generation.native import generate_rollout
+from rlhf.models.ema import WeightAverage
+from rlhf.models.offload import OffloadedModels
 from rlhf.models.packed_batch import can_pack, microbatches
 from rlhf.rollout.rewards import Rewards
-from rlhf.rollout.score import Spread, measure, shape
+from rlhf.rollout.score import RunningStats, make_experience, score_rollout
 from rlhf.rollout.types import Experience, Rollout
-from rlhf.trainers.lr_schedule import rate_factor
-from rlhf.trainers.ppo.health import SETTLING, TOLERANCES, Unhealthy, Watcher, broken_experience, unhealthy
+from rlhf.trainers.lr_schedule import schedule_factor
+from rlhf.trainers.ppo.health import (
+    SETTLING_STEPS,
+    TOLERANCES,
+    HealthMonitor,
+    UnhealthyError,
+    find_broken_invariants,
+    find_unhealthy_metrics,
+)
 from rlhf.trainers.ppo.losses import summed_losses
-from rlhf.trainers.ppo.phases import PairPhases
-from rlhf.trainers.ppo.policy_value import PolicyAndValue, gather
-from rlhf.trainers.ppo.ptx import TextMix
-from rlhf.trainers.ppo.scoring import asked_reference, asked_rewards, read
-from rlhf.trainers.ppo.state import Work, load_state, save_state
-from rlhf.trainers.ppo.stats import Stats, describe
-from rlhf.trainers.sample_order import passes, shuffled
+from rlhf.trainers.ppo.phases import PPOPhases
+from rlhf.trainers.ppo.policy_value import PolicyAndValue, gather_rollouts
+from rlhf.trainers.ppo.ptx import PtxMixture
+from rlhf.trainers.ppo.scoring import read_trained_models, reference_logprobs, reward_scores
+from rlhf.trainers.ppo.state import StepProgress, load_state, save_state
+from rlhf.trainers.ppo.stats import StepStats, rollout_stats
+from rlhf.trainers.sample_order import cyclic_indices, shuffled_indices
 
 
 class PPOTrainer:
@@ -56,10 +63,10 @@ class PPOTrainer:
         records: Sequence[Prompt],
         end_id: int,
         pad_id: int,
-        text: TextMix | None,
+        text: PtxMixture | None,
         decode: Callable[[list[int]], str],
-        watcher: Watcher,
-        report: Callable[[int, Experience, Stats], None],
+        watcher: HealthMonitor,
+        report: Callable[[int, Experience, StepStats], None],
         checkpoint: Callable[[PPOTrainer], None],
         restore: Callable[[PPOTrainer], bool],
         pause: Callable[[PPOTrainer], None] = lambda _: None,
@@ -80,11 +87,11 @@ class PPOTrainer:
         self.text = text
         self.end_id, self.pad_id, self.decode, self.rewards, self.watcher = end_id, pad_id, decode, rewards, watcher
         self.on_report, self.on_checkpoint, self.on_restore, self.on_pause = report, checkpoint, restore, pause
-        self.work: Work | None = None  # the rollout in hand
+        self.work: StepProgress | None = None  # the rollout in hand
         self.step, self.kl_coef, self.rate, self.rollbacks = 0, config.kl.coef, 1.0, 0
-        self.spread, self.first_length = Spread(), 0.0
+        self.spread, self.first_length = RunningStats(), 0.0
         config.ppo.check_shared(accelerator.num_processes)
-        self.phases = PairPhases(config, model)
+        self.phases = PPOPhases(config, model)
         self.bfloat16 = wants_bfloat16(config.optim.precision)
         dtype = torch.bfloat16 if self.bfloat16 else next(model.policy.parameters()).dtype
         self.tolerance = TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16])
@@ -98,15 +105,15 @@ class PPOTrainer:
         )
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.reference = reference
-        self.frozen = Frozen(
+        self.frozen = OffloadedModels(
             accelerator.device,
             config.offload,
             reference=[] if reference is None else [reference],
             reward=rewards.models(),
         )
-        self.average: Average | None = None
+        self.average: WeightAverage | None = None
         if config.ppo.ema is not None:
-            self.average = Average(model.trained_policy(), config.ppo.ema, main=accelerator.is_main_process)
+            self.average = WeightAverage(model.trained_policy(), config.ppo.ema, main=accelerator.is_main_process)
 
     def computing(self) -> torch.autocast:
         """The precision of everything: sampling, old log-probs and new ones alike."""
@@ -130,7 +137,7 @@ class PPOTrainer:
         while self.step < self.config.ppo.steps:
             try:
                 self.one_step()
-            except Unhealthy as trouble:
+            except UnhealthyError as trouble:
                 self.roll_back(trouble)
 
     def one_step(self) -> None:
@@ -140,9 +147,9 @@ class PPOTrainer:
             begun = time.monotonic()
             rollout = self.sample()
             sampled = time.monotonic()
-            beat()
-            self.work = Work(self.score(rollout))
-            beat()
+            report_progress()
+            self.work = StepProgress(self.score(rollout))
+            report_progress()
             self.work.time_sample, self.work.time_score = sampled - begun, time.monotonic() - sampled
             self.on_pause(self)
         work, experience, begun = self.work, self.work.experience, time.monotonic()
@@ -153,18 +160,18 @@ class PPOTrainer:
             "time_update": time.monotonic() - begun,
         }
         stats |= self.describe(experience)
-        fresh = self.step < self.config.ppo.value_warmup + SETTLING
-        self.watcher.unhealthy(unhealthy(stats, fresh=fresh), self.step, experience)
+        fresh = self.step < self.config.ppo.value_warmup + SETTLING_STEPS
+        self.watcher.unhealthy(find_unhealthy_metrics(stats, fresh=fresh), self.step, experience)
         self.steer_kl(experience)
         if self.average is not None:
             self.average.update(self.accelerator.unwrap_model(self.model).trained_policy())
         self.step, self.work = self.step + 1, None
-        beat(self.step)
+        report_progress(self.step)
         self.on_report(self.step, experience, stats)
         self.on_checkpoint(self)
         self.on_pause(self)
 
-    def roll_back(self, trouble: Unhealthy) -> None:
+    def roll_back(self, trouble: UnhealthyError) -> None:
         """Return to the last checkpoint with a smaller learning rate and a larger KL coefficient.
 
         Raises: `trouble` itself if that has been tried too often.
@@ -185,8 +192,8 @@ class PPOTrainer:
         """This process's share of the step's episodes: slots rank, rank + ranks, ..."""
         a = self.accelerator
         slots = self.slots()[a.process_index :: a.num_processes]
-        with unsharded(self.model, a, lambda whole: whole.policy) as policy, self.computing():
-            return sample(
+        with gathered_module(self.model, a, lambda whole: whole.policy) as policy, self.computing():
+            return generate_rollout(
                 policy,
                 [(slot, self.prompts[i]) for slot, i in slots],
                 self.config.sampling,
@@ -201,26 +208,26 @@ class PPOTrainer:
     def slots(self) -> list[tuple[int, int]]:
         """(slot, prompt) of every episode of this step, over all processes: passes over shuffled prompts."""
         size = self.config.ppo.rollout_size
-        return list(enumerate(passes(len(self.prompts), self.step * size, size, self.config.seed, 1)))
+        return list(enumerate(cyclic_indices(len(self.prompts), self.step * size, size, self.config.seed, 1)))
 
     def score(self, rollout: Rollout) -> Experience:
         """Measure this process's episodes, gather everybody's, shape rewards and advantages over all, check."""
         config = self.config
-        with unsharded(self.model, self.accelerator) as module, self.computing():
+        with gathered_module(self.model, self.accelerator) as module, self.computing():
             trained: Any = module.eval()
-            measured = measure(
+            measured = score_rollout(
                 rollout,
-                read=lambda part: read(self, trained, part),
-                reference=asked_reference(self),
-                rewards=asked_rewards(self, rollout),
+                read=lambda part: read_trained_models(self, trained, part),
+                reference=reference_logprobs(self),
+                rewards=reward_scores(self, rollout),
                 microbatch=config.optim.microbatch_size,
                 packed=can_pack(trained.policy),
             )
-        measured = gather(measured, self.accelerator, self.pad_id)
+        measured = gather_rollouts(measured, self.accelerator, self.pad_id)
         self.spread = self.spread.seen(measured.raw_scores)
         deviation = self.spread.deviation if config.ppo.normalize_scores == "running" else 1.0
-        experience = shape(measured, kl_coef=self.kl_coef, deviation=deviation, settings=config.ppo)
-        problems = broken_experience(
+        experience = make_experience(measured, kl_coef=self.kl_coef, deviation=deviation, settings=config.ppo)
+        problems = find_broken_invariants(
             experience,
             kl_coef=self.kl_coef,
             whitened=config.ppo.whiten_advantages,
@@ -230,14 +237,14 @@ class PPOTrainer:
         self.watcher.broken(problems, self.step, experience)
         return experience
 
-    def update(self, experience: Experience) -> Stats:
+    def update(self, experience: Experience) -> StepStats:
         """Epochs x minibatches optimizer updates; each index is used once per epoch. Ends early beyond target_kl.
 
         Goes on after those that `work` has done if it is about this experience.
         """
         settings, a = self.config.ppo, self.accelerator
         if self.work is None or self.work.experience is not experience:
-            self.work = Work(experience)
+            self.work = StepProgress(experience)
         work, sums = self.work, self.work.sums
         self.model.train()
         if not work.done:
@@ -278,7 +285,7 @@ class PPOTrainer:
         """(number within the step, row indices): every epoch in another order."""
         settings = self.config.ppo
         epochs = settings.value_warmup_epochs if self.warming else settings.epochs
-        orders = [shuffled(rows, self.config.seed, 2, self.step, epoch) for epoch in range(epochs)]
+        orders = [shuffled_indices(rows, self.config.seed, 2, self.step, epoch) for epoch in range(epochs)]
         return list(enumerate(part for order in orders for part in order.chunk(settings.minibatches)))
 
     def check_first_ratio(self, error: float, experience: Experience) -> None:
@@ -300,7 +307,7 @@ class PPOTrainer:
         worst = 0.0
         for i, rows in enumerate(parts):
             part = experience.select(rows)
-            with accumulating(self.model, a, last=i == len(parts) - 1):
+            with gradient_accumulation(self.model, a, last=i == len(parts) - 1):
                 with self.computing():
                     logprobs, entropy, values = self.model(part, config.sampling.temperature)
                 loss, numbers = summed_losses(
@@ -325,14 +332,14 @@ class PPOTrainer:
             if not math.isfinite(norm):
                 raise self.watcher.not_finite("the gradient norm", norm, self.step, experience)
 
-        beat()
+        report_progress()
         most = self.config.optim.max_grad_norm
         return clip_and_step(self.model, self.optimizer, self.accelerator, most, check)
 
     def set_learning_rates(self, update: int) -> None:
         """Of an update; 0 for a policy that waits."""
         o = self.config.optim
-        factor = rate_factor(o.schedule, o.warmup_fraction * self.updates, update, self.updates) * self.rate
+        factor = schedule_factor(o.schedule, o.warmup_fraction * self.updates, update, self.updates) * self.rate
         self.phases.set_rates(self.optimizer, self.step, 0.0 if self.warming else factor, factor)
 
     def steer_kl(self, experience: Experience) -> None:
@@ -342,9 +349,9 @@ class PPOTrainer:
             observed = float(experience.kl_per_sequence.mean())
             self.kl_coef = adaptive_kl(self.kl_coef, observed, kl.target, kl.horizon, len(experience))
 
-    def describe(self, e: Experience) -> Stats:
+    def describe(self, e: Experience) -> StepStats:
         """What a rollout looked like, and what was done with it."""
-        stats = describe(e)
+        stats = rollout_stats(e)
         self.first_length = self.first_length or stats["response_length"]
         return stats | {
             "length_drift": stats["response_length"] / self.first_length,

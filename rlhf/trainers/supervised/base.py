@@ -14,15 +14,15 @@ from transformers import TrainerCallback
 from rlhf.config.sections import Optim
 from rlhf.console import Bar
 from rlhf.distributed.engine import trainer_arguments
-from rlhf.distributed.heartbeat import beat
-from rlhf.runs.metrics import METRICS, MetricsWriter, read_lines, rounded
+from rlhf.distributed.heartbeat import report_progress
+from rlhf.runs.metrics import METRICS, MetricsWriter, read_jsonl, round_metric
 from rlhf.runs.run_dir import RunDir
-from rlhf.trainers.phase_schedule import Program
+from rlhf.trainers.phase_schedule import PhaseSchedule
 
-RENAMED = {"num_tokens": "tokens", "mean_token_accuracy": "token_accuracy"}
+METRIC_NAMES = {"num_tokens": "tokens", "mean_token_accuracy": "token_accuracy"}
 
 
-class LikeLengths(Sampler[int]):
+class LengthGroupedSampler(Sampler[int]):
     """Shuffled rows, but an update's batch holds rows of like length: less padding.
 
     The order follows from seed and epoch alone: it is the same for any number of processes and after a resume, which
@@ -57,11 +57,11 @@ class LikeLengths(Sampler[int]):
             yield from filled.repeat(-(-self.batch_size // len(order)))[: self.batch_size].tolist()
 
 
-class Epochs(TrainerCallback):
+class SamplerEpochCallback(TrainerCallback):
     """Tells the sampler which epoch begins. The library's own way there is blocked where it skips batches of a shard:
     several processes that resume inside an epoch would draw the first one again."""
 
-    def __init__(self, sampler: LikeLengths) -> None:
+    def __init__(self, sampler: LengthGroupedSampler) -> None:
         self.sampler = sampler
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -73,13 +73,20 @@ def order_rows(trainer: Any, lengths: Sequence[int], *, pool: int = 50) -> None:
     """Make a Trainer draw its training rows, whose lengths are given, in the order of `LikeLengths`."""
     args = trainer.args
     size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    sampler = LikeLengths(lengths, size, args.seed, pool=pool)
+    sampler = LengthGroupedSampler(lengths, size, args.seed, pool=pool)
     trainer._get_train_sampler = lambda *_: sampler
-    trainer.add_callback(Epochs(sampler))
+    trainer.add_callback(SamplerEpochCallback(sampler))
 
 
-def arguments(
-    optim: Optim, run: RunDir, *, seed: int, processes: int, program: Program, evaluate: bool, evaluations: int = 5
+def training_arguments(
+    optim: Optim,
+    run: RunDir,
+    *,
+    seed: int,
+    processes: int,
+    program: PhaseSchedule,
+    evaluate: bool,
+    evaluations: int = 5,
 ) -> dict[str, Any]:
     """Keyword arguments of a TrainingArguments subclass; learning rates are the program's (`phase_callback`).
 
@@ -118,7 +125,7 @@ def arguments(
     }
 
 
-class Report(TrainerCallback):
+class MetricsCallback(TrainerCallback):
     """Carries a Trainer's log lines to metrics.jsonl and the progress bar."""
 
     def __init__(
@@ -143,11 +150,11 @@ class Report(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
         """Write the declared numbers of a log line."""
-        renamed = {RENAMED.get(k, k): v for k, v in (logs or {}).items()}
+        renamed = {METRIC_NAMES.get(k, k): v for k, v in (logs or {}).items()}
         values = {k: float(v) for k, v in renamed.items() if k in METRICS and isinstance(v, int | float)}
         if "tokens" in values:
             values["tokens"] += self.tokens
-        self._losses += [rounded(values["loss"])] if "loss" in values else []
+        self._losses += [round_metric(values["loss"])] if "loss" in values else []
         if "eval_loss" in values and self._losses:
             values["gap"] = values["eval_loss"] - sum(self._losses) / len(self._losses)
             self._losses = []
@@ -159,28 +166,28 @@ class Report(TrainerCallback):
         """Advance the bar; a checkpoint's update is always logged, so that its numbers can be continued from."""
         control.should_log = control.should_log or control.should_save
         self.bar.update(state.global_step, self._numbers)
-        beat(state.global_step)
+        report_progress(state.global_step)
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """A held-out batch is work too."""
-        beat()
+        report_progress()
 
 
 def tokens_until(path: Path, step: int) -> float:
     """Tokens trained on up to an update, from metrics.jsonl."""
-    lines = read_lines(path) if path.is_file() else iter(())
+    lines = read_jsonl(path) if path.is_file() else iter(())
     return max((line.get("tokens", 0.0) for line in lines if line.get("step", 0) <= step), default=0.0)
 
 
 def losses_since(path: Path, lines: int) -> list[float]:
     """Training losses after the last evaluation in the first lines of metrics.jsonl."""
     found: list[float] = []
-    for line in list(read_lines(path) if path.is_file() else ())[:lines]:
+    for line in list(read_jsonl(path) if path.is_file() else ())[:lines]:
         found = [] if "eval_loss" in line else [*found, line["loss"]] if "loss" in line else found
     return found
 
 
-def silence(trainer: Any) -> None:
+def remove_printer(trainer: Any) -> None:
     """Take off the callback that prints log lines as dictionaries: the bar shows what matters."""
     from transformers.trainer_callback import PrinterCallback
 

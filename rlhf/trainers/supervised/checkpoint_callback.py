@@ -11,19 +11,32 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from rlhf.checkpointing.files import MANIFEST, Checkpoint, forget_after, newest, prune, room, seal, size_of
-from rlhf.checkpointing.interval import Pace
-from rlhf.checkpointing.parameters_and_adam import read_trained, size_of_trained, write_trained
+from rlhf.checkpointing.files import (
+    MANIFEST,
+    Checkpoint,
+    find_newest_checkpoint,
+    folder_size,
+    remove_checkpoints_after,
+    remove_old_checkpoints,
+    reserve_disk_space,
+    write_manifest,
+)
+from rlhf.checkpointing.interval import CheckpointInterval
+from rlhf.checkpointing.parameters_and_adam import (
+    load_parameters_and_adam,
+    parameters_and_adam_size,
+    save_parameters_and_adam,
+)
 from rlhf.config.sections import Saving
-from rlhf.distributed.engine import any_process, engine_loads_with
-from rlhf.distributed.zero_gather import numel
+from rlhf.distributed.engine import any_process, override_deepspeed_loading
+from rlhf.distributed.zero_gather import full_numel
 from rlhf.runs import preemption
 from rlhf.runs.metrics import MetricsWriter
 from rlhf.runs.run_dir import RunDir
-from rlhf.trainers.phase_schedule import Program
+from rlhf.trainers.phase_schedule import PhaseSchedule
 
-PREFIX = "checkpoint"
-SCHEDULER = "scheduler.pt"
+UPDATE_PREFIX = "checkpoint"
+SCHEDULER_FILE = "scheduler.pt"
 
 
 def last_checkpoint(run: RunDir, say: Callable[[str], None]) -> Checkpoint | None:
@@ -31,25 +44,25 @@ def last_checkpoint(run: RunDir, say: Callable[[str], None]) -> Checkpoint | Non
 
     Raises: CheckpointError for one that another version wrote.
     """
-    return newest(run.checkpoints, PREFIX, say)
+    return find_newest_checkpoint(run.checkpoints, UPDATE_PREFIX, say)
 
 
-class Seals(TrainerCallback):
+class CheckpointCallback(TrainerCallback):
     """Seals each checkpoint, removes the oldest, and ends a run that was told to end."""
 
     def __init__(self, run: RunDir, saving: Saving, writer: MetricsWriter) -> None:
         self.run, self.saving, self.writer = run, saving, writer
         self.trainer: Any = None
         self.ending = False
-        self.pace = Pace(saving.share)
+        self.pace = CheckpointInterval(saving.share)
 
     def attach(self, trainer: Any) -> None:
         """Follow a Trainer; what it writes as a checkpoint is watched for a full disk."""
         self.trainer, save = trainer, trainer._save_checkpoint
 
         def guarded(*args: Any, **kwargs: Any) -> None:
-            folder = self.run.checkpoints / f"{PREFIX}-{trainer.state.global_step}"
-            with self.pace.saving(), room(self.run.checkpoints, self._needed(), PREFIX):
+            folder = self.run.checkpoints / f"{UPDATE_PREFIX}-{trainer.state.global_step}"
+            with self.pace.saving(), reserve_disk_space(self.run.checkpoints, self._needed(), UPDATE_PREFIX):
                 try:
                     if self.run.main:
                         (folder / MANIFEST).unlink(missing_ok=True)
@@ -64,13 +77,13 @@ class Seals(TrainerCallback):
 
     def _needed(self) -> int:
         """Bytes of the next checkpoint: those of the last, or weights and optimizer state."""
-        written = [size_of(path) for path in self.run.checkpoints.glob(f"{PREFIX}-*")]
+        written = [folder_size(path) for path in self.run.checkpoints.glob(f"{UPDATE_PREFIX}-*")]
         if written:
             return max(written)
         adapter = hasattr(self.trainer.model, "peft_config")
         parameters = list(self.trainer.model.parameters())
-        saved = sum(numel(p) * p.element_size() for p in parameters if p.requires_grad or not adapter)
-        return saved + size_of_trained({str(i): p for i, p in enumerate(parameters) if p.requires_grad})
+        saved = sum(full_numel(p) * p.element_size() for p in parameters if p.requires_grad or not adapter)
+        return saved + parameters_and_adam_size({str(i): p for i, p in enumerate(parameters) if p.requires_grad})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Save in between if it is cheap, and if told to end: after an update that is logged anyway, so that no number
@@ -78,31 +91,33 @@ class Seals(TrainerCallback):
         logged = state.global_step % args.logging_steps == 0 or control.should_save
         if logged and any_process(self.pace.due(), self.trainer.accelerator):
             control.should_save = True
-        if any_process(preemption.asked() and (logged or preemption.urgent()), self.trainer.accelerator):
+        if any_process(
+            preemption.stop_requested() and (logged or preemption.stop_is_urgent()), self.trainer.accelerator
+        ):
             self.ending = control.should_save = control.should_log = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """All processes have written their part: the manifest makes it a checkpoint."""
         self.trainer.accelerator.wait_for_everyone()
         if self.run.main:
-            name = f"{PREFIX}-{state.global_step}"
+            name = f"{UPDATE_PREFIX}-{state.global_step}"
             self.writer.sync()
             best = state.best_model_checkpoint  # restored at the end
-            seal(
+            write_manifest(
                 self.run.checkpoints / name,
                 step=state.global_step,
                 lines=self.writer.lines,
                 needs=Path(best).name if best else None,
             )
-            forget_after(self.run.checkpoints, PREFIX, name)
-            prune(self.run.checkpoints, PREFIX, self.saving.keep)
+            remove_checkpoints_after(self.run.checkpoints, UPDATE_PREFIX, name)
+            remove_old_checkpoints(self.run.checkpoints, UPDATE_PREFIX, self.saving.keep)
         self.trainer.accelerator.wait_for_everyone()
         if self.ending:
-            raise preemption.Stopped(f"after update {state.global_step}")
+            raise preemption.RunStopped(f"after update {state.global_step}")
 
 
 @contextmanager
-def by_name(trainer: Any, plan: Program) -> Iterator[None]:
+def by_name(trainer: Any, plan: PhaseSchedule) -> Iterator[None]:
     """Have a Trainer keep what it has trained, and the optimizer's state, in files that any engine reads.
 
     Its own ones hold one process's part each under DeepSpeed, and are of no use to another number of processes. (FSDP,
@@ -117,19 +132,19 @@ def by_name(trainer: Any, plan: Program) -> Iterator[None]:
 
     def save(folder: str) -> None:
         main = trainer.accelerator.is_main_process
-        write_trained(Path(folder) if main else None, named(), trainer.optimizer)
+        save_parameters_and_adam(Path(folder) if main else None, named(), trainer.optimizer)
         if main:
-            torch.save(trainer.lr_scheduler.state_dict(), Path(folder) / SCHEDULER)
+            torch.save(trainer.lr_scheduler.state_dict(), Path(folder) / SCHEDULER_FILE)
 
     def load(folder: str) -> None:
-        read_trained(Path(folder), named(), trainer.optimizer)
+        load_parameters_and_adam(Path(folder), named(), trainer.optimizer)
 
     def load_all(folder: str | None) -> None:
         if folder is not None:
             if not trainer.is_deepspeed_enabled:  # else it has been done, with the engine's weights
                 load(folder)
-            trainer.lr_scheduler.load_state_dict(torch.load(Path(folder) / SCHEDULER, weights_only=True))
+            trainer.lr_scheduler.load_state_dict(torch.load(Path(folder) / SCHEDULER_FILE, weights_only=True))
 
     trainer._save_optimizer_and_scheduler, trainer._load_optimizer_and_scheduler = save, load_all
-    with engine_loads_with(load):
+    with override_deepspeed_loading(load):
         yield

@@ -11,15 +11,15 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from rlhf.data.collate import pad_right
-from rlhf.distributed.engine import real_rows
+from rlhf.distributed.engine import count_real_rows
 from rlhf.functional import classification_loss
-from rlhf.trainers.supervised.base import Report, StopOnBadLoss, order_rows
+from rlhf.trainers.supervised.base import MetricsCallback, StopOnBadLoss, order_rows
 
-Row = dict[str, Any]  # input_ids, and target: for each label the probability that it holds
+LabelledRow = dict[str, Any]  # input_ids, and target: for each label the probability that it holds
 
 
 @dataclass(frozen=True)
-class Counts:
+class ConfusionCounts:
     """How often each label was right: said and held, said only, held only. [N] each, and what was decided right."""
 
     both: Tensor
@@ -51,7 +51,7 @@ class Counts:
         return float((2 * self.both[met] / size[met]).mean()) if bool(met.any()) else 0.0
 
 
-def count(logits: Tensor, target: Tensor, *, several: bool) -> Tensor:
+def confusion_sums(logits: Tensor, target: Tensor, *, several: bool) -> Tensor:
     """Confusion sums of a batch, one vector so that they add over batches and processes.
 
     Args:
@@ -70,14 +70,14 @@ def count(logits: Tensor, target: Tensor, *, several: bool) -> Tensor:
     return torch.cat([*parts, ends]).double()
 
 
-def read_counts(sums: Tensor) -> Counts:
+def read_confusion_counts(sums: Tensor) -> ConfusionCounts:
     """`Counts` of a sum of `count` vectors."""
     both, said_only, held_only = sums[:-2].chunk(3)
-    return Counts(both, said_only, held_only, float(sums[-2]), float(sums[-1]))
+    return ConfusionCounts(both, said_only, held_only, float(sums[-2]), float(sums[-1]))
 
 
 @dataclass(frozen=True)
-class Collator:
+class LabelledCollator:
     """Rows of [input_ids, target] for a Trainer."""
 
     pad_id: int
@@ -89,7 +89,7 @@ class Collator:
         return {"input_ids": ids, "attention_mask": mask.long(), "target": target}
 
 
-class LabelTrainer(Trainer):
+class ClassifierTrainer(Trainer):
     """A Trainer with `classification_loss`; a batch's loss is its mean over records."""
 
     several = False
@@ -98,7 +98,7 @@ class LabelTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._sums: dict[str, Tensor] = {}
-        self.counts: dict[str, Counts] = {}
+        self.counts: dict[str, ConfusionCounts] = {}
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["input_ids", "target"]
@@ -109,12 +109,12 @@ class LabelTrainer(Trainer):
         """Mean loss of a batch. Held-out records count once."""
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         rows = len(inputs["target"])
-        real = rows if model.training else real_rows(self.accelerator, rows)
+        real = rows if model.training else count_real_rows(self.accelerator, rows)
         logits, target = outputs.logits[:real].float(), inputs["target"][:real]
         weight = None if self.weight is None else self.weight.to(logits.device)
         loss = classification_loss(logits, target, several=self.several, weight=weight).sum() / max(real, 1)
         mode = "train" if model.training else "eval"
-        sums = count(logits.detach(), target, several=self.several)
+        sums = confusion_sums(logits.detach(), target, several=self.several)
         self._sums[mode] = self._sums.get(mode, torch.zeros_like(sums)) + sums
         return (loss, outputs) if return_outputs else loss
 
@@ -132,34 +132,36 @@ class LabelTrainer(Trainer):
         mode = "eval" if prefix else "train"
         sums = self._sums.pop(mode, None)
         if sums is not None:
-            counts = self.counts[prefix.rstrip("_") or mode] = read_counts(self.accelerator.reduce(sums, "sum").cpu())
+            counts = self.counts[prefix.rstrip("_") or mode] = read_confusion_counts(
+                self.accelerator.reduce(sums, "sum").cpu()
+            )
             logs |= {f"{prefix}label_accuracy": counts.accuracy, f"{prefix}macro_f1": counts.macro_f1}
         super().log(logs, start_time)
 
 
-def build(
+def build_classifier_trainer(
     model: Any,
     tokenizer: Any,
-    train: Sequence[Row],
-    validation: Sequence[Row],
+    train: Sequence[LabelledRow],
+    validation: Sequence[LabelledRow],
     arguments: dict[str, Any],
-    report: Report,
+    report: MetricsCallback,
     *,
     several: bool,
     weight: Tensor | None,
-) -> LabelTrainer:
+) -> ClassifierTrainer:
     """The trainer; keeps the checkpoint of the lowest held-out loss, the one whose probabilities are best."""
     from datasets import Dataset
 
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
     args = TrainingArguments(**arguments | (best if validation else {}), remove_unused_columns=False)
-    trainer = LabelTrainer(
+    trainer = ClassifierTrainer(
         model=model,
         args=args,
         processing_class=tokenizer,
         train_dataset=Dataset.from_list(list(train)),
         eval_dataset=Dataset.from_list(sorted(validation, key=_length)) if validation else None,
-        data_collator=Collator(tokenizer.pad_token_id),
+        data_collator=LabelledCollator(tokenizer.pad_token_id),
         callbacks=[report, StopOnBadLoss()],
     )
     trainer.several, trainer.weight = several, weight
@@ -168,5 +170,5 @@ def build(
     return trainer
 
 
-def _length(row: Row) -> int:
+def _length(row: LabelledRow) -> int:
     return len(row["input_ids"])

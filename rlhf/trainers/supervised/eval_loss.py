@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.distributed.engine import real_rows
+from rlhf.distributed.engine import count_real_rows
 
 
 def _blank(inputs: dict[str, Any], accelerator: Any) -> Tensor:
@@ -15,15 +15,15 @@ def _blank(inputs: dict[str, Any], accelerator: Any) -> Tensor:
     labels: Tensor = inputs["labels"]
     positions = inputs.get("position_ids")
     if positions is None:
-        labels[real_rows(accelerator, len(labels)) :] = -100
+        labels[count_real_rows(accelerator, len(labels)) :] = -100
         return labels
     starts = (positions[0] == 0).nonzero().flatten()  # the records stand one after the other in a single row
-    for start in starts[real_rows(accelerator, len(starts)) :][:1]:
+    for start in starts[count_real_rows(accelerator, len(starts)) :][:1]:
         labels[:, start:] = -100
     return labels
 
 
-class TokenMean:
+class TokenMeanLoss:
     """Makes a Trainer's held-out loss the mean over all held-out tokens that carry loss, nats.
 
     So exp of it is a perplexity, and it is the same for any batch and number of processes. The library's own is a mean

@@ -14,11 +14,11 @@ from rlhf.data.collate import pad_right
 from rlhf.models.load import backbone
 from rlhf.runs.metrics import METRICS
 
-ROWS = 32  # of text, read at once
+ROWS_PER_BATCH = 32  # of text, read at once
 
 
 @dataclass(frozen=True)
-class Probed:
+class ProbeData:
     """What a probe reads.
 
     Attributes:
@@ -38,15 +38,15 @@ class Probed:
 
 
 @torch.no_grad()
-def read_text(model: Any, probed: Probed) -> tuple[float | None, Tensor]:
+def probe_text(model: Any, probed: ProbeData) -> tuple[float | None, Tensor]:
     """Mean negative log-likelihood of the text (nats per token; None without an output layer to read with), and the
     last hidden states at the end of each document, [N, H] float32."""
     device = next(model.parameters()).device
     model.eval()
     total, count, ends = 0.0, 0, []
     rows = sorted(probed.text, key=len)
-    for i in range(0, len(rows), ROWS):
-        ids, mask = (x.to(device) for x in pad_right(rows[i : i + ROWS], probed.pad_id))
+    for i in range(0, len(rows), ROWS_PER_BATCH):
+        ids, mask = (x.to(device) for x in pad_right(rows[i : i + ROWS_PER_BATCH], probed.pad_id))
         states = backbone(model)(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
         ends.append(states[torch.arange(len(ids)), mask.sum(dim=1) - 1].float().cpu())
         if probed.speaks:
@@ -61,27 +61,27 @@ def read_text(model: Any, probed: Probed) -> tuple[float | None, Tensor]:
     return (total / count if count else None), torch.cat(ends)
 
 
-def drift(states: Tensor, before: Tensor) -> float:
+def state_drift(states: Tensor, before: Tensor) -> float:
     """Mean over documents of |h - h0| / |h0|. [N, H] each."""
     return float(((states - before).norm(dim=1) / before.norm(dim=1)).mean())
 
 
-class Forgetting(TrainerCallback):
+class ForgettingCallback(TrainerCallback):
     """Reads the probe before training and at each evaluation; may stop the run."""
 
-    def __init__(self, trainer: Any, probed: Probed, say: Callable[[str], None]) -> None:
+    def __init__(self, trainer: Any, probed: ProbeData, say: Callable[[str], None]) -> None:
         """Measure the model as it is. Every process does, since a sharded model needs all of them."""
         self.trainer, self.probed, self.say = trainer, probed, say
         self.last: dict[str, float] = {}
-        self.loss, self.states = read_text(trainer.model, probed) if probed.text else (None, torch.empty(0))
+        self.loss, self.states = probe_text(trainer.model, probed) if probed.text else (None, torch.empty(0))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
         """After the held-out records: the text, then the records of another distribution."""
         if not metrics or "eval_loss" not in metrics:
             return  # our own evaluation below
         if self.probed.text:
-            loss, states = read_text(self.trainer.model, self.probed)
-            self.last = {"drift": drift(states, self.states)}
+            loss, states = probe_text(self.trainer.model, self.probed)
+            self.last = {"drift": state_drift(states, self.states)}
             if loss is not None and self.loss is not None:
                 self.last |= {"text_loss": loss, "forgetting": loss - self.loss}
             self.trainer.log(dict(self.last))

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from rlhf.distributed.zero_gather import forget_steps
-from rlhf.trainers.phase_schedule import Group, Program
+from rlhf.distributed.zero_gather import reset_adam_steps
+from rlhf.trainers.phase_schedule import OptimizerGroup, PhaseSchedule
 
 
-def set_trained(model: Any, plan: Program, phase: int) -> None:
+def set_trained(model: Any, plan: PhaseSchedule, phase: int) -> None:
     """Let the parameters of a phase take gradients, and no other of the program's."""
     trained = plan.stretches[phase].names
     for name, parameter in model.named_parameters():
@@ -26,17 +26,17 @@ def set_trained(model: Any, plan: Program, phase: int) -> None:
             parameter.requires_grad_(name in trained)
 
 
-def begins(groups: Sequence[Group], phase: int) -> list[int]:
+def groups_that_begin(groups: Sequence[OptimizerGroup], phase: int) -> list[int]:
     """Numbers of the groups that are trained in a phase for the first time, and that have waited until then."""
     return [i for i, g in enumerate(groups) if phase and g.phases[phase] and not any(g.phases[:phase])]
 
 
-class Phases(TrainerCallback):
+class PhaseCallback(TrainerCallback):
     """Moves a Trainer from phase to phase."""
 
-    def __init__(self, plan: Program) -> None:
+    def __init__(self, plan: PhaseSchedule) -> None:
         self.plan = plan
-        self.groups: list[Group] = []
+        self.groups: list[OptimizerGroup] = []
         self.evaluations: list[tuple[int, float]] = []
 
     def rate(self, group: int, done: int) -> float:
@@ -60,7 +60,7 @@ class Phases(TrainerCallback):
         """Enter the phase of this update; say its learning rates."""
         now = self.plan.now(state.global_step, self.evaluations)
         if state.global_step == now.begun:
-            forget_steps(optimizer, begins(self.groups, now.phase))
+            reset_adam_steps(optimizer, groups_that_begin(self.groups, now.phase))
             if now.phase == len(self.plan.stretches) - 1:
                 # Earlier phases prepare this one: its best weights are looked for among its own evaluations.
                 state.best_metric = state.best_global_step = state.best_model_checkpoint = None
@@ -82,9 +82,9 @@ class Phases(TrainerCallback):
             control.should_training_stop = True
 
 
-def follow(trainer: Any, plan: Program) -> Phases:
+def attach_phases(trainer: Any, plan: PhaseSchedule) -> PhaseCallback:
     """Make a Trainer follow a program. Its optimizer and schedule are made from the program when training begins."""
-    phases = Phases(plan)
+    phases = PhaseCallback(plan)
 
     def create_optimizer(model: Any = None) -> Any:
         if trainer.optimizer is None:

@@ -7,20 +7,21 @@ from typing import Any
 
 import torch
 
-from rlhf.config.schema import Tuned
+from rlhf.config.schema import FineTuningStage
 from rlhf.config.sections import Data, ModelSource
 from rlhf.console import Console
 from rlhf.data import tokenize
 from rlhf.data.render import Renderer
 from rlhf.data.sources import load_records
 from rlhf.errors import CheckpointError, ConfigError
-from rlhf.models.load import is_adapter, load_causal, resolve
+from rlhf.models.load import is_adapter, resolve_model
+from rlhf.models.policy import load_causal
 from rlhf.models.reward_models import saved_head
-from rlhf.trainers.supervised.forgetting import Probed
+from rlhf.trainers.supervised.forgetting import ProbeData
 
 
-def probe(
-    config: Tuned,
+def load_probe(
+    config: FineTuningStage,
     data: Data,
     source: ModelSource,
     renderer: Renderer,
@@ -30,7 +31,7 @@ def probe(
     evaluate: bool,
     render: Callable[[Sequence[Any]], Sequence[Any]],
     scorer: bool,
-) -> Probed | None:
+) -> ProbeData | None:
     """What is read at each evaluation; None if nothing is.
 
     Args:
@@ -51,7 +52,7 @@ def probe(
     text: list[list[int]] = []
     if wanted.text:
         loaded = load_records("document", wanted.text, **options)
-        text = [tokenize.document(record, renderer).ids[: data.max_length] for record in loaded.records]
+        text = [tokenize.tokenize_document(record, renderer).ids[: data.max_length] for record in loaded.records]
         console.note(f"probe: {len(text)} texts of the source domain")
     ood: Sequence[Any] = ()
     if wanted.ood:
@@ -66,14 +67,14 @@ def probe(
                 do="start from a causal LM, or leave probe.stop_above empty",
             )
         console.note("probe: the source has no output layer to read text with; how far its features move is measured")
-    return Probed(text, not scorer, output, ood, renderer.pad_id, wanted.stop_above)
+    return ProbeData(text, not scorer, output, ood, renderer.pad_id, wanted.stop_above)
 
 
 def output_weight(source: ModelSource) -> torch.Tensor | None:
     """[V, H]: a copy of a causal LM's output layer; None of a model that has another one."""
     from transformers import AutoConfig
 
-    folder = resolve(source)
+    folder = resolve_model(source)
     if is_adapter(folder):
         if any(saved_head(folder)):
             return None

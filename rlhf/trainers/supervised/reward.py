@@ -9,15 +9,15 @@ import torch
 from trl import RewardTrainer
 
 from rlhf.data.collate import PairCollator
-from rlhf.distributed.engine import real_rows
+from rlhf.distributed.engine import count_real_rows
 from rlhf.errors import TrainingError
 from rlhf.functional import bradley_terry_loss
-from rlhf.trainers.supervised.base import Report, StopOnBadLoss, order_rows
+from rlhf.trainers.supervised.base import MetricsCallback, StopOnBadLoss, order_rows
 
-Pair = dict[str, Any]  # chosen_ids, rejected_ids, preference, and margin if the data has one
+TokenizedPair = dict[str, Any]  # chosen_ids, rejected_ids, preference, and margin if the data has one
 
 
-class PairTrainer(RewardTrainer):
+class RewardModelTrainer(RewardTrainer):
     """trl.RewardTrainer with soft labels. Accuracy counts decided pairs only and sums over batches and processes."""
 
     center = 0.0
@@ -36,7 +36,7 @@ class PairTrainer(RewardTrainer):
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         scores = outputs.logits.squeeze(-1).float()
         pairs = len(scores) // 2
-        real = pairs if model.training else real_rows(self.accelerator, pairs)
+        real = pairs if model.training else count_real_rows(self.accelerator, pairs)
         chosen, rejected = (side[:real] for side in scores.chunk(2))
         preference, margin = inputs["preference"][:real], inputs.get("margin")
         margin = None if margin is None else margin[:real]
@@ -66,16 +66,16 @@ class PairTrainer(RewardTrainer):
         super().log(logs, start_time)
 
 
-def build(
+def build_reward_trainer(
     model: Any,
     tokenizer: Any,
-    train: Sequence[Pair],
-    validation: Sequence[Pair],
+    train: Sequence[TokenizedPair],
+    validation: Sequence[TokenizedPair],
     arguments: dict[str, Any],
-    report: Report,
+    report: MetricsCallback,
     *,
     center: float,
-) -> PairTrainer:
+) -> RewardModelTrainer:
     """The trainer; keeps the checkpoint of the best held-out accuracy.
 
     Raises: TrainingError if the score head would not be trained (a frozen random head gives random rewards).
@@ -89,7 +89,7 @@ def build(
         )
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_accuracy", "greater_is_better": True}
     args = RewardConfig(**arguments | (best if validation else {}), max_length=None)
-    trainer = PairTrainer(
+    trainer = RewardModelTrainer(
         model=model,
         args=args,
         processing_class=tokenizer,
@@ -103,5 +103,5 @@ def build(
     return trainer
 
 
-def _length(pair: Pair) -> int:
+def _length(pair: TokenizedPair) -> int:
     return max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))

@@ -10,36 +10,43 @@ from rlhf.config.sections import Optim, Saving
 from rlhf.console import Console
 from rlhf.data.render import Renderer
 from rlhf.distributed.engine import check_accelerator, save_model
-from rlhf.distributed.launch_env import is_main
-from rlhf.launch.rank_consistency import same_checkpoint
+from rlhf.distributed.launch_env import is_main_process, world_size
+from rlhf.launch.rank_consistency import check_same_checkpoint
+from rlhf.models.handover import save_tokenizer_and_handover
+from rlhf.models.load import set_stop_tokens
 from rlhf.runs import preemption
 from rlhf.runs.metrics import MetricsWriter
 from rlhf.runs.run_dir import RunDir
-from rlhf.stages.lifecycle import processes, say_batch, seal, stop_at
-from rlhf.trainers.phase_schedule import Program
-from rlhf.trainers.supervised.base import Report, arguments, losses_since, silence, tokens_until
-from rlhf.trainers.supervised.checkpoint_callback import Seals, by_name, last_checkpoint
-from rlhf.trainers.supervised.forgetting import Forgetting, Probed
-from rlhf.trainers.supervised.phase_callback import follow
+from rlhf.trainers.phase_schedule import PhaseSchedule
+from rlhf.trainers.supervised.base import (
+    MetricsCallback,
+    losses_since,
+    remove_printer,
+    tokens_until,
+    training_arguments,
+)
+from rlhf.trainers.supervised.checkpoint_callback import CheckpointCallback, by_name, last_checkpoint
+from rlhf.trainers.supervised.forgetting import ForgettingCallback, ProbeData
+from rlhf.trainers.supervised.phase_callback import attach_phases
 
 
-def fit(
+def run_training(
     stage: str,
     directory: RunDir,
     optim: Optim,
     seed: int,
     console: Console,
     *,
-    program: Program,
+    program: PhaseSchedule,
     saving: Saving,
     evaluate: bool,
-    build: Callable[[dict[str, Any], Report], Any],
+    build: Callable[[dict[str, Any], MetricsCallback], Any],
     save: Callable[[Any, Path], dict[str, Any]],
     resume: bool,
     what: str = "sequences",
     shown: tuple[str, ...] = ("loss", "eval_loss"),
     evaluations: int = 5,
-    probed: Probed | None = None,
+    probed: ProbeData | None = None,
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Train, or go on from the newest checkpoint, and write the model.
 
@@ -55,31 +62,31 @@ def fit(
         probed: what else is read then.
     Returns: the run's summary so far (updates and what `save` returned), and the numbers of the last evaluation.
     """
-    world = processes()
+    world = world_size()
     updates = program.updates
     accumulation = optim.accumulation(world)
-    say_batch(world, optim.batch_size // world // accumulation, accumulation, updates, what, console)
+    print_batch(world, optim.batch_size // world // accumulation, accumulation, updates, what, console)
     checkpoint = last_checkpoint(directory, console.note) if resume else None
-    same_checkpoint(checkpoint.path.name if checkpoint else None, directory)
+    check_same_checkpoint(checkpoint.path.name if checkpoint else None, directory)
     lines, step = (checkpoint.about["lines"], checkpoint.about["step"]) if checkpoint else (0, 0)
     if checkpoint:
         console.note(f"continuing from {checkpoint.path} (update {step})")
     path = directory.path / "metrics.jsonl"
     before, losses = tokens_until(path, step), losses_since(path, lines)
-    writer = MetricsWriter(path, main=is_main(), keep_until=step, keep_lines=lines)
-    args = arguments(
+    writer = MetricsWriter(path, main=is_main_process(), keep_until=step, keep_lines=lines)
+    args = training_arguments(
         optim, directory, seed=seed, processes=world, program=program, evaluate=evaluate, evaluations=evaluations
     )
     with directory.guard(), console.progress(stage, updates, "update") as bar:
-        trainer = build(args, Report(writer, bar, shown, tokens=before, losses=losses))
-        follow(trainer, program)
-        silence(trainer)
+        trainer = build(args, MetricsCallback(writer, bar, shown, tokens=before, losses=losses))
+        attach_phases(trainer, program)
+        remove_printer(trainer)
         check_accelerator(trainer.accelerator)
-        probe = Forgetting(trainer, probed, console.note) if probed is not None else None
+        probe = ForgettingCallback(trainer, probed, console.note) if probed is not None else None
         if probe is not None:
             trainer.add_callback(probe)
-        Seals(directory, saving, writer).attach(trainer)
-        with preemption.at_safe_points(saving.grace), by_name(trainer, program):
+        CheckpointCallback(directory, saving, writer).attach(trainer)
+        with preemption.delay_sigterm(saving.grace), by_name(trainer, program):
             trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
         updates = trainer.state.global_step  # patience may have ended it early
         final = trainer.evaluate() if evaluate else {}
@@ -93,11 +100,11 @@ def fit(
 def save_trained(trainer: Any, folder: Path, stage: str, renderer: Renderer, tokenizer: Any, **record: Any) -> None:
     """Weights, tokenizer and hand-over record; `record` adds to the last. Collective."""
     save_model(trainer.model_wrapped, str(folder), accelerator=trainer.accelerator)
-    if is_main():
-        seal(folder, stage, renderer, tokenizer, **record)
+    if is_main_process():
+        save_tokenizer_and_handover(folder, stage, renderer, tokenizer, **record)
 
 
-def fit_lm(
+def train_language_model(
     stage: str,
     model: Any,
     tokenizer: Any,
@@ -107,14 +114,14 @@ def fit_lm(
     seed: int,
     console: Console,
     *,
-    program: Program,
+    program: PhaseSchedule,
     saving: Saving,
     records: int,
     evaluate: bool,
-    build: Callable[[dict[str, Any], Report], Any],
+    build: Callable[[dict[str, Any], MetricsCallback], Any],
     resume: bool,
     evaluations: int = 5,
-    probed: Probed | None = None,
+    probed: ProbeData | None = None,
     reply_tokens: float | None = None,
 ) -> dict[str, Any]:
     """`fit` for a language model, to the end of the run. Returns: the summary.
@@ -124,11 +131,11 @@ def fit_lm(
     """
 
     def save(trainer: Any, folder: Path) -> dict[str, Any]:
-        stop_at(model, renderer)
+        set_stop_tokens(model, renderer)
         save_trained(trainer, folder, stage, renderer, tokenizer, reply_tokens=reply_tokens)
         return {"records": records}
 
-    summary, final = fit(
+    summary, final = run_training(
         stage,
         directory,
         optim,
@@ -150,3 +157,12 @@ def fit_lm(
     directory.note(summary=summary)
     directory.finish()
     return summary
+
+
+def print_batch(processes: int, microbatch: int, accumulation: int, updates: int, what: str, console: Console) -> None:
+    """The batch arithmetic in words."""
+    size = processes * microbatch * accumulation
+    console.note(
+        f"batch: {processes} process{'es' if processes > 1 else ''} x {microbatch} {what} x {accumulation} accumulation"
+        f" = {size} {what} per update; {updates} updates"
+    )

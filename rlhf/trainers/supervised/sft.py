@@ -10,15 +10,15 @@ from trl import SFTTrainer
 
 from rlhf.data.collate import DemonstrationCollator
 from rlhf.data.render import Rendered
-from rlhf.trainers.supervised.base import Report, StopOnBadLoss, order_rows
-from rlhf.trainers.supervised.eval_loss import TokenMean
+from rlhf.trainers.supervised.base import MetricsCallback, StopOnBadLoss, order_rows
+from rlhf.trainers.supervised.eval_loss import TokenMeanLoss
 
 
-class DocumentTrainer(TokenMean, Trainer):
+class DocumentTrainer(TokenMeanLoss, Trainer):
     """A plain transformers.Trainer: every token counts, so TRL has nothing to add."""
 
 
-class DemonstrationTrainer(TokenMean, SFTTrainer):
+class DemonstrationTrainer(TokenMeanLoss, SFTTrainer):
     """trl.SFTTrainer, but for the held-out loss."""
 
 
@@ -34,13 +34,13 @@ def _by_length(rows: Sequence[Rendered]) -> Any:
     return to_dataset(sorted(rows, key=lambda row: len(row.ids))) if rows else None
 
 
-def build_lm(
+def build_pretrain_trainer(
     model: Any,
     tokenizer: Any,
     train: Sequence[Rendered],
     validation: Sequence[Rendered],
     arguments: dict[str, Any],
-    report: Report,
+    report: MetricsCallback,
 ) -> Any:
     """A trainer on every token of documents."""
     from transformers import TrainingArguments
@@ -59,13 +59,13 @@ def build_lm(
     return trainer
 
 
-def build(
+def build_sft_trainer(
     model: Any,
     tokenizer: Any,
     train: Sequence[Rendered],
     validation: Sequence[Rendered],
     arguments: dict[str, Any],
-    report: Report,
+    report: MetricsCallback,
     *,
     packing: int | None = None,
 ) -> Any:

@@ -18,7 +18,7 @@ from rlhf.models import packed_batch
 from rlhf.models.reward_models import load_scorer
 from rlhf.rollout import score as scoring
 from rlhf.runs.metrics import METRICS
-from rlhf.trainers.ppo.health import VITAL, Unhealthy, unhealthy
+from rlhf.trainers.ppo.health import HEALTH_METRICS, UnhealthyError, find_unhealthy_metrics
 from rlhf.trainers.ppo.trainer import PPOTrainer
 from tests.models import tiny
 from tests.trainers.setup import make, memory, sometimes_ending, spiked
@@ -65,13 +65,13 @@ def other_temperature(trainer: PPOTrainer, _: pytest.MonkeyPatch) -> None:
 
 def hidden_filter(_: PPOTrainer, patch: pytest.MonkeyPatch) -> None:
     """A top-k that shapes the draws but is not told to the log-probs."""
-    original = sampling.pick
+    original = sampling.draw_token
 
     def pick(logits: Any, uniform: Any, temperature: float) -> Any:
         least = logits.topk(5).values[:, -1:]
         return original(logits.masked_fill(logits < least, -torch.inf), uniform, temperature)
 
-    patch.setattr(sampling, "pick", pick)
+    patch.setattr(sampling, "draw_token", pick)
 
 
 def dropout_left_on(trainer: PPOTrainer, _: pytest.MonkeyPatch) -> None:
@@ -141,7 +141,7 @@ def packed_rows_that_leak(_: PPOTrainer, patch: pytest.MonkeyPatch) -> None:
     """Sequences in one row see each other."""
     original = packed_batch.pack
 
-    def leaking(ids: torch.Tensor, mask: torch.Tensor) -> packed_batch.Packing:
+    def leaking(ids: torch.Tensor, mask: torch.Tensor) -> packed_batch.PackedBatch:
         made = original(ids, mask)
         return replace(made, positions=torch.arange(made.ids.shape[1]).expand_as(made.ids))
 
@@ -192,19 +192,19 @@ def test_to_continue_says_it_once_and_goes_on(reward_folder: str, monkeypatch: p
 
 
 def test_every_vital_number_has_a_range_and_is_seen_outside_it() -> None:
-    for name in VITAL:
+    for name in HEALTH_METRICS:
         metric = METRICS[name]
         outside = metric.high + 1 if metric.high < 1e9 else metric.low - 1
-        assert len(unhealthy({name: outside})) == 1
-        assert name in unhealthy({name: outside})[0]
-        assert unhealthy({name: float("nan")})
-    assert unhealthy({"kl": 3.0, "entropy": 1.0, "finished": 0.9}) == []
+        assert len(find_unhealthy_metrics({name: outside})) == 1
+        assert name in find_unhealthy_metrics({name: outside})[0]
+        assert find_unhealthy_metrics({name: float("nan")})
+    assert find_unhealthy_metrics({"kl": 3.0, "entropy": 1.0, "finished": 0.9}) == []
 
 
 def test_a_fresh_value_model_may_explain_nothing() -> None:
     stats = {"explained_variance": -50.0, "kl": 99.0}
-    assert len(unhealthy(stats)) == 2
-    assert len(unhealthy(stats, fresh=True)) == 1
+    assert len(find_unhealthy_metrics(stats)) == 2
+    assert len(find_unhealthy_metrics(stats, fresh=True)) == 1
 
 
 def test_a_rollback_returns_to_the_last_good_step_with_a_smaller_rate(reward_folder: str) -> None:
@@ -244,7 +244,7 @@ def test_each_rollback_raises_the_kl_coefficient_once(reward_folder: str) -> Non
 
         trainer = sound(reward_folder, watch={"unhealthy": "rollback", "kl_factor": 2.0}, restore=restore)
         trainer.rollbacks = 1
-        trainer.roll_back(Unhealthy("planted"))
+        trainer.roll_back(UnhealthyError("planted"))
         assert trainer.rollbacks == 2
         assert trainer.kl_coef == pytest.approx(0.4)
 

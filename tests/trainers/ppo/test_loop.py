@@ -12,7 +12,7 @@ import torch
 
 from rlhf.errors import ConfigError
 from rlhf.functional import adaptive_kl
-from rlhf.models.adapters import policy_with_adapter
+from rlhf.models.policy import policy_with_adapter
 from rlhf.models.reward_models import load_scorer
 from rlhf.runs.metrics import METRICS
 from rlhf.trainers.ppo import trainer as module

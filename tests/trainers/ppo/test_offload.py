@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlhf.errors import TrainingError
-from rlhf.models.offload import Frozen
+from rlhf.models.offload import OffloadedModels
 from rlhf.models.reward_models import load_scorer
 from rlhf.rollout.rewards import EnsembleReward, FunctionReward, ModelReward, Rewards
 from rlhf.trainers.ppo.trainer import PPOTrainer
@@ -30,7 +30,7 @@ def travelling(folder: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> 
         folder, reference=models["reference"], rewards=reward_of(models["reward"]), **{"offload": BOTH} | options
     )
     members = {name: [model] for name, model in models.items()}
-    trainer.frozen = Frozen(torch.device("meta"), trainer.config.offload, **members)
+    trainer.frozen = OffloadedModels(torch.device("meta"), trainer.config.offload, **members)
     log.clear()
     return trainer, log
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from rlhf.config.ppo import KL, PPO, RewardSource
 from rlhf.functional import kl_estimate, policy_loss
-from rlhf.models.ema import Average
+from rlhf.models.ema import WeightAverage
 from rlhf.rollout.score import response_logprobs
 from rlhf.trainers.ppo.losses import summed_losses
 from tests.models import tiny
@@ -184,7 +184,7 @@ def test_the_average_is_the_closed_form() -> None:
     model = torch.nn.Linear(2, 1)
     start = model.weight.detach().clone()
     trained = dict(model.named_parameters())
-    average = Average(trained, 0.9)
+    average = WeightAverage(trained, 0.9)
     with torch.no_grad():
         model.weight.copy_(start + 1.0)
     for _ in range(5):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf.models.heads import SharedValue
+from rlhf.models.heads import SharedValueHead
 from rlhf.models.load import backbone, count_parameters
 from rlhf.models.reward_models import load_scorer
 from rlhf.rollout.types import Rollout
@@ -28,7 +28,7 @@ def rollout() -> Rollout:
 
 def shared(head: float = 0.0) -> PolicyAndValue:
     policy = sometimes_ending(tiny.new(1))
-    value = SharedValue(policy.config.hidden_size)
+    value = SharedValueHead(policy.config.hidden_size)
     if head:
         torch.nn.init.normal_(value.score.weight, std=head, generator=torch.Generator().manual_seed(1))
     return PolicyAndValue(policy, value)

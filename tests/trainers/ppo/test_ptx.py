@@ -12,7 +12,7 @@ import torch
 from rlhf.config.ppo import Ptx
 from rlhf.data.render import Rendered
 from rlhf.rollout.types import Experience
-from rlhf.trainers.ppo.ptx import TextMix
+from rlhf.trainers.ppo.ptx import PtxMixture
 from rlhf.trainers.ppo.trainer import PPOTrainer
 from tests.models import tiny
 from tests.tolerances import GRADIENT, distance
@@ -26,7 +26,9 @@ def documents(count: int = 9) -> list[Rendered]:
 
 def with_text(reward_folder: str, coef: float, microbatch: int = 3, **options: Any) -> PPOTrainer:
     ptx = {"coef": coef, "data": [{"path": "unused"}], "batch_size": 4} | options.pop("ptx", {})
-    text = TextMix(documents(), Ptx.model_validate(ptx), seed=1, pad_id=tiny.renderer().pad_id, microbatch=microbatch)
+    text = PtxMixture(
+        documents(), Ptx.model_validate(ptx), seed=1, pad_id=tiny.renderer().pad_id, microbatch=microbatch
+    )
     return make(reward_folder, text=text, ptx=ptx, optim={"microbatch_size": microbatch}, **options)
 
 

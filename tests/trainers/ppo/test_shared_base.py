@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from rlhf.config.sections import Peft
-from rlhf.models.adapters import adapter_parameters, add_adapter, policy_with_adapter
-from rlhf.models.load import load_causal
+from rlhf.models.adapters import adapter_parameters, add_adapter
+from rlhf.models.policy import load_causal, policy_with_adapter
 from rlhf.models.reward_models import load_scorer
-from rlhf.models.shared_base import REWARD, VALUE, put_on
+from rlhf.models.shared_base import REWARD, VALUE, attach_scorer
 from rlhf.trainers.ppo.trainer import PPOTrainer
 from tests.models import tiny
 from tests.models.fixtures import rewarder_of, shake
@@ -28,8 +28,8 @@ def trainer(
 ) -> PPOTrainer:
     policy = policy_with_adapter(tiny.source(sft), peft)
     if shared:
-        scorer: Any = put_on(policy, tiny.source(reward), REWARD)
-        value: Any = put_on(policy, tiny.source(reward), VALUE, trainable=True)
+        scorer: Any = attach_scorer(policy, tiny.source(reward), REWARD)
+        value: Any = attach_scorer(policy, tiny.source(reward), VALUE, trainable=True)
     else:
         scorer = load_scorer(tiny.source(reward)).requires_grad_(False)
         value = load_scorer(tiny.source(reward), trainable=True, peft=peft)

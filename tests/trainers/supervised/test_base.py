@@ -11,22 +11,22 @@ from typing import Any
 import pytest
 
 from rlhf.config.sections import Optim
-from rlhf.config.tuning import NOTHING, Phase
+from rlhf.config.tuning import EMPTY_SELECTION, TrainingPhase
 from rlhf.errors import ConfigError, TrainingError
-from rlhf.models.parameter_selection import Layout, Place
+from rlhf.models.parameter_selection import ParameterMap, ParameterPlace
 from rlhf.runs.metrics import MetricsWriter
 from rlhf.runs.run_dir import RunDir
-from rlhf.trainers.phase_schedule import program
+from rlhf.trainers.phase_schedule import make_schedule
 from rlhf.trainers.supervised.base import (
-    LikeLengths,
-    Report,
+    LengthGroupedSampler,
+    MetricsCallback,
     StopOnBadLoss,
-    arguments,
     losses_since,
     tokens_until,
+    training_arguments,
 )
 
-LAYOUT = Layout({"w": Place(0, "mlp", 1)}, 1, tied=False)
+LAYOUT = ParameterMap({"w": ParameterPlace(0, "mlp", 1)}, 1, tied=False)
 
 
 @pytest.mark.parametrize(
@@ -45,14 +45,17 @@ LAYOUT = Layout({"w": Place(0, "mlp", 1)}, 1, tied=False)
 def test_updates(records: int, batch: int, epochs: float, most: int | None, updates: int) -> None:
     optim = Optim(batch_size=batch, microbatch_size=batch, epochs=epochs, max_updates=most)
     per_epoch = math.ceil(records / batch)
-    assert program(LAYOUT, optim, freeze=NOTHING, unfreeze=(), per_epoch=per_epoch, factors={}).updates == updates
+    assert (
+        make_schedule(LAYOUT, optim, freeze=EMPTY_SELECTION, unfreeze=(), per_epoch=per_epoch, factors={}).updates
+        == updates
+    )
 
 
 def made(tmp_path: Path, processes: int = 1, updates: int = 40, phases: int = 1, **changes: Any) -> dict[str, Any]:
     optim = Optim(**{"batch_size": 32, "microbatch_size": 4} | changes)
-    unfreeze = [Phase(updates=updates // phases, patience=changes.get("patience"))] * phases
-    plan = program(LAYOUT, optim, freeze=NOTHING, unfreeze=unfreeze, per_epoch=10, factors={})
-    return arguments(optim, RunDir(tmp_path), seed=5, processes=processes, program=plan, evaluate=True)
+    unfreeze = [TrainingPhase(updates=updates // phases, patience=changes.get("patience"))] * phases
+    plan = make_schedule(LAYOUT, optim, freeze=EMPTY_SELECTION, unfreeze=unfreeze, per_epoch=10, factors={})
+    return training_arguments(optim, RunDir(tmp_path), seed=5, processes=processes, program=plan, evaluate=True)
 
 
 @pytest.mark.parametrize(("processes", "accumulation"), [(1, 8), (2, 4), (8, 1)])
@@ -96,7 +99,7 @@ def test_patience_keeps_the_best_weights_and_phases_tell_every_process_what_wait
 
 def test_the_gap_compares_held_out_records_with_what_was_trained_on_since(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path / "metrics.jsonl")
-    report = Report(writer, SimpleNamespace(update=lambda *_: None), ("gap",))
+    report = MetricsCallback(writer, SimpleNamespace(update=lambda *_: None), ("gap",))
     for logs in ({"loss": 3.0}, {"loss": 1.0}, {"eval_loss": 2.5}, {"loss": 0.5}, {"eval_loss": 4.0}):
         report.on_log(None, SimpleNamespace(global_step=3), None, logs)
     writer.close()
@@ -120,7 +123,7 @@ def test_losses_since_the_last_evaluation_are_found_again(tmp_path: Path) -> Non
 def test_declared_numbers_are_written_under_our_names(tmp_path: Path) -> None:
     shown: list[Any] = []
     writer = MetricsWriter(tmp_path / "metrics.jsonl")
-    report = Report(writer, SimpleNamespace(update=lambda *line: shown.append(line)), ("loss",))
+    report = MetricsCallback(writer, SimpleNamespace(update=lambda *line: shown.append(line)), ("loss",))
     state = SimpleNamespace(global_step=3)
     logs = {"loss": 1.5, "num_tokens": 12.0, "mean_token_accuracy": 0.5, "train_runtime": 9.0, "epoch": "x"}
     report.on_log(None, state, None, logs)
@@ -141,7 +144,7 @@ def test_tokens_go_on_counting_after_a_checkpoint_whose_update_is_always_logged(
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert [tokens_until(path, step) for step in (0, 2, 3)] == [0.0, 10.0, 30.0]
     writer = MetricsWriter(path, keep_until=2)
-    report = Report(writer, SimpleNamespace(update=lambda *_: None), (), tokens=10.0)
+    report = MetricsCallback(writer, SimpleNamespace(update=lambda *_: None), (), tokens=10.0)
     report.on_log(None, SimpleNamespace(global_step=3), None, {"num_tokens": 20.0})
     writer.close()
     assert path.read_text().splitlines() == [json.dumps(line) for line in lines]
@@ -162,7 +165,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(logs: dict[str, float]) -> None:
 
 
 def drawn(lengths: list[int], batch: int, *, seed: int = 1, epoch: int = 0) -> list[int]:
-    sampler = LikeLengths(lengths, batch, seed)
+    sampler = LengthGroupedSampler(lengths, batch, seed)
     sampler.set_epoch(epoch)
     order = list(sampler)
     assert len(sampler) == len(order) == -(-len(lengths) // batch) * batch

@@ -14,7 +14,7 @@ from rlhf.errors import TrainingError
 from rlhf.functional import balanced_weights
 from rlhf.models.heads import sequence_outputs
 from rlhf.models.reward_models import new_classifier
-from rlhf.trainers.supervised.classify import Collator, Counts, count, read_counts
+from rlhf.trainers.supervised.classify import ConfusionCounts, LabelledCollator, confusion_sums, read_confusion_counts
 from tests import oracles
 from tests.models import tiny
 from tests.models.fixtures import shake
@@ -94,7 +94,7 @@ def wanted_loss(model: Any, data: list[dict[str, Any]], several: bool, weight: T
 
 
 def test_rows_are_padded_on_the_right_and_targets_kept() -> None:
-    batch = Collator(9)([{"input_ids": [1, 9], "target": [1, 0.0]}, {"input_ids": [3], "target": [0.25, 0.75]}])
+    batch = LabelledCollator(9)([{"input_ids": [1, 9], "target": [1, 0.0]}, {"input_ids": [3], "target": [0.25, 0.75]}])
     assert set(batch) == {"input_ids", "attention_mask", "target"}
     assert batch["input_ids"].tolist() == [[1, 9], [3, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
@@ -110,7 +110,7 @@ def test_the_loss_is_the_mean_of_the_equation_on_uneven_lengths(
     data = rows(several)
     weights = None if weight is None else torch.tensor(weight)
     trainer = label_trainer(tmp_path, model, data, several=several, weight=weights)
-    loss = trainer.compute_loss(model, Collator(PAD)(data))
+    loss = trainer.compute_loss(model, LabelledCollator(PAD)(data))
     assert_close(loss, wanted_loss(model, data, several, weights))
     assert abs(loss.item() - wanted_loss(model, data, several, torch.tensor([1.0, 1.0, 3.0]))) > 0.01
 
@@ -119,11 +119,11 @@ def test_a_padded_row_beside_a_long_one_keeps_its_gradient(model: Any, tmp_path:
     """The mean over a batch has the mean of the gradients of its rows, each in a batch of its own."""
     data = rows(False)[:4]
     trainer = label_trainer(tmp_path, model, data)
-    trainer.compute_loss(model, Collator(PAD)(data)).backward()
+    trainer.compute_loss(model, LabelledCollator(PAD)(data)).backward()
     together = gradient(model)
     model.zero_grad()
     for row in data:
-        (trainer.compute_loss(model, Collator(PAD)([row])) / len(data)).backward()
+        (trainer.compute_loss(model, LabelledCollator(PAD)([row])) / len(data)).backward()
     assert distance(gradient(model), together) < GRADIENT
 
 
@@ -162,7 +162,7 @@ def test_counts_of_exclusive_labels_by_hand() -> None:
     said = [0, 0, 0, 1, 1, 0]
     logits = torch.nn.functional.one_hot(torch.tensor(said), 4).float() * 5 - 2
     target = torch.tensor([[1, 0, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 1, 0, 0], [0, 0.6, 0.4, 0], [0, 1, 0, 0]])
-    counts = read_counts(count(logits, target, several=False))
+    counts = read_confusion_counts(confusion_sums(logits, target, several=False))
     assert counts.both.tolist() == [2, 2, 0, 0]
     assert counts.said_only.tolist() == [2, 0, 0, 0]
     assert counts.held_only.tolist() == [0, 1, 1, 0]
@@ -176,7 +176,7 @@ def test_counts_of_several_labels_by_hand() -> None:
     """A label is said above a logit of 0 and holds above a probability of one half."""
     logits = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0], [0.0, 1.0]])
     target = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.5], [0.9, 0.51]])
-    counts = read_counts(count(logits, target, several=True))
+    counts = read_confusion_counts(confusion_sums(logits, target, several=True))
     assert (counts.both.tolist(), counts.said_only.tolist(), counts.held_only.tolist()) == ([2, 1], [0, 1], [1, 1])
     assert counts.accuracy == pytest.approx(5 / 8)
     assert counts.precision.tolist() == pytest.approx([1.0, 0.5])
@@ -186,7 +186,7 @@ def test_counts_of_several_labels_by_hand() -> None:
 
 def test_nothing_counted_is_0_and_not_a_division() -> None:
     nothing = torch.zeros(2)
-    counts = Counts(nothing, nothing, nothing, 0.0, 0.0)
+    counts = ConfusionCounts(nothing, nothing, nothing, 0.0, 0.0)
     assert (counts.accuracy, counts.macro_f1) == (0.0, 0.0)
     assert counts.precision.tolist() == counts.recall.tolist() == [0.0, 0.0]
 
@@ -197,13 +197,13 @@ def test_counts_add_up_over_any_split(several: bool, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(23, 4, generator=generator)
     target = torch.randn(23, 4, generator=generator).softmax(1) * (2 if several else 1)
-    whole = count(logits, target, several=several)
+    whole = confusion_sums(logits, target, several=several)
     parts = [
-        count(z, t, several=several)
+        confusion_sums(z, t, several=several)
         for z, t in zip(logits.split([1, 10, 7, 5]), target.split([1, 10, 7, 5]), strict=True)
     ]
     assert torch.equal(torch.stack(parts).sum(0), whole)
-    counts, (accuracy, table) = read_counts(whole), by_hand(logits, target, several)
+    counts, (accuracy, table) = read_confusion_counts(whole), by_hand(logits, target, several)
     assert counts.accuracy == pytest.approx(accuracy)
     assert torch.stack([counts.both, counts.said_only, counts.held_only], dim=1).tolist() == [list(t) for t in table]
     assert counts.macro_f1 == pytest.approx(f1_by_hand(table))

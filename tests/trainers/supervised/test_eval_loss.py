@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from rlhf.data.render import Rendered
-from rlhf.distributed.engine import real_rows
+from rlhf.distributed.engine import count_real_rows
 from rlhf.trainers.supervised import sft
-from rlhf.trainers.supervised.eval_loss import TokenMean
+from rlhf.trainers.supervised.eval_loss import TokenMeanLoss
 from tests.models import tiny
 from tests.tolerances import assert_close
 from tests.trainers.on_trl import prepared, ready, sft_trainer
@@ -40,7 +40,7 @@ def packed_trainer(folder: Path, model: Any, rows: list[Rendered], held: list[Re
 
 def document_trainer(folder: Path, model: Any, rows: list[Rendered], held: list[Rendered], **optim: Any) -> Any:
     args, report, made = prepared(folder, model, len(rows), True, **optim)
-    return ready(sft.build_lm(model, tiny.tokenizer(), rows, held, args, report), made)
+    return ready(sft.build_pretrain_trainer(model, tiny.tokenizer(), rows, held, args, report), made)
 
 
 @pytest.mark.parametrize("build", [sft_trainer, packed_trainer, document_trainer])
@@ -53,7 +53,7 @@ def test_a_language_models_held_out_loss_is_the_mean_over_tokens(build: Any, mic
 
 
 def test_the_check_sees_a_mean_over_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(TokenMean, "log")
+    monkeypatch.delattr(TokenMeanLoss, "log")
     model = tiny.new(3)
     trainer = sft_trainer(tmp_path, model, ROWS, ROWS, batch_size=2, microbatch_size=2)
     assert abs(trainer.evaluate()["eval_loss"] - token_mean(model, ROWS)) > 0.001
@@ -74,12 +74,12 @@ def test_the_records_of_the_last_batch_are_shared_out_without_its_repetitions(
     records: int, world: int, rows: int
 ) -> None:
     ranks = processes(records, world, rows)
-    real = [real_rows(rank, rows) for rank in ranks]
+    real = [count_real_rows(rank, rows) for rank in ranks]
     assert sum(real) == (records % (world * rows) or world * rows)
     assert sorted(real, reverse=True) == real  # the first processes have the first rows
     for rank in ranks:
         rank.gradient_state.end_of_dataloader = False
-        assert real_rows(rank, rows) == rows
+        assert count_real_rows(rank, rows) == rows
 
 
 @pytest.mark.parametrize("records", LENGTHS)
@@ -88,7 +88,7 @@ def test_accelerate_still_says_what_the_last_batch_holds(records: int) -> None:
 
     accelerator = Accelerator(cpu=True)
     loader = accelerator.prepare(torch.utils.data.DataLoader(list(range(records)), batch_size=3))
-    assert [real_rows(accelerator, len(batch)) for batch in loader] == [
+    assert [count_real_rows(accelerator, len(batch)) for batch in loader] == [
         min(3, records - i) for i in range(0, records, 3)
     ]
 

@@ -12,8 +12,8 @@ import torch
 from transformers import TrainerCallback
 
 from rlhf.config.sections import Peft
-from rlhf.config.tuning import Phase, Selection
-from rlhf.distributed.zero_gather import forget_steps
+from rlhf.config.tuning import Selection, TrainingPhase
+from rlhf.distributed.zero_gather import reset_adam_steps
 from rlhf.trainers.supervised.phase_callback import set_trained
 from tests.models import tiny
 from tests.tolerances import assert_close
@@ -21,12 +21,14 @@ from tests.trainers.on_trl import label_trainer, prepared, written
 from tests.trainers.supervised.test_classify import classifier, rows
 
 HEAD = Selection(parts=("score",))
-PROBE = Phase(train=HEAD, updates=3, learning_rate=0.05)
-TUNE = Phase(train="all", updates=4, learning_rate=0.01)
+PROBE = TrainingPhase(train=HEAD, updates=3, learning_rate=0.05)
+TUNE = TrainingPhase(train="all", updates=4, learning_rate=0.01)
 CONSTANT = {"schedule": "constant", "batch_size": 11, "microbatch_size": 11}
 
 
-def trained(folder: Path, model: Any, unfreeze: Sequence[Phase], *, resume: str | None = None, **settings: Any) -> Any:
+def trained(
+    folder: Path, model: Any, unfreeze: Sequence[TrainingPhase], *, resume: str | None = None, **settings: Any
+) -> Any:
     trainer = label_trainer(folder, model, rows(False), rows(False), unfreeze=tuple(unfreeze), **CONSTANT | settings)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
@@ -92,7 +94,7 @@ def test_the_first_update_of_a_weight_has_the_size_of_its_rate(sft_folder: str, 
     trainer = trained(
         tmp_path,
         model,
-        [Phase(train=HEAD, updates=2, learning_rate=1e-2), Phase(updates=1, learning_rate=1e-3)],
+        [TrainingPhase(train=HEAD, updates=2, learning_rate=1e-2), TrainingPhase(updates=1, learning_rate=1e-3)],
         layer_decay=0.5,
         head_factor=4.0,
         max_grad_norm=1e6,
@@ -150,7 +152,10 @@ RESUMED = {
     "at the unfreeze": ([PROBE, TUNE], 7, 3),
     "in the second phase": ([PROBE, TUNE], 7, 5),
     "after patience ended the probe": (
-        [Phase(train=HEAD, updates=20, learning_rate=2.0, patience=2), Phase(updates=4, learning_rate=0.01)],
+        [
+            TrainingPhase(train=HEAD, updates=20, learning_rate=2.0, patience=2),
+            TrainingPhase(updates=4, learning_rate=0.01),
+        ],
         24,
         None,
     ),
@@ -202,7 +207,7 @@ def test_early_stopping_restores_the_best_weights(sft_folder: str, tmp_path: Pat
 
 def test_the_best_weights_are_looked_for_in_the_last_phase(sft_folder: str, tmp_path: Path) -> None:
     """Though the probe's loss is lower: the second phase has a rate that only does harm."""
-    harm = Phase(updates=4, learning_rate=0.05)
+    harm = TrainingPhase(updates=4, learning_rate=0.05)
     trainer = trained(tmp_path, classifier(sft_folder), [PROBE, harm], evaluations=7, batch_size=8, microbatch_size=8)
     losses = {line["step"]: line["eval_loss"] for line in written(tmp_path) if "eval_loss" in line}
     assert min(losses, key=losses.__getitem__) <= 3
@@ -219,7 +224,7 @@ def test_adapters_are_unfrozen_as_what_they_change(sft_folder: str, tmp_path: Pa
     assert tiny.moved(model, before) == {"base_model.model.score.modules_to_save.default.weight"}
     model = classifier(sft_folder, adapter)
     before = tiny.snapshot(model)
-    trained(tmp_path / "last", model, [Phase(train=Selection(last="1"), updates=2, learning_rate=0.01)])
+    trained(tmp_path / "last", model, [TrainingPhase(train=Selection(last="1"), updates=2, learning_rate=0.01)])
     moved = tiny.moved(model, before)
     assert moved
     assert all(".layers.1." in name and "lora_" in name for name in moved)
@@ -233,10 +238,10 @@ def test_zero_counts_the_updates_of_a_group_from_its_beginning() -> None:
         return {p: {"step": torch.tensor(7.0)} for p in flat}
 
     adam = SimpleNamespace(state=state(), param_groups=[{"params": [p]} for p in flat])
-    forget_steps(SimpleNamespace(optimizer=SimpleNamespace(optimizer=adam)), [1])
+    reset_adam_steps(SimpleNamespace(optimizer=SimpleNamespace(optimizer=adam)), [1])
     assert [float(adam.state[p]["step"]) for p in flat] == [7.0, 0.0, 7.0]
     adam.state = state()
     zero3 = SimpleNamespace(optimizer=adam, sub_group_to_group_id={0: 0, 1: 1, 2: 1}, fp32_partitioned_groups_flat=flat)
-    forget_steps(SimpleNamespace(optimizer=zero3), [1])
+    reset_adam_steps(SimpleNamespace(optimizer=zero3), [1])
     assert [float(adam.state[p]["step"]) for p in flat] == [7.0, 0.0, 0.0]
-    forget_steps(SimpleNamespace(optimizer=adam), [1])
+    reset_adam_steps(SimpleNamespace(optimizer=adam), [1])

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from rlhf.config.sections import Peft
-from rlhf.models.load import load_causal
+from rlhf.models.policy import load_causal
 from rlhf.models.reward_models import new_classifier
-from rlhf.trainers.supervised.forgetting import Probed, drift, read_text
+from rlhf.trainers.supervised.forgetting import ProbeData, probe_text, state_drift
 from rlhf.trainers.supervised.probe_data import output_weight
 from tests.models import tiny
 from tests.stages import setup
@@ -34,12 +34,12 @@ def by_definition(model: Any) -> float:
     return total / count
 
 
-def probed(output: Any = None, *, speaks: bool = False) -> Probed:
-    return Probed(ROWS, speaks, output, (), tiny.renderer().pad_id, None)
+def probed(output: Any = None, *, speaks: bool = False) -> ProbeData:
+    return ProbeData(ROWS, speaks, output, (), tiny.renderer().pad_id, None)
 
 
-def text_loss(model: Any, what: Probed) -> float:
-    loss, states = read_text(model, what)
+def text_loss(model: Any, what: ProbeData) -> float:
+    loss, states = probe_text(model, what)
     assert loss is not None
     assert states.shape == (len(ROWS), tiny.HIDDEN)
     return loss
@@ -58,14 +58,14 @@ def test_a_scorer_reads_with_the_sources_output_layer_and_forgets_nothing_before
     )
     weight = output_weight(source)
     assert_close(torch.tensor(text_loss(scorer, probed(weight))), by_definition(model))
-    before = read_text(scorer, probed())[1]
-    assert read_text(scorer, probed())[0] is None
-    assert drift(read_text(model, probed(speaks=True))[1], before) == 0.0
+    before = probe_text(scorer, probed())[1]
+    assert probe_text(scorer, probed())[0] is None
+    assert state_drift(probe_text(model, probed(speaks=True))[1], before) == 0.0
     with torch.no_grad():
         scorer.model.layers[0].mlp.down_proj.weight.mul_(3.0)
     assert text_loss(scorer, probed(weight)) != pytest.approx(by_definition(model), rel=1e-3)
-    assert drift(read_text(scorer, probed())[1], before) > 0.01
-    assert_close(torch.tensor(drift(1.5 * before, before)), 0.5)
+    assert state_drift(probe_text(scorer, probed())[1], before) > 0.01
+    assert_close(torch.tensor(state_drift(1.5 * before, before)), 0.5)
     tiny.save(scorer, tmp_path / "classifier")
     assert output_weight(tiny.source(tmp_path / "classifier")) is None
 

@@ -51,7 +51,7 @@ def test_exactly_the_assistants_tokens_and_their_end_are_learnt(pad_is_end: bool
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(END)
     model = tiny.new()
     args, report, _ = prepared(tmp_path, model, 3, False, batch_size=3, microbatch_size=3)
-    batch = batch_of(sft.build(model, tokenizer, rendered(), [], args, report))
+    batch = batch_of(sft.build_sft_trainer(model, tokenizer, rendered(), [], args, report))
     said = ["".join(c + "<|end|>" for r, c in chat if r == "assistant") for chat in CHATS]
     learnt = [tokenizer.decode(row[row != -100].tolist()) for row in batch["labels"]]
     assert sorted(learnt) == sorted(said)
