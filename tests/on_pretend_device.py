@@ -26,14 +26,14 @@ def ppo() -> None:
         sft = tiny.save(tiny.new(1), folder / "sft")
         trainer = setup.make(rewarder_of(sft, Peft(), folder / "reward"))
         device = trainer.accelerator.device
-        trainer.reference.to(device)
-        for model in trainer.rewards.models():
+        trainer.models.reference.to(device)
+        for model in trainer.models.rewards.models():
             model.to(device)
-        before = tiny.snapshot(trainer.model)
+        before = tiny.snapshot(trainer.models.trained)
         trainer.train()
-        assert trainer.step == 2
-        assert {p.device.type for p in trainer.model.parameters()} == {pretend_device.NAME}
-        moved = [n for n, p in trainer.model.named_parameters() if not torch.equal(p.cpu(), before[n].cpu())]
+        assert trainer.state.step == 2
+        assert {p.device.type for p in trainer.models.trained.parameters()} == {pretend_device.NAME}
+        moved = [n for n, p in trainer.models.trained.named_parameters() if not torch.equal(p.cpu(), before[n].cpu())]
         assert moved, "nothing was trained"
 
 

@@ -63,6 +63,19 @@ def load_stage_config(schema: type[ConfigT], path: str | Path, overrides: Sequen
     return validate_config(schema, values, origins, str(path))
 
 
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, stage: str | None = None) -> StageConfig:
+    """Read a stage's YAML file, apply `key=value` overrides, validate. Returns: the stage's configuration.
+
+    Args:
+        stage: whose file it is, such as "ppo"; None = the file's name says it.
+    Raises: ConfigError with every problem at once.
+    """
+    name = Path(path).stem if stage is None else stage
+    if name not in STAGES:
+        raise ConfigError(f"no stage called '{name}'", where=str(path), do=f"give stage=: {', '.join(STAGES)}")
+    return load_stage_config(STAGES[name], Path(path), list(overrides)).config
+
+
 def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> ResolvedPipeline:
     """Read a pipeline file and every enabled stage's file; later stages are wired to the output of earlier ones.
 

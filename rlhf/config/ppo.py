@@ -6,10 +6,24 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rlhf.config.sections import PRECISION, Count, ModelSource, NonNegative, Positive, Precision, Section, Source, Unit
+from rlhf.config.sections import (
+    PRECISION,
+    Count,
+    ModelSource,
+    NonNegative,
+    Peft,
+    Positive,
+    Precision,
+    Sampling,
+    Section,
+    Source,
+    Unit,
+)
+from rlhf.config.tuning import Freeze, Unfreeze
 from rlhf.errors import ConfigError
 
 StepCount = Annotated[int, Field(ge=0)]
+FrozenRole = Literal["reference", "reward"]
 
 
 class RewardSource(Section):
@@ -196,3 +210,29 @@ class PPOOptim(Section):
     activation_checkpointing: bool = Field(
         False, description="keep only each layer's input for the backward pass: less memory, a third more work"
     )
+
+
+class PPOSettings(PPO):
+    """Everything that decides how PPO trains, and no path: what `rlhf.PPOTrainer` takes.
+
+    The keys of `ppo:` in a YAML file stand at the top, the other sections have their names:
+    `PPOSettings(steps=50, rollout_size=128, kl={"target": 4.0}, sampling={"max_new_tokens": 64})`.
+    """
+
+    seed: int = Field(1, description="seed of sampling, of the order of prompts and minibatches, and of new weights")
+    sampling: Sampling = Sampling()
+    kl: KL = KL()
+    ptx: Ptx = Ptx()
+    optim: PPOOptim = PPOOptim()
+    freeze: Freeze = Freeze()
+    unfreeze: Unfreeze = Unfreeze()
+    peft: Peft = Peft()
+    offload: tuple[FrozenRole, ...] = Field(
+        (), description="frozen models that lie in CPU memory except while scoring: less memory on the device"
+    )
+    watch: Watch = Watch()
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates of the whole run."""
+        return self.steps * self.epochs * self.minibatches

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from rlhf.config.labeling import WeakLabelConfig
-from rlhf.config.ppo import KL, PPO, PPOOptim, Ptx, RewardSource, Watch
+from rlhf.config.ppo import KL, PPO, FrozenRole, PPOOptim, PPOSettings, Ptx, RewardSource, Watch
 from rlhf.config.sections import (
     Count,
     Data,
@@ -181,7 +181,7 @@ class PPOConfig(TrainingStage):
         "reference is the base with the SFT adapter; separate = a model for each; auto = shared if all are adapters of "
         "one base",
     )
-    offload: tuple[Literal["reference", "reward"], ...] = Field(
+    offload: tuple[FrozenRole, ...] = Field(
         (),
         description="frozen models that lie in CPU memory but for scoring: less memory on the device, one copy to it a "
         "step; without an accelerator it changes nothing",
@@ -191,6 +191,13 @@ class PPOConfig(TrainingStage):
     sample_every: Count = Field(10, description="steps between written samples")
 
     _seen_by_the_head = model_validator(mode="after")(refuse_soft_prompt)
+
+    @property
+    def settings(self) -> PPOSettings:
+        """The algorithm's settings apart from paths, as `PPOTrainer` takes them."""
+        own = {name: getattr(self.ppo, name) for name in PPO.model_fields}
+        others = {name: getattr(self, name) for name in PPOSettings.model_fields if name not in own}
+        return PPOSettings(**own, **others)
 
     @model_validator(mode="after")
     def _some_reward(self) -> PPOConfig:

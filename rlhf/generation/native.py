@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from rlhf.config.sections import Sampling
 from rlhf.data.collate import pad_left
+from rlhf.generation.interface import NumberedPrompt
 from rlhf.generation.kv_cache import open_cache
 from rlhf.models.heads import position_ids
 from rlhf.rollout.types import Rollout, pack_bits
@@ -197,3 +199,42 @@ def allowed_tokens(logits: Tensor, settings: Sampling, position: Tensor, end_id:
 def _draws(seed: int, step: int, index: int, length: int) -> Tensor:
     mixed = ((seed * 1_000_003 + step) * 1_000_003 + index) % (2**63 - 1)
     return torch.rand(length, generator=torch.Generator().manual_seed(mixed))
+
+
+class NativeGenerator:
+    """The generator of this package: a decoding loop over any causal language model of transformers."""
+
+    def __init__(
+        self,
+        open_model: Callable[[], AbstractContextManager[Any]],
+        settings: Sampling,
+        *,
+        seed: int,
+        end_id: int,
+        pad_id: int,
+        device: torch.device,
+        decode: Decode | None = None,
+    ) -> None:
+        """Remember how to sample; nothing is computed yet.
+
+        Args:
+            open_model: returns a context manager that yields the causal LM, with whole weights, on `device`.
+            decode: ids to text, special tokens included; needed with stop strings only.
+        """
+        self.open_model, self.settings, self.seed = open_model, settings, seed
+        self.end_id, self.pad_id, self.device, self.decode = end_id, pad_id, device, decode
+
+    def generate(self, prompts: Sequence[NumberedPrompt], step: int) -> Rollout:
+        """Draw one response for each prompt, as `Generator.generate` says."""
+        with self.open_model() as model:
+            return generate_rollout(
+                model,
+                prompts,
+                self.settings,
+                seed=self.seed,
+                step=step,
+                end_id=self.end_id,
+                pad_id=self.pad_id,
+                device=self.device,
+                decode=self.decode,
+            )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.models.adapters import use_adapter
-from rlhf.models.packed_batch import trunk_states
+from rlhf.models.packed_batch import PackedBatch, can_pack, trunk_states
 
 
 class Float32Head(nn.Linear):
@@ -105,35 +105,47 @@ def head_dtype(model: Any) -> str:
     return str(next(score_head(model).parameters()).dtype).removeprefix("torch.")
 
 
-def token_outputs(model: Any, ids: Tensor, mask: Tensor, where: Tensor | None = None) -> Tensor:
-    """The head's N outputs at positions of each sequence.
+def trunk_owner(model: Any) -> Any:
+    """Return the model whose trunk a scorer reads: its own, or that of the base that its adapter lies on."""
+    return model.base if isinstance(model, AdapterScorer) else model
+
+
+def token_outputs(model: Any, batch: PackedBatch, where: Tensor | None = None) -> Tensor:
+    """Return the head's N outputs at positions of each sequence.
 
     Args:
-        ids: [B, T] int64. mask: [B, T] bool, True on real tokens (padding on either side).
-        where: [B, M] int64, columns to read; None = all T.
-    Returns: [B, M, N] float32; meaningless where mask is False.
+        where: [B, M] int64, columns of the padded batch to read; None = all T.
+    Returns: [B, M, N] float32; meaningless where the sequences' mask is False.
     """
     if isinstance(model, AdapterScorer):
         with use_adapter(model.base, model.adapter):
-            states = trunk_states(model.base, ids, mask, where)
+            states = trunk_states(model.base, batch, where)
     else:
-        states = trunk_states(model, ids, mask, where)
+        states = trunk_states(model, batch, where)
     outputs: Tensor = score_head(model)(states)
     return outputs
 
 
-def token_scores(model: Any, ids: Tensor, mask: Tensor, where: Tensor | None = None) -> Tensor:
-    """`token_outputs` of a head with one output: [B, M] float32, score units."""
-    return token_outputs(model, ids, mask, where).squeeze(-1)
+def token_scores(model: Any, batch: PackedBatch, where: Tensor | None = None) -> Tensor:
+    """Return `token_outputs` of a head with one output: [B, M] float32, score units."""
+    return token_outputs(model, batch, where).squeeze(-1)
 
 
-def sequence_outputs(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
-    """The N outputs of each sequence, read at its last real token: [B, N] float32."""
-    return token_outputs(model, ids, mask, last_index(mask)[:, None]).squeeze(1)
+def sequence_outputs(model: Any, ids: Tensor, mask: Tensor, *, packed: bool | None = None) -> Tensor:
+    """Return the N outputs of each sequence, read at its last real token: [B, N] float32.
+
+    Args:
+        ids: [B, T] int64. mask: [B, T] bool, True = real token (padding on either side).
+        packed: whether to pack the sequences; None = if the model computes the same on packed rows.
+    """
+    if packed is None:
+        packed = can_pack(trunk_owner(model))
+    batch = PackedBatch.of(ids, mask, packed=packed)
+    return token_outputs(model, batch, last_index(mask)[:, None]).squeeze(1)
 
 
 def sequence_scores(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
-    """The score of each sequence, read at its last real token.
+    """Return the score of each sequence, read at its last real token.
 
     Args:
         ids: [B, T] int64. mask: [B, T] bool.

@@ -11,7 +11,7 @@ from torch import nn
 
 from rlhf.config.sections import ModelSource
 from rlhf.data.render import Renderer
-from rlhf.errors import CheckpointError
+from rlhf.errors import CheckpointError, ConfigError
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 
@@ -138,7 +138,7 @@ def backbone(model: Any) -> nn.Module:
 def context_length(model: Any) -> int | None:
     """Positions that the model was made for, or None if its configuration does not say."""
     if not hasattr(model, "config"):  # a model with a soft prompt, which takes some of them
-        left: int | None = model.context
+        left: int | None = getattr(model, "context", None)
         return left
     config = model.config.get_text_config()
     return getattr(config, "max_position_embeddings", None)
@@ -155,3 +155,16 @@ def set_stop_tokens(model: Any, renderer: Renderer) -> None:
     model.generation_config.eos_token_id = renderer.end_id
     model.generation_config.pad_token_id = renderer.pad_id
     model.config.pad_token_id = renderer.pad_id
+
+
+def check_context(length: int, context: int | None, where: str) -> None:
+    """Refuse sequences longer than the model's positions.
+
+    Raises: ConfigError.
+    """
+    if context is not None and length > context:
+        raise ConfigError(
+            f"sequences of {length} tokens do not fit the model's context of {context}",
+            where=where,
+            do=f"lower it to at most {context}",
+        )

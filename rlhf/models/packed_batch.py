@@ -16,9 +16,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf.models.load import backbone
 
@@ -32,15 +33,42 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}  # 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """B sequences in b rows."""
+    """B sequences as a model's trunk reads them: packed into fewer rows, or padded as they are.
+
+    Make one with `of` or `for_model`, once for each microbatch, and pass it to every model that reads these sequences.
+    """
 
     ids: Tensor  # [b, L] int64
     positions: Tensor  # [b, L] int64, from 0 in each sequence; 0 on padding, which so attends to itself alone
     slot: Tensor  # [B, T] int64: where a token of the padded batch lies in the flattened rows; 0 where mask is False
+    mask: Tensor | None = None  # [b, L] bool, True = real token, of padded rows; None where sequences are packed
+
+    @classmethod
+    def of(cls, ids: Tensor, mask: Tensor, *, packed: bool = True) -> PackedBatch:
+        """Pack sequences, or lay them out as padded rows.
+
+        Args:
+            ids: [B, T] int64. mask: [B, T] bool, True = real token, padding on either side, at least one token a row.
+        """
+        if packed:
+            return pack(ids, mask)
+        positions = (mask.long().cumsum(dim=1) - 1).clamp_min(0)
+        slot = torch.arange(ids.numel(), device=ids.device).view(ids.shape) * mask
+        return cls(ids, positions, slot, mask)
+
+    @classmethod
+    def for_model(cls, model: Any, ids: Tensor, mask: Tensor) -> PackedBatch:
+        """Pack sequences if the model computes the same on packed rows, else pad them."""
+        return cls.of(ids, mask, packed=can_pack(model))
+
+    def inputs(self) -> dict[str, Any]:
+        """Return the keyword arguments of a transformers model's forward pass."""
+        given = {"input_ids": self.ids, "position_ids": self.positions, "use_cache": False}
+        return given if self.mask is None else given | {"attention_mask": self.mask.long()}
 
     @property
     def fill(self) -> float:
-        """Share of the packed batch that is real tokens."""
+        """Share of the batch's places that hold real tokens."""
         return float((self.slot > 0).sum() + 1) / self.ids.numel()  # exactly one real token has slot 0
 
 
@@ -129,26 +157,16 @@ def _rounded(layout: RowLayout, tokens: int) -> RowLayout:
     return places, rows, -(-capacity // by) * by
 
 
-def trunk_states(model: Any, ids: Tensor, mask: Tensor, where: Tensor | None = None) -> Tensor:
-    """Last hidden states of a model's trunk, read at some positions.
+def trunk_states(model: Any, batch: PackedBatch, where: Tensor | None = None) -> Tensor:
+    """Return the last hidden states of a model's trunk at some positions of each sequence.
 
     Args:
-        ids, mask: [B, T].
-        where: [B, N] int64, columns to read in each row; None = all.
-    Returns: [B, N, H] (or [B, T, H]); meaningless where mask is False.
+        where: [B, N] int64, columns of the padded batch to read in each row; None = all.
+    Returns: [B, N, H] (or [B, T, H]); meaningless where the sequences' mask is False.
     """
-    if can_pack(model):
-        packing = pack(ids, mask)
-        hidden = backbone(model)(
-            input_ids=packing.ids, position_ids=packing.positions, use_cache=False
-        ).last_hidden_state
-        slots = packing.slot if where is None else packing.slot.gather(1, where)
-        return hidden.flatten(0, 1)[slots]
-    positions = (mask.long().cumsum(dim=1) - 1).clamp_min(0)
-    hidden = backbone(model)(
-        input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False
-    ).last_hidden_state
-    return hidden if where is None else hidden.gather(1, where[..., None].expand(-1, -1, hidden.shape[-1]))
+    hidden = backbone(model)(**batch.inputs()).last_hidden_state
+    slots = batch.slot if where is None else batch.slot.gather(1, where)
+    return hidden.flatten(0, 1)[slots]
 
 
 @contextmanager
@@ -167,17 +185,9 @@ def head_reads(model: Any, flat: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-_switch = {"pack": True}
-
-
-@contextmanager
-def padded() -> Iterator[None]:
-    """Inside, nothing is packed: what a check compares packed rows with."""
-    before, _switch["pack"] = _switch["pack"], False
-    try:
-        yield
-    finally:
-        _switch["pack"] = before
+# What was found out about a model, for as long as the model lives.
+_packable: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_plain_headed: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def can_pack(model: Any) -> bool:
@@ -186,16 +196,12 @@ def can_pack(model: Any) -> bool:
     Models whose layers carry a state along the row (Mamba and its like), or that take positions from elsewhere, do
     not: they are given padded rows.
     """
-    if not _switch["pack"]:
-        return False
-    known = getattr(model, "_can_pack", None)
-    if known is None:
-        known = False
+    if model not in _packable:
+        _packable[model] = False
         if hasattr(model, "config") and hasattr(model.config, "get_text_config"):
             with torch.autocast(next(model.parameters()).device.type, enabled=False):
-                known = _probe(model)
-        model._can_pack = known
-    return bool(known)
+                _packable[model] = _probe(model)
+    return _packable[model]
 
 
 def output_layer(model: Any) -> Any:
@@ -208,13 +214,12 @@ def output_layer(model: Any) -> Any:
 def has_plain_head(model: Any) -> bool:
     """Whether a causal LM's logits are its output layer's on the trunk's last states and nothing more is done to them
     (a soft cap, a scale); found out once a model, on a short sequence."""
-    known = getattr(model, "_plain_head", None)
-    if known is None:
+    if model not in _plain_headed:
         ids = torch.arange(4, device=next(model.parameters()).device)[None]
         logits = model(input_ids=ids, use_cache=False).logits
         ours = output_layer(model)(backbone(model)(input_ids=ids, use_cache=False).last_hidden_state)
-        known = model._plain_head = bool(torch.allclose(logits.float(), ours.float(), rtol=1e-6, atol=1e-6))
-    return bool(known)
+        _plain_headed[model] = bool(torch.allclose(logits.float(), ours.float(), rtol=1e-6, atol=1e-6))
+    return _plain_headed[model]
 
 
 @torch.no_grad()

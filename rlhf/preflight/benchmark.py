@@ -23,7 +23,7 @@ from rlhf.preflight.cost import ADAMW_BYTES, MachineRates, ModelCost
 from rlhf.rollout.types import Experience
 from rlhf.runs.run_dir import peak_memory_gib
 from rlhf.stages.ppo import PPOComponents, load_components
-from rlhf.trainers.ppo.health import HealthMonitor
+from rlhf.trainers.ppo.callbacks import PPOCallback
 from rlhf.trainers.ppo.stats import StepStats
 from rlhf.trainers.ppo.trainer import PPOTrainer
 
@@ -49,23 +49,12 @@ def run_benchmark(config: PPOConfig, console: Console, *, steps: int) -> None:
     """
     config = config.model_copy(update={"ppo": config.ppo.model_copy(update={"steps": steps + 1, "value_warmup": 0})})
     ready = load_components(config, console)
-    seen: list[tuple[Experience, StepStats]] = []
-    with console.progress("bench", steps + 1, "step") as bar:
-
-        def report(step: int, experience: Experience, stats: StepStats) -> None:
-            seen.append((experience, stats))
-            bar.update(step, {})
-
-        trainer = ready.trainer(
-            config,
-            watcher=HealthMonitor(config.watch, None, console.note),
-            report=report,
-            checkpoint=lambda _: None,
-            restore=lambda _: False,
-        )
-        memory = watch_memory(trainer)
-        trainer.train()
-    device = ready.accelerator.device
+    recorder = _Recorder()
+    trainer = ready.trainer(config, callbacks=[recorder], console=console)
+    memory = watch_memory(trainer)
+    trainer.train()
+    seen = recorder.steps
+    device = trainer.accelerator.device
     machine, tau = MachineRates.measure(device), decode_step(trainer, ready)
     console.note(
         f"this machine: {machine.flops / 1e9:.0f} GFLOP/s in float32, {machine.flops_bfloat16 / 1e9:.0f} in bfloat16, "
@@ -76,6 +65,17 @@ def run_benchmark(config: PPOConfig, console: Console, *, steps: int) -> None:
     _show(limits, times, memory, console)
     tokens, rows = batch_fill(config, seen[-1][0], trainer)
     console.note(f"real tokens of those scored and updated: {100 * tokens / rows:.1f} %")
+
+
+class _Recorder(PPOCallback):
+    """Keeps the rollout and the numbers of every step."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[Experience, StepStats]] = []
+
+    def on_step_end(self, trainer: Any, experience: Experience, stats: StepStats) -> None:
+        """Keep one step."""
+        self.steps.append((experience, stats))
 
 
 def watch_memory(trainer: PPOTrainer) -> dict[str, float]:
@@ -106,20 +106,20 @@ def watch_memory(trainer: PPOTrainer) -> dict[str, float]:
 @torch.no_grad()
 def decode_step(trainer: PPOTrainer, ready: PPOComponents) -> float:
     """Median seconds of a decode step of one row: what Python and kernel launches cost, weights next to nothing."""
-    policy = ready.accelerator.unwrap_model(trainer.model).policy
-    settings, times = trainer.config.sampling, []
+    policy = trainer.accelerator.unwrap_model(trainer.models.trained).policy
+    settings, times = trainer.settings.sampling, []
     for length in (8, 24) * 4:
         chosen = settings.model_copy(update={"max_new_tokens": length, "min_new_tokens": length, "stop": ()})
         begun = time.perf_counter()
         generate_rollout(
             policy,
-            [(0, ready.prompts[0])],
+            [(0, ready.prompts.ids[0])],
             chosen,
             seed=1,
             step=0,
-            end_id=trainer.end_id,
-            pad_id=trainer.pad_id,
-            device=ready.accelerator.device,
+            end_id=trainer.renderer.end_id,
+            pad_id=trainer.renderer.pad_id,
+            device=trainer.accelerator.device,
         )
         times.append(time.perf_counter() - begun)
     return max(0.0, (statistics.median(times[1::2]) - statistics.median(times[::2])) / 16)
@@ -129,7 +129,7 @@ def phase_limits(
     config: PPOConfig, ready: PPOComponents, trainer: PPOTrainer, e: Experience, machine: MachineRates, tau: float
 ) -> tuple[PhaseLimit, ...]:
     """Limits of the three phases for one step's experience."""
-    module = ready.accelerator.unwrap_model(trainer.model)
+    module = trainer.accelerator.unwrap_model(trainer.models.trained)
     policy = ModelCost.of(module.policy)
     value = None if isinstance(module.value_model, SharedValueHead) else ModelCost.of(module.value_model)
     everything, responses = int(e.mask.sum()), int(e.response_mask.sum())
@@ -180,7 +180,7 @@ def sampling_limit(
 
 def batch_fill(config: PPOConfig, e: Experience, trainer: PPOTrainer) -> tuple[int, int]:
     """(real tokens, tokens computed) of a pass over the rollout as it is scored."""
-    policy = trainer.accelerator.unwrap_model(trainer.model).policy
+    policy = trainer.accelerator.unwrap_model(trainer.models.trained).policy
     packed, computed = can_pack(policy), 0
     for rows in microbatches(e.mask.sum(dim=1), config.optim.microbatch_size, packed=packed):
         part = e.select(rows)

@@ -14,7 +14,7 @@ from rlhf.config.sections import Optim
 from rlhf.console import Console
 from rlhf.errors import CheckpointError, ConfigError, DataError, RLHFError, ShapeError
 from rlhf.launch.launcher import LaunchOptions, LaunchPlan, check_batch_shared, resolve_launch
-from rlhf.models.load import resolve_model
+from rlhf.models.load import check_context, resolve_model
 from rlhf.preflight import memory_model
 from rlhf.preflight.data_audit import DataAudit, audit_data
 from rlhf.preflight.memory_estimate import DataProfile, EstimateInput, device_bytes, estimate_memory
@@ -232,9 +232,9 @@ def _lengths(config: Any, models: ModelShape | PPOModelShapes) -> None:
     context = getattr(model.config, "max_position_embeddings", None)
     if isinstance(config, PPOConfig):
         longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
-        lifecycle.check_context(longest, context, "data.max_prompt_tokens + sampling.max_new_tokens")
+        check_context(longest, context, "data.max_prompt_tokens + sampling.max_new_tokens")
     else:
-        lifecycle.check_context(config.data.max_length, context, "data.max_length")
+        check_context(config.data.max_length, context, "data.max_length")
 
 
 def _load(config: Any, found: DataAudit | None) -> DataProfile:

@@ -76,8 +76,24 @@ def reward_deviation(config: PPOConfig) -> float:
     """What the scores of `reward_model` are divided by."""
     if config.reward_model is None or config.ppo.normalize_scores != "stored":
         return 1.0
-    record = handover.read_handover(resolve_model(config.reward_model))
+    return stored_deviation(config.reward_model)
+
+
+def stored_deviation(source: ModelSource) -> float:
+    """Return the deviation of a reward model's scores that is stored with it; 1 if none is."""
+    record = handover.read_handover(resolve_model(source))
     return record.score_std if record is not None and record.score_std is not None else 1.0
+
+
+def load_reward_model(source: ModelSource, renderer: Renderer, console: Console, *, stored: bool) -> ModelReward:
+    """Load one reward model by itself, frozen.
+
+    Args:
+        renderer: the policy's.
+        stored: rescale its scores by the mean and deviation that are stored with it.
+    Raises: CheckpointError if the folder holds no reward model, or lacks the scale.
+    """
+    return _score(source, _Loader(source, None), renderer, stored, console)
 
 
 def same_tokenizer(source: ModelSource, renderer: Renderer) -> bool:

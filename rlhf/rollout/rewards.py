@@ -48,12 +48,16 @@ class ModelReward:
     several: bool = False
 
     @torch.no_grad()
-    def __call__(self, part: Rollout, prompts: Sequence[Prompt]) -> Tensor:
-        """[B] float32: score units after rescaling, or a weighted sum of probabilities."""
+    def __call__(self, part: Rollout, prompts: Sequence[Prompt], *, packed: bool | None = None) -> Tensor:
+        """Return [B] float32: score units after rescaling, or a weighted sum of probabilities.
+
+        Args:
+            packed: whether sequences are packed; None = if the model computes the same on packed rows.
+        """
         ids, mask = part.ids, part.mask
         if self.theirs is not None:
             ids, mask = (t.to(part.ids.device) for t in self._again(part, prompts))
-        outputs = sequence_outputs(self.model, ids, mask)
+        outputs = sequence_outputs(self.model, ids, mask, packed=packed)
         if not self.labels:
             return (outputs[:, 0] - self.scale[0]) / self.scale[1]
         probabilities = outputs.sigmoid() if self.several else outputs.softmax(dim=1)
@@ -77,8 +81,11 @@ class FunctionReward:
     function: RewardFunction
     ours: Renderer
 
-    def __call__(self, part: Rollout, prompts: Sequence[Prompt]) -> Tensor:
-        """[B] float32. Raises: TrainingError if the function fails or returns no finite number."""
+    def __call__(self, part: Rollout, prompts: Sequence[Prompt], *, packed: bool | None = None) -> Tensor:
+        """Return [B] float32. `packed` changes nothing: a function reads text.
+
+        Raises: TrainingError if the function fails or returns no finite number.
+        """
         found = []
         for row, prompt in enumerate(prompts):
             text = self.ours.decode(part.response_ids[row][part.response_mask[row]].tolist())
@@ -115,9 +122,9 @@ class EnsembleReward:
         """In words."""
         return f"{self.kind} of {', '.join(member.name for member in self.members)}"
 
-    def __call__(self, part: Rollout, prompts: Sequence[Prompt]) -> Tensor:
-        """[B] float32, score units after each member's rescaling."""
-        scores = torch.stack([member(part, prompts) for member in self.members])
+    def __call__(self, part: Rollout, prompts: Sequence[Prompt], *, packed: bool | None = None) -> Tensor:
+        """Return [B] float32, score units after each member's rescaling."""
+        scores = torch.stack([member(part, prompts, packed=packed) for member in self.members])
         return ensemble_score(scores, kind=self.kind, penalty=self.penalty)
 
 
@@ -130,9 +137,9 @@ class Rewards:
 
     parts: tuple[tuple[float, Reward], ...]
 
-    def __call__(self, part: Rollout, prompts: Sequence[Prompt]) -> Tensor:
-        """[B] float32, score units."""
-        values = [weight * reward(part, prompts) for weight, reward in self.parts]
+    def __call__(self, part: Rollout, prompts: Sequence[Prompt], *, packed: bool | None = None) -> Tensor:
+        """Return [B] float32, score units."""
+        values = [weight * reward(part, prompts, packed=packed) for weight, reward in self.parts]
         return torch.stack(values).sum(dim=0)
 
     def models(self) -> list[Any]:

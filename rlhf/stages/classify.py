@@ -17,9 +17,9 @@ from rlhf.data.records import Labelled
 from rlhf.errors import ConfigError, DataError
 from rlhf.functional import balanced_weights
 from rlhf.models.heads import head_dtype
-from rlhf.models.load import context_length
+from rlhf.models.load import check_context, context_length
 from rlhf.models.reward_models import new_classifier
-from rlhf.stages.lifecycle import RunResult, begin_run, check_context, load_data, open_tokenizer, start_run
+from rlhf.stages.lifecycle import RunResult, begin_run, load_data, open_tokenizer, start_run
 from rlhf.trainers.phase_plan import plan_phases
 from rlhf.trainers.supervised.probe_data import load_probe
 from rlhf.trainers.supervised.run import run_training, save_trained

@@ -174,16 +174,3 @@ def load_data(
 def _say(records: RecordSet, console: Console) -> None:
     for note in records.notes:
         console.note(note)
-
-
-def check_context(length: int, context: int | None, where: str) -> None:
-    """Refuse sequences longer than the model's positions.
-
-    Raises: ConfigError.
-    """
-    if context is not None and length > context:
-        raise ConfigError(
-            f"sequences of {length} tokens do not fit the model's context of {context}",
-            where=where,
-            do=f"lower it to at most {context}",
-        )

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rlhf.config.schema import PPOConfig
-from rlhf.console import Bar, Console
+from rlhf.console import Console
 from rlhf.data import tokenize
-from rlhf.data.records import Prompt
 from rlhf.data.render import Rendered, Renderer
 from rlhf.data.sources import load_records
-from rlhf.distributed.engine import make_accelerator, set_deepspeed_batch_size
 from rlhf.distributed.engine_limits import check_deepspeed
 from rlhf.distributed.heartbeat import report_progress
-from rlhf.distributed.launch_env import is_main_process
-from rlhf.distributed.zero_gather import gathered_parameters
+from rlhf.distributed.launch_env import is_main_process, world_size
 from rlhf.errors import ConfigError
 from rlhf.models.adapters import check_same_shape
-from rlhf.models.handover import save_tokenizer_and_handover
 from rlhf.models.heads import AdapterScorer, SharedValueHead, rescale_head
-from rlhf.models.load import context_length, disable_dropout, resolve_model, set_stop_tokens
+from rlhf.models.load import check_context, context_length, disable_dropout, resolve_model
 from rlhf.models.policy import load_causal, policy_with_adapter
 from rlhf.models.reward_models import load_scorer, new_value_model
 from rlhf.models.shared_base import VALUE, attach_new_value_model, attach_scorer, reason_not_shared
@@ -33,10 +28,12 @@ from rlhf.rollout.types import Experience
 from rlhf.runs import preemption
 from rlhf.runs.metrics import MetricsWriter, truncate_jsonl
 from rlhf.runs.run_dir import RunDir
-from rlhf.stages.lifecycle import RunResult, begin_run, check_context, open_tokenizer, start_run
+from rlhf.stages.lifecycle import RunResult, begin_run, open_tokenizer, start_run
 from rlhf.trainers.phase_plan import print_ppo_phases
+from rlhf.trainers.ppo.callbacks import PPOCallback
 from rlhf.trainers.ppo.checkpointer import PPOCheckpointer
 from rlhf.trainers.ppo.health import HealthMonitor
+from rlhf.trainers.ppo.inputs import TokenizedPrompts
 from rlhf.trainers.ppo.policy_value import PolicyAndValue
 from rlhf.trainers.ppo.ptx import PtxMixture
 from rlhf.trainers.ppo.stats import StepStats
@@ -55,29 +52,24 @@ def run(config: PPOConfig, console: Console) -> RunResult:
     directory, state = begin_run("ppo", config, console)
     if state == "finished":
         return RunResult(directory.path, directory.info.get("summary", {}), skipped=True)
-    ready = load_components(config, console)
-    _say_plan(config, ready.accelerator.num_processes, len(ready.prompts), console)
-    tokenizer, renderer = ready.tokenizer, ready.renderer
-    with console.progress("ppo", config.ppo.steps, "step") as bar:
-        reporter, keeper = _Reporter(config, directory, tokenizer, bar), PPOCheckpointer(config, directory, console)
-        trainer = ready.trainer(
-            config,
-            watcher=HealthMonitor(config.watch, directory.path if is_main_process() else None, console.note),
-            report=reporter.report,
-            checkpoint=keeper.after_step,
-            pause=keeper.pause,
-            restore=lambda t: keeper.load(t) and reporter.reopen(t.step),
-        )
-        start_run(directory, "ppo", config)
-        directory.note(data={"prompts": ready.fingerprint})
-        with directory.guard():
-            if state == "interrupted" and keeper.load(trainer):
-                console.note(f"continuing after step {trainer.step}{_in_hand(trainer)}")
-                report_progress(trainer.step)
-            reporter.open(trainer.step)
-            with preemption.delay_sigterm(config.saving.grace):
-                trainer.train()
-            _save(trainer, directory, renderer, tokenizer, reporter.last.get("response_length"))
+    parts = load_components(config, console)
+    _print_plan(config, world_size(), len(parts.prompts), console)
+    reporter, checkpointer = RunReporter(config, directory), PPOCheckpointer(config, directory, console)
+    monitor = HealthMonitor(config.watch, directory.path if is_main_process() else None, console.note)
+    trainer = parts.trainer(config, callbacks=[checkpointer, reporter], monitor=monitor, console=console)
+    start_run(directory, "ppo", config)
+    directory.note(data={"prompts": parts.fingerprint})
+    with directory.guard():
+        if state == "interrupted" and checkpointer.load(trainer):
+            console.note(f"continuing after step {trainer.state.step}{_rest_of_step(trainer)}")
+            report_progress(trainer.state.step)
+        reporter.open(trainer.state.step)
+        with preemption.delay_sigterm(config.saving.grace):
+            trainer.train()
+        with directory.new_model() as folder:
+            trainer.save_pretrained(
+                folder, value_model=folder.parent / "value_model", reply_tokens=reporter.reply_tokens
+            )
     reporter.close()
     summary = {"steps": config.ppo.steps, **{k: round(v, 6) for k, v in reporter.last.items() if "time" not in k}}
     directory.note(summary=summary)
@@ -87,34 +79,29 @@ def run(config: PPOConfig, console: Console) -> RunResult:
 
 @dataclass(frozen=True)
 class PPOComponents:
-    """Everything that a trainer is made of: models, rewards and prompts, loaded and checked."""
+    """What a configuration names, loaded and checked: everything that a trainer is made of."""
 
-    tokenizer: Any
     renderer: Renderer
-    accelerator: Any
-    model: PolicyAndValue
+    policy: Any
     reference: Any
+    value_model: Any
     rewards: Rewards
-    prompts: list[list[int]]
-    records: list[Prompt]
+    prompts: TokenizedPrompts
     text: PtxMixture | None
-    fingerprint: str
+    fingerprint: str  # of the prompts
 
-    def trainer(self, config: PPOConfig, **hooks: Any) -> PPOTrainer:
-        """The trainer; `hooks` are its watcher and what it calls after a step."""
+    def trainer(self, config: PPOConfig, **options: Any) -> PPOTrainer:
+        """Return the trainer; `options` are its callbacks, monitor and console."""
         return PPOTrainer(
-            config,
-            self.accelerator,
-            self.model,
+            self.policy,
+            self.rewards,
+            self.prompts,
+            config.settings,
+            tokenizer=self.renderer,
             reference=self.reference,
-            rewards=self.rewards,
-            prompts=self.prompts,
-            records=self.records,
-            end_id=self.renderer.end_id,
-            pad_id=self.renderer.pad_id,
+            value_model=self.value_model,
             text=self.text,
-            decode=self.tokenizer.decode,
-            **hooks,
+            **options,
         )
 
 
@@ -123,7 +110,7 @@ def load_components(config: PPOConfig, console: Console) -> PPOComponents:
 
     Raises: ConfigError, DataError or CheckpointError.
     """
-    check_deepspeed(config)
+    check_deepspeed(config.settings)
     tokenizer, renderer = open_tokenizer(config.policy, console)
     shared = decide_shared_base(config, console)
     policy, reference = _policy(config, len(tokenizer))
@@ -142,19 +129,12 @@ def load_components(config: PPOConfig, console: Console) -> PPOComponents:
         loaded.records, renderer, config.data.max_prompt_tokens, config.data.too_long, config.data.on_bad_row, console
     )
     text = _text(config, renderer, console)
-    model = PolicyAndValue(policy, _value_model(config, policy, shared, len(tokenizer), renderer, console))
-    if config.optim.activation_checkpointing:
-        model.recompute_activations()
-    report_progress()
-    # After the models: once an accelerator of ZeRO-3 exists, transformers loads shards of them, which no head fits.
-    accelerator = make_accelerator(unused=bool(config.unfreeze.policy or config.unfreeze.value_model))
-    report_progress()
-    set_deepspeed_batch_size(accelerator, config.optim.microbatch_size, config.optim.max_grad_norm)
+    value_model = _value_model(config, policy, shared, len(tokenizer), renderer, console)
     longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
-    check_context(longest, context_length(model.policy), "data.max_prompt_tokens + sampling.max_new_tokens")
-    print_ppo_phases(config, model, console)
+    check_context(longest, context_length(policy), "data.max_prompt_tokens + sampling.max_new_tokens")
+    print_ppo_phases(config.settings, PolicyAndValue(policy, value_model), console)
     return PPOComponents(
-        tokenizer, renderer, accelerator, model, reference, rewards, prompts, records, text, loaded.fingerprint
+        renderer, policy, reference, value_model, rewards, TokenizedPrompts(prompts, records), text, loaded.fingerprint
     )
 
 
@@ -253,7 +233,7 @@ def _text(config: PPOConfig, renderer: Renderer, console: Console) -> PtxMixture
     )
 
 
-def _say_plan(config: PPOConfig, ranks: int, prompts: int, console: Console) -> None:
+def _print_plan(config: PPOConfig, ranks: int, prompts: int, console: Console) -> None:
     p = config.ppo
     console.note(
         f"{prompts} prompts; {p.steps} steps x {p.rollout_size} episodes ({ranks} process{'es' if ranks > 1 else ''} x "
@@ -264,13 +244,18 @@ def _say_plan(config: PPOConfig, ranks: int, prompts: int, console: Console) -> 
         console.note(f"the first {p.value_warmup} steps train the value model alone")
 
 
-class _Reporter:
-    """metrics.jsonl, samples.jsonl and the bar."""
+class RunReporter(PPOCallback):
+    """Writes metrics.jsonl and samples.jsonl of a run directory."""
 
-    def __init__(self, config: PPOConfig, directory: RunDir, tokenizer: Any, bar: Bar) -> None:
-        self.config, self.directory, self.tokenizer, self.bar = config, directory, tokenizer, bar
+    def __init__(self, config: PPOConfig, directory: RunDir) -> None:
+        self.config, self.directory = config, directory
         self.last: StepStats = {}
         self.writer: MetricsWriter | None = None
+
+    @property
+    def reply_tokens(self) -> float | None:
+        """Mean tokens of the last rollout's responses; None before the first step."""
+        return self.last.get("response_length")
 
     def open(self, step: int) -> None:
         """Start the files, keeping what was written up to `step`."""
@@ -280,49 +265,23 @@ class _Reporter:
         if is_main_process() and samples.is_file():
             truncate_jsonl(samples, step)
 
-    def reopen(self, step: int) -> bool:
-        """After a rollback: forget what was written beyond `step`."""
+    def on_rollback(self, trainer: Any) -> bool:
+        """Forget what was written beyond the step that the run returned to."""
         self.close()
-        self.open(step)
-        return True
+        self.open(trainer.state.step)
+        return False
 
-    def report(self, step: int, experience: Experience, stats: StepStats) -> None:
-        """One step's numbers, and now and then a few samples."""
+    def on_step_end(self, trainer: Any, experience: Experience, stats: StepStats) -> None:
+        """Write one step's numbers, and now and then a few samples."""
         assert self.writer is not None
-        self.last = stats
+        step, self.last = trainer.state.step, stats
         self.writer.write(step, stats)
-        self.bar.update(step, {k: stats[k] for k in ("score", "kl", "response_length")})
         if is_main_process() and (step % self.config.sample_every == 0 or step == 1):
+            decode = trainer.renderer.tokenizer.decode
             with (self.directory.path / SAMPLES).open("a", encoding="utf-8") as file:
                 for row in range(min(4, len(experience))):
-                    file.write(json.dumps(self._sample(step, experience, row), ensure_ascii=False) + "\n")
-
-    def _sample(self, step: int, e: Experience, row: int) -> dict[str, Any]:
-        decode = self.tokenizer.decode
-        return {
-            "step": step,
-            "prompt": decode(e.prompt_ids[row][e.prompt_mask[row]].tolist()),
-            "response": decode(e.response_ids[row][e.response_mask[row]].tolist()),
-            "score": round(float(e.raw_scores[row]), 4),
-            "kl": round(float(e.kl_per_sequence[row]), 4),
-            "finished": bool(e.finished[row]),
-            "tokens": self._tokens(e, row),
-        }
-
-    def _tokens(self, e: Experience, row: int) -> list[dict[str, Any]]:
-        """What `rlhf inspect` paints: every response token with its numbers."""
-        columns = {
-            "logprob": e.old_logprobs,
-            "kl": e.old_logprobs - e.ref_logprobs,
-            "value": e.values,
-            "advantage": e.advantages,
-            "reward": e.rewards,
-        }
-        ids = e.response_ids[row][e.response_mask[row]].tolist()
-        return [
-            {"token": self.tokenizer.decode([i]), **{name: round(float(x[row, t]), 4) for name, x in columns.items()}}
-            for t, i in enumerate(ids)
-        ]
+                    line = sample_line(step, experience, row, decode)
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def close(self) -> None:
         """Close the files."""
@@ -330,29 +289,31 @@ class _Reporter:
             self.writer.close()
 
 
-def _save(
-    trainer: PPOTrainer, directory: RunDir, renderer: Renderer, tokenizer: Any, reply_tokens: float | None
-) -> None:
-    a = trainer.accelerator
-    inner = a.unwrap_model(trainer.model)
-    set_stop_tokens(inner.policy, renderer)
-    average = trainer.average.applied(inner.trained_policy()) if trainer.average is not None else nullcontext()
-    with average, gathered_parameters(inner.parameters()), directory.new_model() as folder:
-        for part, where in ((inner.policy, folder), (inner.value_model, folder.parent / "value_model")):
-            save_part(part, where, trainer)
-        if is_main_process():
-            save_tokenizer_and_handover(folder, "ppo", renderer, tokenizer, reply_tokens=reply_tokens)
+def sample_line(step: int, e: Experience, row: int, decode: Callable[[list[int]], str]) -> dict[str, Any]:
+    """Return one line of samples.jsonl: a prompt, its response and every response token with its numbers."""
+    columns = {
+        "logprob": e.old_logprobs,
+        "kl": e.old_logprobs - e.ref_logprobs,
+        "value": e.values,
+        "advantage": e.advantages,
+        "reward": e.rewards,
+    }
+    ids = e.response_ids[row][e.response_mask[row]].tolist()
+    return {
+        "step": step,
+        "prompt": decode(e.prompt_ids[row][e.prompt_mask[row]].tolist()),
+        "response": decode(ids),
+        "score": round(float(e.raw_scores[row]), 4),
+        "kl": round(float(e.kl_per_sequence[row]), 4),
+        "finished": bool(e.finished[row]),
+        "tokens": [
+            {"token": decode([i]), **{name: round(float(x[row, t]), 4) for name, x in columns.items()}}
+            for t, i in enumerate(ids)
+        ],
+    }
 
 
-def save_part(part: Any, folder: Path, trainer: PPOTrainer) -> None:
-    """One of the two trained models as a plain folder."""
-    if is_main_process():
-        # Only the live adapter: the frozen reference copy is the SFT model and lies in its own folder.
-        options = {"selected_adapters": ["default"]} if hasattr(part, "peft_config") else {}
-        part.save_pretrained(str(folder), **options)
-    trainer.accelerator.wait_for_everyone()
-
-
-def _in_hand(trainer: PPOTrainer) -> str:
-    """What a checkpoint inside a step holds, in words."""
-    return f", with the next rollout and {trainer.work.done} of its updates" if trainer.work is not None else ""
+def _rest_of_step(trainer: PPOTrainer) -> str:
+    """Say what a checkpoint inside a step holds."""
+    progress = trainer.state.progress
+    return f", with the next rollout and {progress.done} of its updates" if progress is not None else ""

@@ -11,7 +11,8 @@ from rlhf.data import tokenize
 from rlhf.data.records import Text
 from rlhf.data.render import Rendered, Renderer
 from rlhf.distributed.launch_env import use_cpu
-from rlhf.stages.lifecycle import RunResult, begin_run, check_context, load_data, start_run
+from rlhf.models.load import check_context
+from rlhf.stages.lifecycle import RunResult, begin_run, load_data, start_run
 from rlhf.trainers.phase_plan import plan_phases
 from rlhf.trainers.supervised.run import train_language_model
 

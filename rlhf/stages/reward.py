@@ -14,9 +14,9 @@ from rlhf.data import tokenize
 from rlhf.data.collate import pad_right
 from rlhf.distributed.engine import gathered_module
 from rlhf.models.heads import head_dtype, sequence_scores
-from rlhf.models.load import context_length
+from rlhf.models.load import check_context, context_length
 from rlhf.models.reward_models import new_reward_model
-from rlhf.stages.lifecycle import RunResult, begin_run, check_context, load_data, open_tokenizer, start_run
+from rlhf.stages.lifecycle import RunResult, begin_run, load_data, open_tokenizer, start_run
 from rlhf.trainers.phase_plan import plan_phases
 from rlhf.trainers.supervised.probe_data import load_probe
 from rlhf.trainers.supervised.run import run_training, save_trained

@@ -10,18 +10,10 @@ from rlhf.data import tokenize
 from rlhf.data.collate import mean_reply_tokens
 from rlhf.errors import ConfigError
 from rlhf.models.adapters import add_adapter, continued_config, load_adapter
-from rlhf.models.load import context_length, grow_embeddings, is_adapter, resolve_model
+from rlhf.models.load import check_context, context_length, grow_embeddings, is_adapter, resolve_model
 from rlhf.models.packed_batch import packed_rows
 from rlhf.models.policy import load_causal
-from rlhf.stages.lifecycle import (
-    RunResult,
-    begin_run,
-    check_context,
-    load_data,
-    open_tokenizer,
-    read_template,
-    start_run,
-)
+from rlhf.stages.lifecycle import RunResult, begin_run, load_data, open_tokenizer, read_template, start_run
 from rlhf.trainers.phase_plan import plan_phases
 from rlhf.trainers.supervised.probe_data import load_probe
 from rlhf.trainers.supervised.run import train_language_model

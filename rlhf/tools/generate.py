@@ -17,9 +17,9 @@ from rlhf.distributed.engine import quiet_libraries
 from rlhf.distributed.launch_env import use_cpu
 from rlhf.errors import DataError
 from rlhf.evaluation.answers import generate_responses
-from rlhf.models.load import context_length, resolve_model
+from rlhf.models.load import check_context, context_length, resolve_model
 from rlhf.models.soft_prompt import load_for_generation
-from rlhf.stages.lifecycle import check_context, open_tokenizer
+from rlhf.stages.lifecycle import open_tokenizer
 
 
 def load_chat_model(model: str, console: Console) -> tuple[Any, Renderer]:

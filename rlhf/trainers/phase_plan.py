@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from rlhf.config.ppo import PPOSettings
 from rlhf.config.schema import (
     FineTuningStage,
-    PPOConfig,
     PretrainConfig,
     SupervisedConfig,
 )
@@ -117,13 +117,13 @@ def _say_small(model: Any, rows: int, console: Console) -> None:
         )
 
 
-def print_ppo_phases(config: PPOConfig, model: PolicyAndValue, console: Console) -> None:
+def print_ppo_phases(settings: PPOSettings, model: PolicyAndValue, console: Console) -> None:
     """The tables of policy and value model; without phases, the number of parameters alone.
 
     Raises: ConfigError for a selection that matches nothing, or if nothing is left to train.
     """
-    policy, value = phase_schedules(config, model)
-    frozen, waiting = config.freeze, config.unfreeze
+    policy, value = phase_schedules(settings, model)
+    frozen, waiting = settings.freeze, settings.unfreeze
     if not (frozen.policy.given or frozen.value_model.given or waiting.policy or waiting.value_model):
         print_model_size(model, console)
         return

@@ -24,7 +24,7 @@ from rlhf.generation.native import generate_rollout
 from rlhf.models.packed_batch import microbatches, pack
 from rlhf.models.policy import load_causal
 from rlhf.models.reward_models import new_value_model
-from rlhf.rollout.score import read_policy, response_values
+from rlhf.rollout.forward import read_policy, response_values
 from rlhf.rollout.types import Rollout
 from rlhf.stages.lifecycle import open_tokenizer
 

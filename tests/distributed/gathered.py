@@ -62,7 +62,7 @@ def main(folder: str, out: str) -> None:
         reward_model=reward.requires_grad_(False),
         report=lambda _, __, stats: lines.append(stats),
     )
-    module = trainer.accelerator.unwrap_model(trainer.model)
+    module = trainer.accelerator.unwrap_model(trainer.models.trained)
     before = {"policy": status(module.policy), "value": status(module.value_model)}
     draw, sample = trainer.sample, trainer.sample
 

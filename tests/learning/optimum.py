@@ -21,15 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.config.schema import PPOConfig
+from rlhf.console import Console
 from rlhf.data.records import Prompt
-from rlhf.distributed.engine import make_accelerator
+from rlhf.data.render import Renderer
+from rlhf.rollout.forward import response_logprobs
 from rlhf.rollout.rewards import Rewards
-from rlhf.rollout.score import response_logprobs
 from rlhf.rollout.types import Rollout
-from rlhf.trainers.ppo.health import HealthMonitor
-from rlhf.trainers.ppo.policy_value import PolicyAndValue
+from rlhf.trainers.ppo.inputs import TokenizedPrompts
 from rlhf.trainers.ppo.trainer import PPOTrainer
-from tests.trainers.setup import memory
+from tests.trainers.setup import Hooks, memory
 
 SYMBOLS, END, LENGTH = 6, 5, 4
 PROMPTS = [[1, 2], [3, 4, 0]]
@@ -84,6 +84,13 @@ def log_distribution(policy: Any) -> Tensor:
     return torch.stack([response_logprobs(policy, everything(p), 1.0)[0].double().sum(dim=1) for p in PROMPTS])
 
 
+class Symbols(Renderer):
+    """Stands in for a renderer: this language has numbers and no text."""
+
+    def __init__(self) -> None:
+        self.end_id, self.pad_id, self.tokenizer = END, 0, SimpleNamespace(decode=str)
+
+
 class Table:
     """The reward of a response: a number drawn once."""
 
@@ -94,7 +101,7 @@ class Table:
         self.values = torch.randn(len(PROMPTS), len(responses()), generator=generator, dtype=torch.float64)
         self.index = {row: i for i, row in enumerate(responses())}
 
-    def __call__(self, part: Rollout, prompts: list[Prompt]) -> Tensor:
+    def __call__(self, part: Rollout, prompts: list[Prompt], *, packed: bool | None = None) -> Tensor:
         found = [
             self.values[prompt.record["n"], self.index[tuple(part.response_ids[i][part.response_mask[i]].tolist())]]
             for i, prompt in enumerate(prompts)
@@ -253,21 +260,15 @@ def solve(
     table, settings = Table(seed), config(beta, seed, steps, watch or {}, tables)
     _, save, load = memory()
     trainer = PPOTrainer(
-        settings,
-        make_accelerator(),
-        PolicyAndValue(policy, value),
+        policy,
+        Rewards(((1.0, table),)),  # type: ignore[arg-type]
+        TokenizedPrompts(PROMPTS, [Prompt([], "", {"n": n}) for n in range(len(PROMPTS))]),
+        settings.settings,
+        tokenizer=Symbols(),
         reference=reference,
-        rewards=Rewards(((1.0, table),)),  # type: ignore[arg-type]
-        prompts=PROMPTS,
-        records=[Prompt([], "", {"n": n}) for n in range(len(PROMPTS))],
-        end_id=END,
-        pad_id=0,
-        text=None,
-        decode=str,
-        watcher=HealthMonitor(settings.watch, None, lambda _: None),
-        report=lambda *_: None,
-        checkpoint=save,
-        restore=load,
+        value_model=value,
+        callbacks=[Hooks(checkpoint=save, restore=load)],
+        console=Console(quiet=True),
     )
     if change is not None:
         change(trainer)

@@ -30,7 +30,7 @@ def test_most_of_the_achievable_improvement_is_reached(beta: float) -> None:
 @pytest.mark.slow
 def test_a_penalty_of_the_wrong_sign_does_not_get_there() -> None:
     def turn(trainer: PPOTrainer) -> None:
-        trainer.kl_coef = -1.0
+        trainer.state.kl_coef = -1.0
 
     assert optimum.solve(1.0, 1, steps=40, change=turn).share < 0.3
 

@@ -80,7 +80,7 @@ def turn_sign(trainer: PPOTrainer) -> None:
 
 
 def hold_still(trainer: PPOTrainer) -> None:
-    trainer.kl_coef = 50.0
+    trainer.state.kl_coef = 50.0
 
 
 def test_rewarded_tokens_become_likelier(reward_folder: str) -> None:

@@ -23,8 +23,10 @@ from rlhf.models.heads import (
     sequence_outputs,
     sequence_scores,
     token_scores,
+    trunk_owner,
 )
 from rlhf.models.load import backbone
+from rlhf.models.packed_batch import PackedBatch
 from rlhf.models.policy import load_causal
 from rlhf.models.reward_models import load_scorer, new_reward_model
 from tests.models import tiny
@@ -32,6 +34,11 @@ from tests.models.fixtures import shake
 from tests.tolerances import QUANTUM, assert_close, distance
 
 PAD, END = tiny.renderer().pad_id, tiny.renderer().end_id
+
+
+def scores_of(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """Scores of every token, [B, T]."""
+    return token_scores(model, PackedBatch.for_model(trunk_owner(model), ids, mask))
 
 
 @pytest.fixture
@@ -84,10 +91,10 @@ def test_the_padding_check_sees_a_mask_or_positions_that_are_off(model: Any) -> 
 
 def test_values_at_every_position_do_not_depend_on_padding(model: Any) -> None:
     row = ROWS[1]
-    whole = token_scores(model, torch.tensor([row]), torch.ones(1, len(row), dtype=torch.bool))[0]
+    whole = scores_of(model, torch.tensor([row]), torch.ones(1, len(row), dtype=torch.bool))[0]
     for pad, span in ((pad_left, slice(4, None)), (pad_right, slice(0, len(row)))):
         ids, mask = pad([row, [20] * (len(row) + 4)], PAD)
-        assert_close(token_scores(model, ids, mask)[0, span], whole.tolist())
+        assert_close(scores_of(model, ids, mask)[0, span], whole.tolist())
 
 
 def test_a_score_sees_prompt_and_response(model: Any) -> None:
@@ -220,7 +227,7 @@ def test_a_value_model_without_a_reward_model_starts_at_0(sft_folder: str, adapt
         model = reward_models.new_value_model(
             tiny.source(folder), peft, pad_id=tiny.renderer().pad_id, vocab_size=len(tiny.tokenizer()), seed=1
         )
-        assert not heads.token_scores(model, ids, torch.ones_like(ids).bool()).any()
+        assert not scores_of(model, ids, torch.ones_like(ids).bool()).any()
         assert any(p.requires_grad for p in heads.score_head(model).parameters())
 
 

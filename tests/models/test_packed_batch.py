@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.models.heads import sequence_scores, token_scores
-from rlhf.models.packed_batch import can_pack, has_plain_head, microbatches, pack, packed_rows, padded
-from rlhf.rollout import score
-from rlhf.rollout.score import read_policy
+from rlhf.models.heads import sequence_outputs, token_scores
+from rlhf.models.packed_batch import PackedBatch, can_pack, has_plain_head, microbatches, packed_rows
+from rlhf.rollout import forward as forward_module
+from rlhf.rollout.forward import policy_forward
 from rlhf.rollout.types import Rollout, pack_bits
 from tests.models import tiny
 from tests.tolerances import GRADIENT, assert_close, distance
@@ -62,7 +62,7 @@ def batch(lengths: list[int], *, left: bool = False) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("lengths", [[3], [5, 5, 5], [9, 1, 4, 4, 2, 7, 3, 1], list(range(1, 40))])
 def test_every_token_is_packed_once_beside_its_neighbours(lengths: list[int], left: bool) -> None:
     ids, mask = batch(lengths, left=left)
-    made = pack(ids, mask)
+    made = PackedBatch.of(ids, mask)
     slots = made.slot[mask]
     assert len(set(slots.tolist())) == sum(lengths)
     assert torch.equal(made.ids.flatten()[slots], ids[mask])
@@ -79,7 +79,7 @@ def test_a_microbatch_of_uneven_rows_is_nearly_full() -> None:
     lengths = (torch.rand(64, generator=torch.Generator().manual_seed(1)).pow(2) * 60 + 10).long().tolist()
     ids, mask = batch(lengths)
     assert float(mask.float().mean()) < 0.65
-    assert pack(ids, mask).fill > 0.95
+    assert PackedBatch.of(ids, mask).fill > 0.95
 
 
 @pytest.mark.parametrize(
@@ -95,9 +95,15 @@ def test_packed_and_padded_give_the_same_numbers(name: str, attention: str) -> N
     rollout = tiny.rollout(1, [3, 9, 5, 2, 6], [4, 2, 7, 7, 1])
     made = {}
     for packed in (True, False):
-        policy._can_pack = packed
         policy.zero_grad()
-        read = read_policy(policy, rollout, 0.8, entropy=True, states=True)
+        read = policy_forward(
+            policy,
+            rollout,
+            0.8,
+            entropy=True,
+            states=True,
+            batch=PackedBatch.of(rollout.ids, rollout.mask, packed=packed),
+        )
         (read.logprobs * torch.linspace(-1, 1, read.logprobs.numel()).view_as(read.logprobs)).sum().backward()
         gradients = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
         states = read.states * rollout.response_mask[..., None]
@@ -111,7 +117,7 @@ def test_the_output_layer_sees_real_response_tokens_only() -> None:
     policy, seen = model("Llama"), []
     policy.lm_head.register_forward_hook(lambda _, args, output: seen.append(output.shape))
     rollout = tiny.rollout(1, [3, 9, 5], [4, 2, 7])
-    read_policy(policy, rollout, 1.0)
+    policy_forward(policy, rollout, 1.0)
     assert seen == [(1, 13, 300)]
     assert not policy.lm_head._forward_pre_hooks
 
@@ -124,8 +130,9 @@ def test_values_and_scores_do_not_depend_on_packing(reward_folder: str) -> None:
     ids = ids % 100
     found = []
     for packed in (True, False):
-        scorer._can_pack = packed
-        found.append((sequence_scores(scorer, ids, mask), token_scores(scorer, ids, mask) * mask))
+        made = PackedBatch.of(ids, mask, packed=packed)
+        scores = sequence_outputs(scorer, ids, mask, packed=packed)
+        found.append((scores, token_scores(scorer, made) * mask))
     for ours, theirs in zip(*found, strict=True):
         assert_close(ours, theirs)
 
@@ -155,8 +162,10 @@ def test_the_probe_sees_attention_across_sequences(monkeypatch: pytest.MonkeyPat
 def test_a_model_that_cannot_be_packed_is_padded() -> None:
     rollout = tiny.rollout(1, [3, 6], [4, 2])
     policy = model("Bloom")
-    padded = read_policy(policy, rollout, 1.0).logprobs
-    alone = torch.cat([read_policy(policy, rollout.select(torch.tensor([i])), 1.0).logprobs.flatten() for i in (0, 1)])
+    padded = policy_forward(policy, rollout, 1.0).logprobs
+    alone = torch.cat(
+        [policy_forward(policy, rollout.select(torch.tensor([i])), 1.0).logprobs.flatten() for i in (0, 1)]
+    )
     assert distance(padded[rollout.response_mask], alone) < GRADIENT
 
 
@@ -183,14 +192,14 @@ def test_the_step_counts_real_tokens_whatever_the_packing(monkeypatch: pytest.Mo
     rollout = tiny.rollout(1, [3, 9, 5, 2, 6, 8, 2, 3], [4, 2, 7, 7, 1, 3, 5, 8])
     can_pack(policy)
     seen.clear()
-    read_policy(policy, replace(rollout), 1.0)
+    policy_forward(policy, replace(rollout), 1.0)
     assert seen[0] <= 1.25 * int(rollout.mask.sum())
 
 
 def numbers(policy: Any, rollout: Rollout) -> list[Tensor]:
     """Log-probs, entropy, states and gradients."""
     policy.zero_grad()
-    read = read_policy(policy, rollout, 0.8, entropy=True, states=True)
+    read = policy_forward(policy, rollout, 0.8, entropy=True, states=True)
     read.logprobs.square().sum().backward()
     gradients = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
     return [read.logprobs.detach(), read.entropy, read.states.detach() * rollout.response_mask[..., None], gradients]
@@ -206,7 +215,7 @@ def test_log_probs_in_parts_are_the_same(name: str, filtered: bool, monkeypatch:
         allowed |= torch.nn.functional.one_hot(rollout.response_ids, 300).bool()
         rollout = replace(rollout, support=pack_bits(allowed))
     whole = numbers(policy, rollout)
-    monkeypatch.setattr(score, "MAX_LOGITS_AT_ONCE", 3 * 300)
+    monkeypatch.setattr(forward_module, "MAX_LOGITS_AT_ONCE", 3 * 300)
     parts = numbers(policy, rollout)
     assert has_plain_head(policy) is (name != "Gemma2")
     for ours, theirs in zip(parts, whole, strict=True):
@@ -220,25 +229,32 @@ def test_no_more_logits_are_kept_than_allowed(monkeypatch: pytest.MonkeyPatch) -
     def largest() -> int:
         sizes: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
-            read_policy(policy, rollout, 1.0)
+            policy_forward(policy, rollout, 1.0)
         return max(size for size in sizes if size % 300 == 0 and size != 300 * 32)  # but for the layer's own weights
 
     assert largest() == 13 * 300
-    monkeypatch.setattr(score, "MAX_LOGITS_AT_ONCE", 3 * 300)
+    monkeypatch.setattr(forward_module, "MAX_LOGITS_AT_ONCE", 3 * 300)
     assert largest() <= 3 * 300
 
 
-def test_inside_padded_nothing_is_packed() -> None:
+def test_a_padded_batch_is_read_as_it_is() -> None:
     policy, rollout, seen = model("Llama"), tiny.rollout(1, [3, 9, 5], [4, 2, 7]), list[tuple[int, ...]]()
     assert can_pack(policy)
     policy.model.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
-    with padded():
-        read_policy(policy, rollout, 1.0)
-    read_policy(policy, rollout, 1.0)
+    policy_forward(policy, rollout, 1.0, batch=PackedBatch.of(rollout.ids, rollout.mask, packed=False))
+    policy_forward(policy, rollout, 1.0)
     assert seen[0] == (3, 16)
     assert seen[1][0] < 3
+
+
+def test_what_is_found_out_about_a_model_is_not_hung_on_it() -> None:
+    policy = model("Llama")
+    before = set(vars(policy))
+    assert can_pack(policy)
+    assert has_plain_head(policy)
+    assert set(vars(policy)) == before
 
 
 @pytest.mark.parametrize("seed", range(6))

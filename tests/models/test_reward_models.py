@@ -10,8 +10,9 @@ import torch
 
 from rlhf.config.sections import Peft
 from rlhf.data.collate import pad_left, pad_right
-from rlhf.models.heads import Float32Head, head_dtype, score_head, sequence_outputs, token_outputs
+from rlhf.models.heads import Float32Head, head_dtype, score_head, sequence_outputs, token_outputs, trunk_owner
 from rlhf.models.load import backbone
+from rlhf.models.packed_batch import PackedBatch
 from rlhf.models.policy import load_causal
 from rlhf.models.reward_models import _init_head, load_classifier, new_classifier, new_reward_model
 from tests.models import tiny
@@ -63,7 +64,7 @@ def test_it_has_as_many_outputs_as_labels(outputs: int, peft: Peft, sft_folder: 
         assert (model.config.num_labels, len(model.config.id2label)) == (outputs, outputs)
         with torch.no_grad():
             assert sequence_outputs(model, ids, mask).shape == (3, outputs)
-            assert token_outputs(model, ids, mask).shape == (3, 9, outputs)
+            assert token_outputs(model, PackedBatch.for_model(trunk_owner(model), ids, mask)).shape == (3, 9, outputs)
         assert all(p.requires_grad for p in model.parameters()) is not peft.enabled
         trained = [name for name, p in model.named_parameters() if p.requires_grad and "score" in name]
         assert len(trained) == 1

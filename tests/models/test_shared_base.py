@@ -12,8 +12,9 @@ from torch import Tensor
 from rlhf.data.collate import pad_right
 from rlhf.errors import CheckpointError
 from rlhf.models.adapters import active_adapter, adapter_parameters, add_adapter, reference_policy, use_adapter
-from rlhf.models.heads import AdapterScorer, rescale_head, sequence_scores, token_scores
+from rlhf.models.heads import AdapterScorer, rescale_head, sequence_scores, token_scores, trunk_owner
 from rlhf.models.load import count_parameters
+from rlhf.models.packed_batch import PackedBatch
 from rlhf.models.policy import load_causal, policy_with_adapter
 from rlhf.models.reward_models import load_scorer, new_reward_model
 from rlhf.models.shared_base import REWARD, VALUE, attach_new_value_model, attach_scorer, reason_not_shared
@@ -75,7 +76,10 @@ def test_a_new_value_model_has_the_policys_trunk_and_says_0(chain: tuple[str, st
         value.score.weight.fill_(1.0)
     ids, mask = pad_right(tiny.rows(4, [7, 3]), PAD)
     states = policy(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states[-1]
-    assert_close(token_scores(value, ids, mask)[mask].detach(), states.sum(dim=-1)[mask].tolist())
+    assert_close(
+        token_scores(value, PackedBatch.for_model(trunk_owner(value), ids, mask))[mask].detach(),
+        states.sum(dim=-1)[mask].tolist(),
+    )
 
 
 def test_there_is_one_base_and_small_adapters(chain: tuple[str, str]) -> None:

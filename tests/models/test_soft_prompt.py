@@ -18,7 +18,7 @@ from rlhf.models.load import context_length, count_parameters
 from rlhf.models.policy import load_causal
 from rlhf.models.reward_models import new_classifier
 from rlhf.models.soft_prompt import SoftPrompt, load_for_generation
-from rlhf.rollout.score import response_logprobs
+from rlhf.rollout.forward import response_logprobs
 from tests.models import tiny
 from tests.models.fixtures import shake
 from tests.tolerances import assert_close

@@ -32,7 +32,7 @@ from tests.trainers.setup import config, make, sometimes_ending
 def counted(trainer: Any) -> list[int]:
     """Sizes of the policy's forwards without a cache."""
     calls: list[int] = []
-    trainer.model.policy.register_forward_pre_hook(
+    trainer.models.trained.policy.register_forward_pre_hook(
         lambda _, __, kw: None if kw.get("past_key_values") is not None else calls.append(len(kw["input_ids"])),
         with_kwargs=True,
     )
@@ -48,7 +48,7 @@ def test_kept_log_probs_save_the_policys_pass_and_change_next_to_nothing(reward_
         trainer.score(trainer.sample())
         assert bool(calls[kind]) is (kind == "scored")
         trainer.train()
-        policies[kind] = torch.cat([p.detach().flatten() for p in trainer.model.policy.parameters()])
+        policies[kind] = torch.cat([p.detach().flatten() for p in trainer.models.trained.policy.parameters()])
     for ours, theirs in zip(lines["sampled"], lines["scored"], strict=True):
         for name in ("kl", "score", "policy_loss", "value_loss"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-4)
@@ -133,7 +133,7 @@ def test_recomputing_under_another_adapter_would_be_seen(
     adapted_reward: str, sft_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, _ = passed(adapters(adapted_reward, sft_folder))
-    monkeypatch.setattr(shared_base, "wearing", lambda *_: nullcontext())
+    monkeypatch.setattr(shared_base, "use_adapter", lambda *_: nullcontext())
     model = adapters(adapted_reward, sft_folder)
     model.recompute_activations()
     found, _ = passed(model)

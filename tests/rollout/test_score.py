@@ -13,7 +13,9 @@ from torch import Tensor
 from rlhf.config.schema import PPO
 from rlhf.models.heads import sequence_scores
 from rlhf.models.reward_models import load_scorer
-from rlhf.rollout.score import RunningStats, make_experience, response_logprobs, response_values, score_rollout
+from rlhf.rollout.experience import make_experience, score_rollout
+from rlhf.rollout.forward import response_logprobs, response_values
+from rlhf.rollout.running_stats import RunningStats
 from rlhf.rollout.types import Experience, Rollout
 from rlhf.trainers.ppo.policy_value import PolicyAndValue
 from tests import oracles

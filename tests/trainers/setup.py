@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from rlhf.config.schema import PPOConfig
+from rlhf.console import Console
 from rlhf.data.records import Prompt
-from rlhf.distributed.engine import make_accelerator
 from rlhf.models.reward_models import load_scorer
 from rlhf.rollout.rewards import ModelReward, Rewards
 from rlhf.rollout.types import Experience
+from rlhf.trainers.ppo.callbacks import PPOCallback
 from rlhf.trainers.ppo.health import HealthMonitor
-from rlhf.trainers.ppo.policy_value import PolicyAndValue
+from rlhf.trainers.ppo.inputs import TokenizedPrompts
 from rlhf.trainers.ppo.state import STATE_FILE
 from rlhf.trainers.ppo.trainer import PPOTrainer
 from tests.models import tiny
@@ -50,6 +51,24 @@ def reward_of(model: Any) -> Rewards:
     return Rewards(((1.0, ModelReward("reward", model.eval(), tiny.renderer())),))
 
 
+class Hooks(PPOCallback):
+    """Calls the functions of a test: report(step, experience, stats), checkpoint(trainer), restore(trainer)."""
+
+    def __init__(self, report: Any = None, checkpoint: Any = None, restore: Any = None) -> None:
+        self.report, self.checkpoint, self.restore = report, checkpoint, restore
+
+    def on_step_end(self, trainer: Any, experience: Any, stats: Any) -> None:
+        if self.report is not None:
+            self.report(trainer.state.step, experience, stats)
+
+    def on_checkpoint(self, trainer: Any) -> None:
+        if self.checkpoint is not None:
+            self.checkpoint(trainer)
+
+    def on_rollback(self, trainer: Any) -> bool:
+        return self.restore is not None and self.restore(trainer)
+
+
 def make(
     reward_folder: str,
     *,
@@ -70,24 +89,21 @@ def make(
     """A trainer whose policy ends some responses early."""
     if policy is None:
         policy = sometimes_ending(tiny.new(1))
-    made, ids = config(**sections), prompts or tiny.rows(3, LENGTHS)
+    settings, ids = config(**sections).settings, prompts or tiny.rows(3, LENGTHS)
     scorer = reward_model or load_scorer(tiny.source(reward_folder)).requires_grad_(False)
+    records = [Prompt([{"role": "user", "content": f"prompt {i}"}], f"row {i}", {"n": i}) for i in range(len(ids))]
     return PPOTrainer(
-        made,
-        make_accelerator(),
-        PolicyAndValue(policy, value_model or load_scorer(tiny.source(reward_folder))),
+        policy,
+        rewards or reward_of(scorer),
+        TokenizedPrompts(ids, records),
+        settings,
+        tokenizer=tiny.renderer(),
         reference=reference if reference is not None else tiny.new(2).requires_grad_(False),
-        rewards=rewards or reward_of(scorer),
-        prompts=ids,
-        records=[Prompt([{"role": "user", "content": f"prompt {i}"}], f"row {i}", {"n": i}) for i in range(len(ids))],
-        end_id=tiny.renderer().end_id,
-        pad_id=tiny.renderer().pad_id,
+        value_model=value_model or load_scorer(tiny.source(reward_folder)),
         text=text,
-        decode=tiny.tokenizer().decode,
-        watcher=HealthMonitor(made.watch, folder, say or (lambda _: None)),
-        report=report or (lambda *_: None),
-        checkpoint=checkpoint or (lambda _: None),
-        restore=restore or (lambda _: False),
+        monitor=HealthMonitor(settings.watch, folder, say or (lambda _: None)),
+        callbacks=[Hooks(report, checkpoint, restore)],
+        console=Console(quiet=True),
     )
 
 
@@ -116,9 +132,9 @@ def spiked(trainer: PPOTrainer, at: int, size: float) -> None:
 
     def rates(update: int) -> None:
         original(update)
-        if trainer.step == at and trainer.rollbacks == 0:
+        if trainer.state.step == at and trainer.state.rollbacks == 0:
             done.append(update)
-            for group in trainer.optimizer.param_groups:
+            for group in trainer.models.optimizer.param_groups:
                 group["lr"] *= size
 
     trainer.set_learning_rates = rates  # type: ignore[method-assign]

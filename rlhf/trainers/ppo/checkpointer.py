@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from rlhf.checkpointing.files import find_newest_checkpoint, new_checkpoint_folder, refuse_format_without_manifest
 from rlhf.checkpointing.interval import CheckpointInterval
@@ -13,57 +14,63 @@ from rlhf.distributed.engine import any_process
 from rlhf.launch.rank_consistency import check_same_checkpoint
 from rlhf.runs import preemption
 from rlhf.runs.run_dir import RunDir
-from rlhf.trainers.ppo.state import state_size
+from rlhf.trainers.ppo.callbacks import PPOCallback
+from rlhf.trainers.ppo.state import PPOState, state_size
 from rlhf.trainers.ppo.trainer import PPOTrainer
 
 STEP_PREFIX = "step"
 
 
-class PPOCheckpointer:
-    """Writes and reads the checkpoints of one run."""
+class PPOCheckpointer(PPOCallback):
+    """Writes and reads the checkpoints of one run, and ends it where it was told to."""
 
     def __init__(self, config: PPOConfig, directory: RunDir, console: Console) -> None:
         self.config, self.directory, self.console = config, directory, console
         # A rollback returns to a checkpoint: which ones there are must not depend on the clock then.
-        self.pace = CheckpointInterval(0.0 if config.watch.unhealthy == "rollback" else config.saving.share)
+        self.interval = CheckpointInterval(0.0 if config.watch.unhealthy == "rollback" else config.saving.share)
 
-    def after_step(self, trainer: PPOTrainer) -> None:
-        """Every so many steps, and in between if it is cheap."""
-        if trainer.step % self.config.checkpoint_every == 0 or any_process(self.pace.due(), trainer.accelerator):
+    def on_checkpoint(self, trainer: Any) -> None:
+        """Save every so many steps, and in between if it is cheap."""
+        regular = trainer.state.step % self.config.checkpoint_every == 0
+        if regular or any_process(self.interval.due(), trainer.accelerator):
             self.save(trainer)
 
-    def pause(self, trainer: PPOTrainer) -> None:
-        """A place where a run can end: it does if it was told to.
+    def on_safe_point(self, trainer: Any) -> None:
+        """End the run here if it was told to end.
 
-        Raises: Stopped.
+        Raises: RunStopped, after a checkpoint was written.
         """
         if any_process(preemption.stop_requested(), trainer.accelerator):
             self.save(trainer)
-            raise preemption.RunStopped(f"in {checkpoint_name(trainer)}")
+            raise preemption.RunStopped(f"in {checkpoint_name(trainer.state)}")
+
+    def on_rollback(self, trainer: Any) -> bool:
+        """Take the trainer back to its last checkpoint."""
+        return self.load(trainer)
 
     def save(self, trainer: PPOTrainer) -> None:
-        """Everything a run continues from. Collective; the main process writes.
+        """Write everything a run continues from. Collective; the main process writes.
 
         Raises: CheckpointError if the disk is full.
         """
-        with self.pace.saving():
-            with self._place(trainer) as folder:
+        with self.interval.saving():
+            with self._folder(trainer) as folder:
                 trainer.save(folder)
             trainer.accelerator.wait_for_everyone()
 
-    def _place(self, trainer: PPOTrainer) -> AbstractContextManager[Path | None]:
+    def _folder(self, trainer: PPOTrainer) -> AbstractContextManager[Path | None]:
         if not self.directory.main:
             return nullcontext()
         return new_checkpoint_folder(
             self.directory.checkpoints,
-            checkpoint_name(trainer),
-            needed=state_size(trainer),
+            checkpoint_name(trainer.state),
+            needed=state_size(trainer.state, trainer.models),
             keep=self.config.saving.keep,
-            about={"step": trainer.step},
+            about={"step": trainer.state.step},
         )
 
     def load(self, trainer: PPOTrainer) -> bool:
-        """Continue from the newest whole checkpoint, if there is one. Collective.
+        """Continue from the newest whole checkpoint; False if there is none. Collective.
 
         Raises: CheckpointError for one that another version wrote, of other weights, or that other processes lack.
         """
@@ -75,6 +82,6 @@ class PPOCheckpointer:
         return found is not None
 
 
-def checkpoint_name(trainer: PPOTrainer) -> str:
-    """Of the checkpoint of this moment: steps done, and of the step in hand the minibatches done."""
-    return f"{STEP_PREFIX}-{trainer.step:06}" + (f"-{trainer.work.done:03}" if trainer.work is not None else "")
+def checkpoint_name(state: PPOState) -> str:
+    """Return the name of a checkpoint of this moment: steps done, and the minibatches done of the present step."""
+    return f"{STEP_PREFIX}-{state.step:06}" + (f"-{state.progress.done:03}" if state.progress is not None else "")

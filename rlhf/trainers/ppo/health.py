@@ -16,7 +16,6 @@ from torch import Tensor
 from rlhf.config.ppo import Watch
 from rlhf.errors import TrainingError
 from rlhf.functional import kl_estimate, masked_whiten
-from rlhf.models.packed_batch import padded
 from rlhf.rollout.types import Experience, Rollout
 from rlhf.runs.metrics import METRICS
 
@@ -103,17 +102,34 @@ def _score_place(e: Experience, penalty: Tensor) -> list[str]:
     return ["the score does not lie, whole, on the last real token of its response"]
 
 
+def find_wrong_first_ratio(error: float, tolerance: Tolerance) -> list[str]:
+    """Return what is wrong with a step's first importance ratios: they are 1, since one code path gives both log-probs.
+
+    Args:
+        error: largest |ratio - 1| before anything has moved.
+    """
+    if error <= tolerance.ratio:
+        return []
+    return [
+        f"the first importance ratio is not 1 but off by up to {error:.3g}: dropout, another temperature, or "
+        "log-probs of another policy"
+    ]
+
+
 def find_unstable_scores(
-    rewards: Callable[[Rollout], Tensor], rollout: Rollout, pad_id: int, tolerance: Tolerance
+    rewards: Callable[[Rollout, bool | None], Tensor], rollout: Rollout, pad_id: int, tolerance: Tolerance
 ) -> list[str]:
-    """The reward models must say the same twice, and of padded rows what they say of packed ones."""
-    part = rollout.select(torch.arange(min(ROWS_SCORED_TWICE, len(rollout)), device=rollout.response_ids.device))
-    first, second = rewards(part), rewards(part)
+    """Return what is wrong with reward models that score the same responses differently the second time, or padded.
+
+    Args:
+        rewards: (rollout, packed) -> [B] scores; packed None = as suits the models, False = padded rows.
+    """
+    part = rollout.select(torch.arange(min(ROWS_SCORED_TWICE, len(rollout))))
+    first, second = rewards(part, None), rewards(part, None)
     again = float((first - second).abs().max())
     if again != 0.0:
         return [f"the reward model gives another score the second time (by {again:.3g}): it is in training mode"]
-    with padded():
-        moved = float((rewards(_widened(part, pad_id)) - first).abs().max())
+    moved = float((rewards(_widened(part, pad_id), False) - first).abs().max())
     if not moved <= tolerance.score * (1.0 + float(first.abs().max())):
         return [f"the reward model's score depends on padding, or on what it is packed with (by {moved:.3g})"]
     return []

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from rlhf.config.schema import PPOConfig
+from rlhf.config.ppo import PPOSettings
 from rlhf.config.tuning import PPOPhase, Selection
 from rlhf.distributed.zero_gather import reset_adam_steps
 from rlhf.models.adapters import adapter_rate_factor
@@ -18,31 +18,31 @@ from rlhf.trainers.ppo.policy_value import PolicyAndValue
 from rlhf.trainers.supervised.phase_callback import groups_that_begin
 
 
-def phase_schedules(config: PPOConfig, model: PolicyAndValue) -> tuple[PhaseSchedule, PhaseSchedule]:
+def phase_schedules(settings: PPOSettings, model: PolicyAndValue) -> tuple[PhaseSchedule, PhaseSchedule]:
     """What is trained of the policy and of the value model, and when.
 
     Raises: ConfigError for a selection that matches nothing, or if nothing is left to train.
     """
-    o = config.optim
+    o = settings.optim
     return (
-        _program(config, "policy", lambda: map_parameters(model.policy), model.trained_policy(), o.learning_rate),
+        _program(settings, "policy", lambda: map_parameters(model.policy), model.trained_policy(), o.learning_rate),
         _program(
-            config, "value_model", lambda: value_parameter_map(model), model.trained_value(), o.value_learning_rate
+            settings, "value_model", lambda: value_parameter_map(model), model.trained_value(), o.value_learning_rate
         ),
     )
 
 
-def _program(config: PPOConfig, name: str, of: Any, trained: Iterable[str], rate: float) -> PhaseSchedule:
-    freeze: Selection = getattr(config.freeze, name)
-    unfreeze: Sequence[PPOPhase] = getattr(config.unfreeze, name)
-    factors = {parameter: adapter_rate_factor(parameter, config.peft) for parameter in trained}
+def _program(settings: PPOSettings, name: str, of: Any, trained: Iterable[str], rate: float) -> PhaseSchedule:
+    freeze: Selection = getattr(settings.freeze, name)
+    unfreeze: Sequence[PPOPhase] = getattr(settings.unfreeze, name)
+    factors = {parameter: adapter_rate_factor(parameter, settings.peft) for parameter in trained}
     if not freeze.given and not unfreeze:  # any module will do: it need not be a transformer
-        return PhaseSchedule((ResolvedPhase(frozenset(factors), config.ppo.steps, rate),), factors)
+        return PhaseSchedule((ResolvedPhase(frozenset(factors), settings.steps, rate),), factors)
     return make_ppo_schedule(
         of().only(factors),
         freeze=freeze,
         unfreeze=unfreeze,
-        steps=config.ppo.steps,
+        steps=settings.steps,
         learning_rate=rate,
         where=name,
         factors=factors,
@@ -63,9 +63,9 @@ def value_parameter_map(model: PolicyAndValue) -> ParameterMap:
 class PPOPhases:
     """Follows the programs of policy and value model."""
 
-    def __init__(self, config: PPOConfig, model: PolicyAndValue) -> None:
+    def __init__(self, settings: PPOSettings, model: PolicyAndValue) -> None:
         """Freezes what is never trained."""
-        self.programs = phase_schedules(config, model)
+        self.programs = phase_schedules(settings, model)
         self.parameters: tuple[dict[str, nn.Parameter], ...] = (model.trained_policy(), model.trained_value())
         self.groups: list[tuple[int, OptimizerGroup]] = []
         for i, (plan, named) in enumerate(zip(self.programs, self.parameters, strict=True)):

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from rlhf.distributed.engine import all_gather_objects
 from rlhf.models.adapters import adapter_parameters
-from rlhf.models.heads import AdapterScorer, SharedValueHead, position_ids
+from rlhf.models.heads import AdapterScorer, SharedValueHead, position_ids, trunk_owner
+from rlhf.models.packed_batch import PackedBatch, can_pack
 from rlhf.models.shared_base import enable_activation_checkpointing
-from rlhf.rollout.score import read_policy, response_logprobs, response_values
+from rlhf.rollout.forward import policy_forward, response_logprobs, response_values
 from rlhf.rollout.types import Rollout, ScoredRollout, merge_rollouts
 
 
@@ -77,13 +78,18 @@ class PolicyAndValue(nn.Module):
     def read(
         self, rollout: Rollout, temperature: float, *, entropy: bool = False
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Log-probs, entropy (if asked for) and values of a rollout: one code path for old and new ones."""
-        if not isinstance(self.value_model, SharedValueHead):
-            logprobs, spread = response_logprobs(self.policy, rollout, temperature, entropy=entropy)
-            return logprobs, spread, response_values(self.value_model, rollout)
-        read = read_policy(self.policy, rollout, temperature, entropy=entropy, states=True)
-        values = self.value_model.score(read.states).squeeze(-1).masked_fill(~rollout.response_mask, 0.0)
-        return read.logprobs, read.entropy, values
+        """Return log-probs, entropy (if asked for) and values of a rollout: one code path for old and new ones.
+
+        The sequences are packed once and read by both models, unless only one of them computes the same on packed rows.
+        """
+        batch = PackedBatch.for_model(self.policy, rollout.ids, rollout.mask)
+        if isinstance(self.value_model, SharedValueHead):
+            output = policy_forward(self.policy, rollout, temperature, entropy=entropy, states=True, batch=batch)
+            values = self.value_model.score(output.states).squeeze(-1).masked_fill(~rollout.response_mask, 0.0)
+            return output.logprobs, output.entropy, values
+        logprobs, spread = response_logprobs(self.policy, rollout, temperature, entropy=entropy, batch=batch)
+        alike = can_pack(trunk_owner(self.value_model)) == can_pack(self.policy)
+        return logprobs, spread, response_values(self.value_model, rollout, batch=batch if alike else None)
 
     def values_only(self, rollout: Rollout) -> Tensor:
         """Values of a rollout whose log-probs are known; not for a head on the policy's trunk. [B, R] score units."""

@@ -1,60 +1,123 @@
-"""Whom PPO asks about a rollout: policy and value model as they are before the update, the reference, the rewards."""
+"""Teacher-forced scoring passes over a rollout: the trained models before the update, the reference, the rewards."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from rlhf.config.ppo import PPOSettings
 from rlhf.data.records import Prompt
+from rlhf.distributed.engine import gathered_module
 from rlhf.models.adapters import reference_policy
-from rlhf.rollout.score import response_logprobs
-from rlhf.rollout.types import Rollout
-from rlhf.trainers.ppo.health import find_unstable_scores
-
-if TYPE_CHECKING:
-    from rlhf.trainers.ppo.trainer import PPOTrainer
+from rlhf.models.packed_batch import can_pack
+from rlhf.rollout.experience import make_experience, score_rollout
+from rlhf.rollout.forward import response_logprobs
+from rlhf.rollout.types import Experience, Rollout
+from rlhf.trainers.ppo.health import HealthMonitor, Tolerance, find_broken_invariants, find_unstable_scores
+from rlhf.trainers.ppo.policy_value import PolicyAndValue, gather_rollouts
+from rlhf.trainers.ppo.state import PPOModels, PPOState
 
 ScoringFunction = Callable[[Rollout], Tensor]
 
 
-def read_trained_models(trainer: PPOTrainer, trained: Any, part: Rollout) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Log-probs and values of the policy and the value model as they are before the update."""
-    if trainer.config.ppo.old_logprobs == "sampled":
-        return part.sampled_logprobs, None, trained.values_only(part)
-    found: tuple[Tensor, Tensor | None, Tensor] = trained.read(part, trainer.config.sampling.temperature)
-    return found
+@dataclass(frozen=True)
+class ScoreChecks:
+    """What scored rollouts are checked with."""
+
+    monitor: HealthMonitor
+    tolerance: Tolerance
+    pad_id: int
+
+
+def score_experience(
+    rollout: Rollout,
+    models: PPOModels,
+    state: PPOState,
+    settings: PPOSettings,
+    *,
+    prompts_of: Callable[[Rollout], Sequence[Prompt]],
+    checks: ScoreChecks,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> Experience:
+    """Score this process's episodes, gather those of all processes, compute rewards and advantages, check. Collective.
+
+    `state.running_stats` takes in the raw scores.
+
+    Args:
+        rollout: this process's share of the step's episodes.
+        prompts_of: a rollout's prompts as records.
+        autocast: returns the context that sets the precision of the trained models.
+    Raises: TrainingError if an invariant is broken and the monitor stops runs for it.
+    """
+
+    def check(rewards: Callable[[Rollout, bool | None], Tensor]) -> None:
+        problems = find_unstable_scores(rewards, rollout, checks.pad_id, checks.tolerance)
+        checks.monitor.broken(problems, state.step, rollout)
+
+    with gathered_module(models.trained, models.accelerator) as module, autocast():
+        pair: Any = module.eval()
+        scored = score_rollout(
+            rollout,
+            read=lambda part: read_trained_models(pair, part, settings),
+            reference=reference_logprobs(models, settings.sampling.temperature),
+            rewards=reward_scores(models, prompts_of, check),
+            microbatch=settings.optim.microbatch_size,
+            packed=can_pack(pair.policy),
+        )
+    scored = gather_rollouts(scored, models.accelerator, checks.pad_id)
+    state.running_stats = state.running_stats.seen(scored.raw_scores)
+    deviation = state.running_stats.deviation if settings.normalize_scores == "running" else 1.0
+    experience = make_experience(scored, kl_coef=state.kl_coef, deviation=deviation, settings=settings)
+    problems = find_broken_invariants(
+        experience,
+        kl_coef=state.kl_coef,
+        whitened=settings.whiten_advantages,
+        fresh=state.step == 0,
+        tolerance=checks.tolerance,
+    )
+    checks.monitor.broken(problems, state.step, experience)
+    return experience
+
+
+def read_trained_models(
+    pair: PolicyAndValue, part: Rollout, settings: PPOSettings
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return log-probs, entropy (or None) and values of the trained models as they are before the update, [B, R]."""
+    if settings.old_logprobs == "sampled":
+        return part.sampled_logprobs, None, pair.values_only(part)
+    return pair.read(part, settings.sampling.temperature)
 
 
 @contextmanager
-def reference_logprobs(trainer: PPOTrainer) -> Iterator[ScoringFunction]:
-    """Log-probs of the response under the model that the policy started from, [B, R] nats."""
-    temperature = trainer.config.sampling.temperature
-    if trainer.reference is None:
-        with reference_policy(trainer.accelerator.unwrap_model(trainer.model).policy) as model:
+def reference_logprobs(models: PPOModels, temperature: float) -> Iterator[ScoringFunction]:
+    """Yield a function from a rollout to its log-probs under the model that the policy started from, [B, R] nats."""
+    if models.reference is None:
+        with reference_policy(models.pair.policy) as model:
             yield lambda part: response_logprobs(model, part, temperature)[0]
     else:
-        reference = trainer.reference
-        with trainer.frozen.asked("reference"):
+        reference = models.reference
+        with models.offloaded.asked("reference"):
             yield lambda part: response_logprobs(reference, part, temperature)[0]
 
 
 @contextmanager
-def reward_scores(trainer: PPOTrainer, rollout: Rollout) -> Iterator[ScoringFunction]:
-    """Raw scores, [B]. The reward models are checked on the rollout first.
+def reward_scores(
+    models: PPOModels,
+    prompts_of: Callable[[Rollout], Sequence[Prompt]],
+    check: Callable[[Callable[[Rollout, bool | None], Tensor]], None],
+) -> Iterator[ScoringFunction]:
+    """Yield a function from a rollout to its raw scores, [B]. The reward models are checked first.
 
-    Raises: TrainingError if they do not say the same twice.
+    Args:
+        prompts_of: a rollout's prompts as records.
+        check: is given a function from (rollout, packed) to the scores of the reward models alone, and may raise.
     """
-    prompt_of = dict(trainer.slots())
-
-    def records(part: Rollout) -> list[Prompt]:
-        return [trainer.records[prompt_of[slot]] for slot in part.index.tolist()]
-
-    with trainer.frozen.asked("reward"):
-        models = trainer.rewards.models_only()
-        if models.parts:
-            found = find_unstable_scores(lambda p: models(p, records(p)), rollout, trainer.pad_id, trainer.tolerance)
-            trainer.watcher.broken(found, trainer.step, rollout)
-        yield lambda part: trainer.rewards(part, records(part))
+    with models.offloaded.asked("reward"):
+        models_only = models.rewards.models_only()
+        if models_only.parts:
+            check(lambda part, packed: models_only(part, prompts_of(part), packed=packed))
+        yield lambda part: models.rewards(part, prompts_of(part))

@@ -1,4 +1,4 @@
-"""What a PPO run continues from: trained weights, optimizer, controllers, and the rollout in hand.
+"""The state of a PPO run and its models as values of their own, and how both are saved and restored.
 
 Random numbers follow from seed, step and episode, the order of minibatches from seed, step and epoch, learning rates
 and phases from the number of the update: none of them is state.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,12 @@ from rlhf.checkpointing.parameters_and_adam import (
     save_parameters_and_adam,
 )
 from rlhf.distributed.engine import all_gather_objects
-from rlhf.rollout.score import RunningStats
+from rlhf.models.ema import WeightAverage
+from rlhf.models.offload import OffloadedModels
+from rlhf.rollout.rewards import Rewards
+from rlhf.rollout.running_stats import RunningStats
 from rlhf.rollout.types import Experience
-
-if TYPE_CHECKING:
-    from rlhf.trainers.ppo.trainer import PPOTrainer
+from rlhf.trainers.ppo.policy_value import PolicyAndValue
 
 STATE_FILE = "state.pt"
 """Beside the trained weights; their files are those of `rlhf.checkpointing.parameters_and_adam`."""
@@ -31,99 +32,153 @@ STATE_FILE = "state.pt"
 
 @dataclass
 class StepProgress:
-    """A step that has its experience: which of its minibatches are done, and their numbers so far."""
+    """Progress of a step that has its experience: which minibatches are done, and their numbers so far."""
 
     experience: Experience
-    done: int = 0
-    tokens: float = 0.0
-    first_error: float = 0.0
-    norms: list[float] = field(default_factory=list)
+    done: int = 0  # minibatches
+    tokens: float = 0.0  # response tokens of those minibatches, over all processes
+    first_error: float = 0.0  # largest |ratio - 1| of the first minibatch
+    norms: list[float] = field(default_factory=list)  # gradient norms, one an optimizer step
     sums: dict[str, Tensor] = field(default_factory=dict)  # of this process's share
-    time_sample: float = 0.0
+    time_sample: float = 0.0  # seconds
     time_score: float = 0.0
 
 
-def save_state(trainer: PPOTrainer, folder: Path | None) -> None:
-    """Write everything that does not follow from the configuration and the models it names. Collective.
+@dataclass
+class PPOState:
+    """How far a run is and what its controllers have arrived at. Everything else follows from the settings."""
+
+    kl_coef: float  # weight of the KL penalty; moves towards kl.target
+    step: int = 0  # steps done
+    learning_rate_scale: float = 1.0  # below 1 after a rollback
+    rollbacks: int = 0
+    running_stats: RunningStats = field(default_factory=RunningStats)  # of the raw scores so far
+    first_response_length: float = 0.0  # mean tokens of the first rollout's responses
+    progress: StepProgress | None = None  # of the step that has its rollout; None between steps
+
+
+@dataclass
+class PPOModels:
+    """The models of a run: the trained pair in its engine, and the frozen ones."""
+
+    accelerator: Any
+    trained: Any  # `PolicyAndValue`, as its engine wraps it
+    optimizer: Any
+    reference: nn.Module | None  # None where the policy is an adapter: its starting point is the reference
+    rewards: Rewards
+    offloaded: OffloadedModels  # the frozen models by role
+    average: WeightAverage | None = None
+
+    @property
+    def pair(self) -> PolicyAndValue:
+        """The bare module of policy and value model."""
+        pair: PolicyAndValue = self.accelerator.unwrap_model(self.trained)
+        return pair
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """The weights that the run changes, of both models.
+
+        What is frozen throughout, such as the base under an adapter, is read again from where it came from.
+        """
+        policy = {f"policy.{name}": p for name, p in self.pair.trained_policy().items()}
+        return policy | {f"value_model.{name}": p for name, p in self.pair.trained_value().items()}
+
+    def saved_buffers(self) -> dict[str, Tensor]:
+        """Tensors of the trained models that are saved with them and are no weights."""
+        saved = self.pair.state_dict().keys()
+        return {name: value.detach() for name, value in self.pair.named_buffers() if name in saved}
+
+
+def update_stats(progress: StepProgress, accelerator: Any, ptx_coef: float | None) -> dict[str, float]:
+    """Return the means of a step's updates over tokens and processes. Collective.
+
+    Args:
+        ptx_coef: the present weight of the text loss; None without one.
+    """
+    sums = {k: accelerator.reduce(v, "sum") for k, v in progress.sums.items()}
+    ptx = {}
+    if ptx_coef is not None and "ptx_loss" in sums:
+        ptx = {"ptx_loss": float(sums.pop("ptx_loss")) / progress.done, "ptx_coef": ptx_coef}
+    means = {k: float(v) / progress.tokens for k, v in sums.items()}
+    return (
+        ptx
+        | means
+        | {
+            "first_ratio_error": progress.first_error,
+            "grad_norm": sum(progress.norms) / max(len(progress.norms), 1),
+            "updates": float(len(progress.norms)),
+        }
+    )
+
+
+def save_state(folder: Path | None, state: PPOState, models: PPOModels, *, ptx_coef: float | None) -> None:
+    """Write everything that does not follow from the settings and the models they start from. Collective.
 
     Args:
         folder: on the main process; None on the others.
+        ptx_coef: the present weight of the text loss; None without one.
     """
-    t = trainer
-    save_parameters_and_adam(folder, trained_parameters(t), t.optimizer)
-    state = {
-        "step": t.step,
-        "kl_coef": t.kl_coef,
-        "rate": t.rate,
-        "rollbacks": t.rollbacks,
-        "spread": list(t.spread),
-        "first_length": t.first_length,
-        "average": t.average.weights if t.average is not None else None,
-        "ptx_coef": t.text.coef if t.text is not None else None,
-        "rates": [group["lr"] for group in t.optimizer.param_groups],  # of the last update, for the step's line
-        "buffers": saved_buffers(t),
-        "work": _packed(t.work, t.accelerator) if t.work is not None else None,
+    save_parameters_and_adam(folder, models.trained_parameters(), models.optimizer)
+    values = {
+        "step": state.step,
+        "kl_coef": state.kl_coef,
+        "rate": state.learning_rate_scale,
+        "rollbacks": state.rollbacks,
+        "spread": list(state.running_stats),
+        "first_length": state.first_response_length,
+        "average": models.average.weights if models.average is not None else None,
+        "ptx_coef": ptx_coef,
+        "rates": [group["lr"] for group in models.optimizer.param_groups],  # of the last update, for the step's line
+        "buffers": models.saved_buffers(),
+        "work": _packed(state.progress, models.accelerator) if state.progress is not None else None,
     }
     if folder is not None:
-        torch.save(state, folder / STATE_FILE)
+        torch.save(values, folder / STATE_FILE)
 
 
-def load_state(trainer: PPOTrainer, folder: Path) -> None:
-    """Continue from what `save_state` has written, perhaps under another engine. Collective.
+def load_state(folder: Path, models: PPOModels) -> tuple[PPOState, float | None]:
+    """Restore the models from what `save_state` has written, perhaps under another engine. Collective.
 
-    Raises: CheckpointError if it is of other weights.
+    Returns: the state, and the weight of the text loss (None without one).
+    Raises: CheckpointError if the checkpoint is of other weights.
     """
-    t = trainer
-    state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
-    load_parameters_and_adam(folder, trained_parameters(t), t.optimizer)
-    t.step, t.kl_coef, t.rate, t.rollbacks = (state[name] for name in ("step", "kl_coef", "rate", "rollbacks"))
-    t.spread, t.first_length = RunningStats(*state["spread"]), state["first_length"]
-    if t.average is not None and t.average.main:
-        t.average.weights = state["average"]
-    if t.text is not None:
-        t.text.coef = state["ptx_coef"]
-    for group, rate in zip(t.optimizer.param_groups, state["rates"], strict=True):
+    values = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+    load_parameters_and_adam(folder, models.trained_parameters(), models.optimizer)
+    if models.average is not None and models.average.main:
+        models.average.weights = values["average"]
+    for group, rate in zip(models.optimizer.param_groups, values["rates"], strict=True):
         group["lr"] = rate
-    for name, buffer in saved_buffers(t).items():
-        buffer.copy_(state["buffers"][name])
-    t.work = _unpacked(state["work"], t.accelerator) if state["work"] is not None else None
+    for name, buffer in models.saved_buffers().items():
+        buffer.copy_(values["buffers"][name])
+    state = PPOState(
+        kl_coef=values["kl_coef"],
+        step=values["step"],
+        learning_rate_scale=values["rate"],
+        rollbacks=values["rollbacks"],
+        running_stats=RunningStats(*values["spread"]),
+        first_response_length=values["first_length"],
+        progress=_unpacked(values["work"], models.accelerator) if values["work"] is not None else None,
+    )
+    return state, values["ptx_coef"]
 
 
-def trained_parameters(trainer: PPOTrainer) -> dict[str, nn.Parameter]:
-    """The weights that the run changes, of both models.
-
-    What is frozen throughout, such as the base under an adapter, is read again from where it came from.
-    """
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    return {f"policy.{name}": p for name, p in model.trained_policy().items()} | {
-        f"value_model.{name}": p for name, p in model.trained_value().items()
-    }
-
-
-def saved_buffers(trainer: PPOTrainer) -> dict[str, Tensor]:
-    """Numbers of the models that are saved with them and are no weights."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    saved = model.state_dict().keys()
-    return {name: value.detach() for name, value in model.named_buffers() if name in saved}
-
-
-def state_size(trainer: PPOTrainer) -> int:
+def state_size(state: PPOState, models: PPOModels) -> int:
     """Bytes that a checkpoint takes at most, optimizer state and rollout included."""
-    size = parameters_and_adam_size(trained_parameters(trainer))
-    if trainer.average is not None:
-        size += sum(value.nbytes for value in trainer.average.weights.values())
-    if trainer.work is not None:
-        size += sum(value.nbytes for value in vars(trainer.work.experience).values())
+    size = parameters_and_adam_size(models.trained_parameters())
+    if models.average is not None:
+        size += sum(value.nbytes for value in models.average.weights.values())
+    if state.progress is not None:
+        size += sum(value.nbytes for value in vars(state.progress.experience).values())
     return size + 2**16
 
 
-def _packed(work: StepProgress, accelerator: Any) -> dict[str, Any]:
+def _packed(progress: StepProgress, accelerator: Any) -> dict[str, Any]:
     """Plain values and tensors. The sums are of every process: they are added at the end of the step, in rank order."""
-    sums = {name: value.cpu() for name, value in work.sums.items()}
+    sums = {name: value.cpu() for name, value in progress.sums.items()}
     ranks = accelerator.num_processes
-    values = {f.name: getattr(work, f.name) for f in fields(work) if f.name not in ("experience", "sums")}
+    values = {f.name: getattr(progress, f.name) for f in fields(progress) if f.name not in ("experience", "sums")}
     return values | {
-        "experience": dict(vars(work.experience)),
+        "experience": dict(vars(progress.experience)),
         "sums": all_gather_objects(sums, ranks) if ranks > 1 else [sums],
     }
 

@@ -18,8 +18,8 @@ def test_the_effective_epsilon_grows_with_the_number_of_updates(reward_folder: s
     here it is read off updates with a constant gradient.
     """
     trainer = make(reward_folder)
-    assert trainer.optimizer.defaults["eps"] == PPOOptim().adam_eps == 1e-5
-    options = {k: trainer.optimizer.defaults[k] for k in ("betas", "eps", "weight_decay")}
+    assert trainer.models.optimizer.defaults["eps"] == PPOOptim().adam_eps == 1e-5
+    options = {k: trainer.models.optimizer.defaults[k] for k in ("betas", "eps", "weight_decay")}
     assert options["betas"] == (B1, B2)
     gradient, rate = 1e-6, 1.0  # small beside epsilon, so that it can be told from rounding
     weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))

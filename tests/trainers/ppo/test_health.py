@@ -16,7 +16,8 @@ from rlhf.functional import masked_whiten
 from rlhf.generation import native as sampling
 from rlhf.models import packed_batch
 from rlhf.models.reward_models import load_scorer
-from rlhf.rollout import score as scoring
+from rlhf.rollout import experience
+from rlhf.rollout import forward as scoring
 from rlhf.runs.metrics import METRICS
 from rlhf.trainers.ppo.health import HEALTH_METRICS, UnhealthyError, find_unhealthy_metrics
 from rlhf.trainers.ppo.trainer import PPOTrainer
@@ -46,21 +47,13 @@ def sound(reward_folder: str, **options: Any) -> PPOTrainer:
 def test_a_sound_run_breaks_nothing(reward_folder: str, changes: dict[str, Any]) -> None:
     trainer = sound(reward_folder, **changes)
     trainer.train()
-    assert trainer.step == 2
+    assert trainer.state.step == 2
 
 
 def other_temperature(trainer: PPOTrainer, _: pytest.MonkeyPatch) -> None:
     """Rollouts are drawn at another temperature than they are scored at."""
-    original, config = trainer.sample, trainer.config
-
-    def sample() -> Any:
-        trainer.config = config.model_copy(update={"sampling": config.sampling.model_copy(update={"temperature": 0.6})})
-        try:
-            return original()
-        finally:
-            trainer.config = config
-
-    trainer.sample = sample  # type: ignore[method-assign]
+    generator: Any = trainer.generator
+    generator.settings = generator.settings.model_copy(update={"temperature": 0.6})
 
 
 def hidden_filter(_: PPOTrainer, patch: pytest.MonkeyPatch) -> None:
@@ -75,7 +68,7 @@ def hidden_filter(_: PPOTrainer, patch: pytest.MonkeyPatch) -> None:
 
 
 def dropout_left_on(trainer: PPOTrainer, _: pytest.MonkeyPatch) -> None:
-    for layer in trainer.model.policy.model.layers:
+    for layer in trainer.models.trained.policy.model.layers:
         layer.self_attn.attention_dropout = 0.3
 
 
@@ -94,7 +87,7 @@ def score_on_a_pad(_: PPOTrainer, patch: pytest.MonkeyPatch) -> None:
         rewards[torch.arange(len(mask)), at] += scores
         return rewards
 
-    patch.setattr(scoring, "shaped_rewards", shaped)
+    patch.setattr(experience, "shaped_rewards", shaped)
 
 
 def whitening_by_rank(_: PPOTrainer, patch: pytest.MonkeyPatch) -> None:
@@ -102,11 +95,11 @@ def whitening_by_rank(_: PPOTrainer, patch: pytest.MonkeyPatch) -> None:
         halves = [masked_whiten(a, m) for a, m in zip(x.chunk(2), mask.chunk(2), strict=True)]
         return torch.cat(halves)
 
-    patch.setattr(scoring, "masked_whiten", by_rank)
+    patch.setattr(experience, "masked_whiten", by_rank)
 
 
 def another_reference(trainer: PPOTrainer, _: pytest.MonkeyPatch) -> None:
-    trainer.reference = tiny.new(2).requires_grad_(False)
+    trainer.models.reference = tiny.new(2).requires_grad_(False)
 
 
 class Noisy(nn.Module):
@@ -121,14 +114,14 @@ class Noisy(nn.Module):
 
 
 def reward_model_in_training_mode(trainer: PPOTrainer, _: pytest.MonkeyPatch) -> None:
-    model = trainer.rewards.parts[0][1].model  # type: ignore[union-attr]
+    model = trainer.models.rewards.parts[0][1].model  # type: ignore[union-attr]
     model.score = Noisy(model.score)
     model.train()
 
 
 def padding_in_the_score(trainer: PPOTrainer, _: pytest.MonkeyPatch) -> None:
     """The reward model attends to padding."""
-    model = trainer.rewards.parts[0][1].model  # type: ignore[union-attr]
+    model = trainer.models.rewards.parts[0][1].model  # type: ignore[union-attr]
     original = model.model.forward
 
     def forward(*args: Any, **kw: Any) -> Any:
@@ -167,7 +160,7 @@ def test_a_planted_fault_stops_the_first_step_before_anything_moves(
     reward_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plant: Any, words: str
 ) -> None:
     trainer = sound(reward_folder, folder=tmp_path)
-    before = tiny.snapshot(trainer.model)
+    before = tiny.snapshot(trainer.models.trained)
     plant(trainer, monkeypatch)
     with pytest.raises(TrainingError, match=r"^step 0, before the update: ") as caught:
         trainer.train()
@@ -175,7 +168,10 @@ def test_a_planted_fault_stops_the_first_step_before_anything_moves(
     saved = next(tmp_path.glob("trouble_step0.pt"))
     assert str(saved) in str(caught.value)
     assert len(torch.load(saved, weights_only=True)["response_ids"]) == 12
-    moved = tiny.moved(trainer.model, {k: v for k, v in before.items() if k in dict(trainer.model.named_parameters())})
+    moved = tiny.moved(
+        trainer.models.trained,
+        {k: v for k, v in before.items() if k in dict(trainer.models.trained.named_parameters())},
+    )
     assert not moved
 
 
@@ -184,7 +180,7 @@ def test_to_continue_says_it_once_and_goes_on(reward_folder: str, monkeypatch: p
     trainer = sound(reward_folder, watch={"broken": "continue"}, say=said.append)
     hidden_filter(trainer, monkeypatch)
     trainer.train()
-    assert trainer.step == 2
+    assert trainer.state.step == 2
     assert sum("while sampling" in line for line in said) == 2  # the words name the size of the gap, which differs
 
 
@@ -226,9 +222,9 @@ def test_a_rollback_returns_to_the_last_good_step_with_a_smaller_rate(reward_fol
     spiked(trainer, at=2, size=3e4)
     trainer.train()
     assert steps == [1, 2, 3, 4]
-    assert trainer.rollbacks == 1
-    assert trainer.rate == 0.25
-    assert trainer.kl_coef == pytest.approx(0.2)
+    assert trainer.state.rollbacks == 1
+    assert trainer.state.learning_rate_scale == 0.25
+    assert trainer.state.kl_coef == pytest.approx(0.2)
     assert len(said) == 1
     assert "Rolled back from step 2 to step 2" in said[0] or "Rolled back from step 3 to step 2" in said[0]
     assert kept["state"]["rollbacks"] == 1
@@ -239,14 +235,14 @@ def test_each_rollback_raises_the_kl_coefficient_once(reward_folder: str) -> Non
     for held in (0, 1):
 
         def restore(trainer: PPOTrainer, held: int = held) -> bool:
-            trainer.rollbacks, trainer.kl_coef = held, 0.1 * 2.0**held
+            trainer.state.rollbacks, trainer.state.kl_coef = held, 0.1 * 2.0**held
             return True
 
         trainer = sound(reward_folder, watch={"unhealthy": "rollback", "kl_factor": 2.0}, restore=restore)
-        trainer.rollbacks = 1
+        trainer.state.rollbacks = 1
         trainer.roll_back(UnhealthyError("planted"))
-        assert trainer.rollbacks == 2
-        assert trainer.kl_coef == pytest.approx(0.4)
+        assert trainer.state.rollbacks == 2
+        assert trainer.state.kl_coef == pytest.approx(0.4)
 
 
 def test_too_many_rollbacks_end_the_run(reward_folder: str) -> None:
@@ -261,7 +257,7 @@ def test_too_many_rollbacks_end_the_run(reward_folder: str) -> None:
     )
     with pytest.raises(TrainingError, match="outside"):
         trainer.train()
-    assert trainer.rollbacks == 2
+    assert trainer.state.rollbacks == 2
 
 
 def test_unhealthy_numbers_can_stop_a_run_or_be_said(reward_folder: str) -> None:
@@ -280,7 +276,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_batch(
     with pytest.raises(TrainingError, match=r"before the optimizer step: the loss is nan .*|the loss is nan") as caught:
         trainer.update(replace(e, returns=e.returns * float("nan")))
     assert "trouble_step0.pt" in str(caught.value)
-    assert not trainer.optimizer.state_dict()["state"]
+    assert not trainer.models.optimizer.state_dict()["state"]
 
 
 def test_a_gradient_that_is_not_finite_is_rolled_back_if_that_is_wanted(reward_folder: str) -> None:
@@ -300,16 +296,16 @@ def test_a_gradient_that_is_not_finite_is_rolled_back_if_that_is_wanted(reward_f
 
     def accumulate(*args: Any) -> float:
         error = original(*args)
-        if trainer.step == 1 and not poisoned:
+        if trainer.state.step == 1 and not poisoned:
             poisoned.append(True)
-            next(trainer.model.parameters()).grad[0] = torch.inf  # type: ignore[index]
+            next(trainer.models.trained.parameters()).grad[0] = torch.inf  # type: ignore[index]
         return error
 
     trainer.accumulate = accumulate  # type: ignore[method-assign]
     trainer.train()
-    assert (trainer.step, trainer.rollbacks) == (2, 1)
+    assert (trainer.state.step, trainer.state.rollbacks) == (2, 1)
     assert "the gradient norm is" in said[0]
-    assert all(bool(p.isfinite().all()) for p in trainer.model.parameters())
+    assert all(bool(p.isfinite().all()) for p in trainer.models.trained.parameters())
 
 
 def test_the_scorer_in_the_faults_above_is_sound_without_them(reward_folder: str) -> None:

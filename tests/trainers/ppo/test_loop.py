@@ -25,7 +25,7 @@ from tests.trainers.setup import LENGTHS, experienced, make
 def test_every_prompt_is_used_once_a_lap_and_laps_differ(reward_folder: str) -> None:
     trainer = make(reward_folder, ppo={"steps": 5, "rollout_size": 4})
     used = []
-    for trainer.step in range(5):  # slots() looks at the step
+    for trainer.state.step in range(5):  # slots() looks at the step
         slots = trainer.slots()
         assert [slot for slot, _ in slots] == [0, 1, 2, 3]
         used += [prompt for _, prompt in slots]
@@ -102,10 +102,10 @@ def test_every_row_of_a_minibatch_is_used_once(reward_folder: str, monkeypatch: 
 def test_updates_are_steps_x_epochs_x_minibatches(microbatch: int, reward_folder: str) -> None:
     trainer = make(reward_folder, optim={"microbatch_size": microbatch})
     steps = []
-    trainer.optimizer.optimizer.register_step_post_hook(lambda *_: steps.append(1))
+    trainer.models.optimizer.optimizer.register_step_post_hook(lambda *_: steps.append(1))
     trainer.train()
-    assert len(steps) == trainer.updates == 2 * 2 * 2
-    assert trainer.step == 2
+    assert len(steps) == trainer.settings.updates == 2 * 2 * 2
+    assert trainer.state.step == 2
 
 
 def test_a_rollout_that_cannot_be_shared_is_refused(reward_folder: str) -> None:
@@ -120,9 +120,9 @@ def rates(reward_folder: str, **optim: Any) -> list[tuple[float, float]]:
     """Both learning rates at each of the 8 updates of a run."""
     trainer = make(reward_folder, optim={"learning_rate": 0.8, "value_learning_rate": 1.6, **optim})
     seen = []
-    for update in range(trainer.updates):
+    for update in range(trainer.settings.updates):
         trainer.set_learning_rates(update)
-        policy, value = trainer.optimizer.param_groups
+        policy, value = trainer.models.optimizer.param_groups
         seen.append((policy["lr"], value["lr"]))
     return seen
 
@@ -144,7 +144,9 @@ def test_warm_up_comes_before_either_schedule(reward_folder: str) -> None:
 def test_the_optimizer_meets_these_rates(reward_folder: str) -> None:
     trainer = make(reward_folder, optim={"learning_rate": 0.008, "value_learning_rate": 0.016})
     met: list[tuple[float, ...]] = []
-    trainer.optimizer.optimizer.register_step_pre_hook(lambda o, *_: met.append(tuple(g["lr"] for g in o.param_groups)))
+    trainer.models.optimizer.optimizer.register_step_pre_hook(
+        lambda o, *_: met.append(tuple(g["lr"] for g in o.param_groups))
+    )
     trainer.train()
     assert [p for p, _ in met] == pytest.approx([0.001 * k for k in range(8, 0, -1)])
     assert [v for _, v in met] == pytest.approx([0.002 * k for k in range(8, 0, -1)])
@@ -153,9 +155,9 @@ def test_the_optimizer_meets_these_rates(reward_folder: str) -> None:
 def test_each_group_holds_its_own_model_and_nothing_frozen(reward_folder: str, sft_folder: str) -> None:
     policy = policy_with_adapter(tiny.source(sft_folder), tiny.LORA)
     trainer = make(reward_folder, policy=policy)
-    groups = [{id(p) for p in g["params"]} for g in trainer.optimizer.param_groups]
+    groups = [{id(p) for p in g["params"]} for g in trainer.models.optimizer.param_groups]
     assert groups[0] == {id(p) for p in policy.parameters() if p.requires_grad}
-    assert groups[1] == {id(p) for p in trainer.model.value_model.parameters()}
+    assert groups[1] == {id(p) for p in trainer.models.trained.value_model.parameters()}
 
 
 # KL
@@ -173,13 +175,13 @@ def test_the_kl_coefficient_moves_towards_its_target(reward_folder: str) -> None
     for observed, sign in ((9.0, 1), (3.0, 0), (1.0, -1)):
         trainer = make(reward_folder, kl={"coef": 0.1, "target": 3.0, "horizon": 100.0})
         trainer.steer_kl(with_kl(trainer, observed))
-        assert_close(torch.tensor(trainer.kl_coef), 0.1 * (1 + sign * 0.2 * 12 / 100))
+        assert_close(torch.tensor(trainer.state.kl_coef), 0.1 * (1 + sign * 0.2 * 12 / 100))
 
 
 def test_without_a_target_the_coefficient_stays(reward_folder: str) -> None:
     trainer = make(reward_folder, kl={"coef": 0.1, "target": None})
     trainer.steer_kl(with_kl(trainer, 50.0))
-    assert trainer.kl_coef == 0.1
+    assert trainer.state.kl_coef == 0.1
 
 
 # What is reported
@@ -230,16 +232,16 @@ def test_only_the_two_trained_models_move(reward_folder: str) -> None:
     for model, before in frozen:
         assert not tiny.moved(model, before)
         assert not model.training
-    fresh = make(reward_folder).model
+    fresh = make(reward_folder).models.trained
     for part in ("policy", "value_model"):
-        assert tiny.moved(getattr(trainer.model, part), tiny.snapshot(getattr(fresh, part)))
+        assert tiny.moved(getattr(trainer.models.trained, part), tiny.snapshot(getattr(fresh, part)))
 
 
 def test_an_adapter_policy_starts_at_no_kl_and_trains_adapters_only(reward_folder: str, adapter_folder: str) -> None:
     policy = policy_with_adapter(tiny.source(adapter_folder), tiny.LORA)
     before = tiny.snapshot(policy)
     trainer = make(reward_folder, policy=policy)
-    trainer.reference = None
+    trainer.models.reference = None
     e = trainer.score(trainer.sample())
     assert_close(e.kl_per_sequence, [0.0] * 12)
     shake(policy, size=0.05)

@@ -30,7 +30,7 @@ def travelling(folder: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> 
         folder, reference=models["reference"], rewards=reward_of(models["reward"]), **{"offload": BOTH} | options
     )
     members = {name: [model] for name, model in models.items()}
-    trainer.frozen = OffloadedModels(torch.device("meta"), trainer.config.offload, **members)
+    trainer.models.offloaded = OffloadedModels(torch.device("meta"), trainer.settings.offload, **members)
     log.clear()
     return trainer, log
 
@@ -42,7 +42,7 @@ def test_each_goes_once_a_step_and_never_both_at_a_time(reward_folder: str, monk
     monkeypatch.setattr(trainer, "update", lambda e: (log.append("update"), update(e))[1])
     trainer.train()
     step = ["sample", "reward to meta", "reward to cpu", "reference to meta", "reference to cpu", "update"]
-    assert log == step * trainer.config.ppo.steps
+    assert log == step * trainer.settings.steps
 
 
 @pytest.mark.parametrize("offload", [BOTH, ["reference"], ["reward"]])
@@ -61,7 +61,7 @@ def test_the_numbers_are_those_of_a_run_without(
 
 def test_an_error_while_scoring_leaves_them_at_rest(reward_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, log = travelling(reward_folder, monkeypatch, watch={"broken": "stop"})
-    rewards = trainer.rewards.parts[0][1]
+    rewards = trainer.models.rewards.parts[0][1]
     assert isinstance(rewards, ModelReward)
     rewards.model.score.register_forward_hook(lambda _, __, out: out + torch.rand(()))  # never twice the same
     with pytest.raises(TrainingError, match="another score the second time"):
@@ -69,7 +69,7 @@ def test_an_error_while_scoring_leaves_them_at_rest(reward_folder: str, monkeypa
     assert log == ["reward to meta", "reward to cpu"]
     log.clear()
     trainer, log = travelling(reward_folder, monkeypatch)
-    trainer.reference.register_forward_hook(lambda *_: pytest.fail("no room"))  # type: ignore[union-attr]
+    trainer.models.reference.register_forward_hook(lambda *_: pytest.fail("no room"))  # type: ignore[union-attr]
     with pytest.raises(pytest.fail.Exception, match="no room"):
         trainer.score(trainer.sample())
     assert log[-2:] == ["reference to meta", "reference to cpu"]

@@ -13,12 +13,12 @@ from pydantic import ValidationError
 from rlhf.config.ppo import KL, PPO, RewardSource
 from rlhf.functional import kl_estimate, policy_loss
 from rlhf.models.ema import WeightAverage
-from rlhf.rollout.score import response_logprobs
+from rlhf.rollout.forward import response_logprobs
 from rlhf.trainers.ppo.losses import summed_losses
 from tests.models import tiny
 from tests.models.fixtures import shake
 from tests.tolerances import assert_close
-from tests.trainers.setup import config, experienced, make, saved
+from tests.trainers.setup import Hooks, config, experienced, make, saved
 
 # The loss
 
@@ -28,9 +28,9 @@ def parts(reward_folder: str) -> tuple[Any, ...]:
     """An experience and what a policy that has moved says about it."""
     trainer = make(reward_folder)
     e = experienced(trainer)
-    shake(trainer.model, size=0.05)
+    shake(trainer.models.trained, size=0.05)
     with torch.no_grad():
-        logprobs, entropy, values = trainer.model(e, trainer.config.sampling.temperature)
+        logprobs, entropy, values = trainer.models.trained(e, trainer.settings.sampling.temperature)
     return e, logprobs, entropy, values
 
 
@@ -99,19 +99,22 @@ def test_target_kl_ends_an_update_early(reward_folder: str) -> None:
     eager = make(reward_folder, ppo={"epochs": 4, "target_kl": 1e-4})
     stats = eager.update(experienced(eager))
     assert 1 <= stats["updates"] < 8
-    assert not any(p.grad is not None and p.grad.any() for p in eager.model.parameters())
+    assert not any(p.grad is not None and p.grad.any() for p in eager.models.trained.parameters())
     patient = make(reward_folder, ppo={"epochs": 4, "target_kl": 1e3})
     assert patient.update(experienced(patient))["updates"] == 8
 
 
 def test_warm_up_moves_the_value_model_and_not_one_bit_of_the_policy(reward_folder: str) -> None:
     trainer = make(reward_folder, ppo={"value_warmup": 1, "entropy_coef": 0.1}, optim={"weight_decay": 0.1})
-    policy, value = tiny.snapshot(trainer.model.policy), tiny.snapshot(trainer.model.value_model)
-    trainer.one_step()
-    assert not tiny.moved(trainer.model.policy, policy)
-    assert tiny.moved(trainer.model.value_model, value)
-    trainer.one_step()
-    assert tiny.moved(trainer.model.policy, policy)
+    policy, value = (
+        tiny.snapshot(trainer.models.trained.policy),
+        tiny.snapshot(trainer.models.trained.value_model),
+    )
+    trainer.run_step()
+    assert not tiny.moved(trainer.models.trained.policy, policy)
+    assert tiny.moved(trainer.models.trained.value_model, value)
+    trainer.run_step()
+    assert tiny.moved(trainer.models.trained.policy, policy)
 
 
 def test_warm_up_passes_are_counted_apart_and_not_clipped(reward_folder: str) -> None:
@@ -120,7 +123,7 @@ def test_warm_up_passes_are_counted_apart_and_not_clipped(reward_folder: str) ->
         trainer = make(reward_folder, ppo=settings, optim={"value_learning_rate": 2e-3})
         experience = experienced(trainer)
         updates = trainer.update(experience)["updates"]
-        values = trainer.model.read(experience, 0.9)[2].detach()
+        values = trainer.models.trained.read(experience, 0.9)[2].detach()
         errors = (values - experience.returns).square(), (experience.values - experience.returns).square()
         return updates, float(errors[0].sum() / errors[1].sum())
 
@@ -145,15 +148,15 @@ def test_bfloat16_reaches_sampling_scoring_and_update_and_not_the_weights(reward
     assert half.values.dtype == half.raw_scores.dtype == torch.float32
     trainers["bfloat16"].train()
     assert lines[0]["first_ratio_error"] < 0.05
-    assert {p.dtype for p in trainers["bfloat16"].model.parameters()} == {torch.float32}
+    assert {p.dtype for p in trainers["bfloat16"].models.trained.parameters()} == {torch.float32}
 
 
 def test_cosine_decay_starts_at_the_rate_and_ends_near_0(reward_folder: str) -> None:
     trainer = make(reward_folder, optim={"schedule": "cosine", "learning_rate": 1.0})
     rates = []
-    for update in range(trainer.updates):
+    for update in range(trainer.settings.updates):
         trainer.set_learning_rates(update)
-        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        rates.append(trainer.models.optimizer.param_groups[0]["lr"])
     assert rates[0] == 1.0
     assert rates == sorted(rates, reverse=True)
     assert rates[4] == pytest.approx(0.5)
@@ -162,16 +165,16 @@ def test_cosine_decay_starts_at_the_rate_and_ends_near_0(reward_folder: str) -> 
 
 def test_a_smaller_rate_after_a_rollback_reaches_both_groups(reward_folder: str) -> None:
     trainer = make(reward_folder)
-    trainer.rate = 0.5
+    trainer.state.learning_rate_scale = 0.5
     trainer.set_learning_rates(0)
-    assert [g["lr"] for g in trainer.optimizer.param_groups] == [0.5e-2, 1e-2]
+    assert [g["lr"] for g in trainer.models.optimizer.param_groups] == [0.5e-2, 1e-2]
 
 
 def test_running_normalisation_divides_by_the_spread_so_far(reward_folder: str) -> None:
     trainer = make(reward_folder, ppo={"normalize_scores": "running", "missing_end_penalty": 0.0})
     first = trainer.score(trainer.sample())
     assert_close(first.scores, (first.raw_scores / first.raw_scores.std(correction=0)).tolist())
-    trainer.step = 1
+    trainer.state.step = 1
     second = trainer.score(trainer.sample())
     both = torch.cat([first.raw_scores, second.raw_scores])
     assert_close(second.scores, (second.raw_scores / both.std(correction=0)).tolist())
@@ -197,35 +200,35 @@ def test_the_average_is_the_closed_form() -> None:
 
 def test_the_trainer_averages_once_a_step(reward_folder: str) -> None:
     trainer = make(reward_folder, ppo={"ema": 0.5})
-    assert trainer.average is not None
-    expected = {n: p.detach().clone() for n, p in trainer.model.policy.named_parameters()}
+    assert trainer.models.average is not None
+    expected = {n: p.detach().clone() for n, p in trainer.models.trained.policy.named_parameters()}
     for _ in range(2):
-        trainer.one_step()
-        for name, p in trainer.model.policy.named_parameters():
+        trainer.run_step()
+        for name, p in trainer.models.trained.policy.named_parameters():
             expected[name] = 0.5 * expected[name] + 0.5 * p.detach()
     for name, value in expected.items():
-        assert_close(trainer.average.weights[name], value.tolist())
+        assert_close(trainer.models.average.weights[name], value.tolist())
 
 
 def test_everything_that_a_run_continues_from_is_in_its_state(reward_folder: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"ppo": {"ema": 0.5, "steps": 3, "normalize_scores": "running"}}
     whole, lines = make(reward_folder, **options), []
-    whole.on_report = lambda step, e, stats: lines.append(stats)
+    whole.callbacks.append(Hooks(report=lambda step, e, stats: lines.append(stats)))
     whole.train()
     first, again = make(reward_folder, **options), []
-    first.one_step()
+    first.run_step()
     second = make(reward_folder, **options)
-    second.on_report = lambda step, e, stats: again.append(stats)
+    second.callbacks.append(Hooks(report=lambda step, e, stats: again.append(stats)))
     second.load(saved(first, tmp_path / "first"))
     second.train()
     drop = {"time_sample", "time_score", "time_update"}
     assert [{k: v for k, v in s.items() if k not in drop} for s in again] == [
         {k: v for k, v in s.items() if k not in drop} for s in lines[1:]
     ]
-    assert whole.average is not None
-    assert second.average is not None
-    for name, value in whole.average.weights.items():
-        assert torch.equal(second.average.weights[name], value)
+    assert whole.models.average is not None
+    assert second.models.average is not None
+    for name, value in whole.models.average.weights.items():
+        assert torch.equal(second.models.average.weights[name], value)
 
 
 # Rollouts under a filter
@@ -236,8 +239,10 @@ def test_log_probs_are_those_of_the_filtered_distribution(reward_folder: str, ho
     trainer = make(reward_folder, sampling=how)
     rollout = trainer.sample()
     with torch.no_grad():
-        logprobs, _ = response_logprobs(trainer.model.policy, rollout, 0.9)
-        unfiltered, _ = response_logprobs(trainer.model.policy, replace(rollout, support=rollout.support[..., :0]), 0.9)
+        logprobs, _ = response_logprobs(trainer.models.trained.policy, rollout, 0.9)
+        unfiltered, _ = response_logprobs(
+            trainer.models.trained.policy, replace(rollout, support=rollout.support[..., :0]), 0.9
+        )
     assert (logprobs - rollout.sampled_logprobs).abs().max() < 1e-4
     assert (logprobs - unfiltered).max() > 0.05  # the check sees log-probs of the whole softmax
     if "min_new_tokens" in how:

@@ -74,17 +74,17 @@ def trained(reward_folder: str, **options: Any) -> Any:
 def test_training_moves_head_and_trunk_and_the_first_ratio_is_1(reward_folder: str) -> None:
     lines: list[dict[str, float]] = []
     trainer = trained(reward_folder, report=lambda _, __, stats: lines.append(stats))
-    assert trainer.model.value_model.score.weight.any()
+    assert trainer.models.trained.value_model.score.weight.any()
     assert all(line["first_ratio_error"] < 1e-5 for line in lines)
     assert lines[0]["explained_variance"] == pytest.approx(0.0, abs=1e-5)
 
 
 def test_while_the_value_warms_up_the_trunk_waits(reward_folder: str) -> None:
     trainer = make(reward_folder, value_model=shared().value_model, ppo={"value_warmup": 2})
-    before = tiny.snapshot(trainer.model.policy)
+    before = tiny.snapshot(trainer.models.trained.policy)
     trainer.train()
-    assert not tiny.moved(trainer.model.policy, before)
-    assert trainer.model.value_model.score.weight.any()
+    assert not tiny.moved(trainer.models.trained.policy, before)
+    assert trainer.models.trained.value_model.score.weight.any()
 
 
 def test_the_head_is_saved_by_itself(tmp_path: Path) -> None:

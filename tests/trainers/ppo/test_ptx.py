@@ -34,25 +34,25 @@ def with_text(reward_folder: str, coef: float, microbatch: int = 3, **options: A
 
 def accumulate(trainer: PPOTrainer, update: int, weigh: bool = False) -> None:
     assert trainer.text is not None
-    trainer.text.accumulate(trainer.model, trainer.accelerator, update, trainer.computing, {}, weigh=weigh)
+    trainer.text.accumulate(trainer.models.trained, trainer.accelerator, update, trainer.autocast, {}, weigh=weigh)
 
 
 @pytest.mark.parametrize("microbatch", [1, 3, 8])
 def test_the_text_gradient_is_that_of_the_mean_over_its_tokens(reward_folder: str, microbatch: int) -> None:
     trainer = with_text(reward_folder, 0.7, microbatch)
     accumulate(trainer, 2)
-    found = gradient(trainer.model.policy)
-    assert not gradient(trainer.model.value_model).any()
-    trainer.model.zero_grad()
+    found = gradient(trainer.models.trained.policy)
+    assert not gradient(trainer.models.trained.value_model).any()
+    trainer.models.trained.zero_grad()
     assert trainer.text is not None
     rows = trainer.text.batch(2)
     count = sum(len(row.ids) - 1 for row in rows)
     loss = torch.zeros(())
     for row in rows:
         ids = torch.tensor([row.ids])
-        loss = loss + trainer.model.policy(ids, labels=ids).loss * (len(row.ids) - 1)
+        loss = loss + trainer.models.trained.policy(ids, labels=ids).loss * (len(row.ids) - 1)
     (0.7 * loss / count).backward()
-    assert distance(found, gradient(trainer.model.policy)) < GRADIENT
+    assert distance(found, gradient(trainer.models.trained.policy)) < GRADIENT
 
 
 def test_documents_are_used_once_a_lap_and_shared_by_processes(reward_folder: str) -> None:
@@ -78,7 +78,7 @@ def test_text_keeps_the_policy_able_to_predict_it(reward_folder: str) -> None:
         with torch.no_grad():
             for row in documents():
                 ids = torch.tensor([row.ids])
-                losses.append(float(trainer.model.policy(ids, labels=ids).loss))
+                losses.append(float(trainer.models.trained.policy(ids, labels=ids).loss))
         return sum(losses) / len(losses)
 
     assert text_loss(3.0) < text_loss(0.0) - 0.3
@@ -87,13 +87,13 @@ def test_text_keeps_the_policy_able_to_predict_it(reward_folder: str) -> None:
 def text_and_ppo_norms(trainer: PPOTrainer, experience: Experience) -> tuple[float, float]:
     """Gradient norms of the weighted text term and of the PPO term of a first update, each by itself."""
     total = experience.response_mask.sum()
-    trainer.model.zero_grad()
+    trainer.models.trained.zero_grad()
     accumulate(trainer, 0)
-    text = float(gradient(trainer.model.policy).norm())
-    trainer.model.zero_grad()
+    text = float(gradient(trainer.models.trained.policy).norm())
+    trainer.models.trained.zero_grad()
     trainer.accumulate(experience, trainer.minibatches(len(experience))[0][1], total, {})
-    ours = float(gradient(trainer.model.policy).norm())
-    trainer.model.zero_grad()
+    ours = float(gradient(trainer.models.trained.policy).norm())
+    trainer.models.trained.zero_grad()
     return text, ours
 
 
@@ -104,11 +104,11 @@ def test_the_coefficient_finds_the_wanted_ratio_of_gradient_norms(start: float, 
     assert text is not None
     coefs = []
     for _ in range(24):  # the same update again and again, without a step
-        trainer.model.zero_grad()
+        trainer.models.trained.zero_grad()
         accumulate(trainer, 0, weigh=True)
         part = trainer.minibatches(len(experience))[0][1]
         trainer.accumulate(experience, part, experience.response_mask.sum(), {})
-        text.rebalance(trainer.model.trained_policy().values(), trainer.accelerator)
+        text.rebalance(trainer.models.trained.trained_policy().values(), trainer.accelerator)
         coefs.append(text.coef)
     steps = [b / a for a, b in itertools.pairwise([start, *coefs])]
     assert max(steps) <= 2.0

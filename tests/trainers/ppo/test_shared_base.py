@@ -42,7 +42,7 @@ def trainer(
         report=report,
         **settings(peft) | sections,
     )
-    made.reference = None  # the policy is an adapter over it
+    made.models.reference = None  # the policy is an adapter over it
     return made
 
 
@@ -59,12 +59,12 @@ def check_alike(sft: str, reward: str, peft: Peft, **sections: Any) -> dict[bool
         assert {k: v for k, v in ours.items() if "time" not in k} == pytest.approx(
             {k: v for k, v in theirs.items() if "time" not in k}, rel=1e-4, abs=1e-5
         )
-    one, other = trained[True].model, trained[False].model
+    one, other = trained[True].models.trained, trained[False].models.trained
     for name, p in adapter_parameters(one.policy, "default").items():
         assert_close(p.detach(), other.policy.get_parameter(name).tolist())
     assert_close(one.value_model.score.weight.detach(), _head(other.value_model).tolist())
-    if trained[True].average is not None:
-        assert set(trained[True].average.weights) == set(trained[False].average.weights)
+    if trained[True].models.average is not None:
+        assert set(trained[True].models.average.weights) == set(trained[False].models.average.weights)
     return lines
 
 
@@ -86,17 +86,20 @@ def test_other_methods_train_alike_too_and_start_at_a_ratio_of_1(name: str, sft_
 
 def test_only_the_two_trained_adapters_move(adapter_folder: str, rewarder: str) -> None:
     made = trainer(adapter_folder, rewarder, shared=True)
-    before = tiny.snapshot(made.model.policy)
+    before = tiny.snapshot(made.models.trained.policy)
     made.train()
-    trained = {*adapter_parameters(made.model.policy, "default"), *adapter_parameters(made.model.policy, VALUE)}
-    assert tiny.moved(made.model.policy, before) == trained
+    trained = {
+        *adapter_parameters(made.models.trained.policy, "default"),
+        *adapter_parameters(made.models.trained.policy, VALUE),
+    }
+    assert tiny.moved(made.models.trained.policy, before) == trained
 
 
 def test_while_the_value_model_warms_up_the_policys_adapter_waits(adapter_folder: str, rewarder: str) -> None:
     made = trainer(adapter_folder, rewarder, shared=True, ppo={"value_warmup": 2})
-    before = tiny.snapshot(made.model.policy)
+    before = tiny.snapshot(made.models.trained.policy)
     made.train()
-    assert tiny.moved(made.model.policy, before) == set(adapter_parameters(made.model.policy, VALUE))
+    assert tiny.moved(made.models.trained.policy, before) == set(adapter_parameters(made.models.trained.policy, VALUE))
 
 
 def _head(value_model: Any) -> torch.Tensor:

@@ -28,18 +28,19 @@ def trainer(reward_folder: str) -> PPOTrainer:
 
 def accumulated(trainer: PPOTrainer, e: Experience, microbatch: int, minibatch: Tensor = MINIBATCH) -> Tensor:
     """Gradient of a minibatch as the trainer makes it."""
-    trainer.config = config(optim={"microbatch_size": microbatch}, ppo=trainer.config.ppo.model_dump())
-    trainer.model.zero_grad()
-    trainer.model.train()
+    optim = trainer.settings.optim.model_copy(update={"microbatch_size": microbatch})
+    trainer.settings = trainer.settings.model_copy(update={"optim": optim})
+    trainer.models.trained.zero_grad()
+    trainer.models.trained.train()
     trainer.accumulate(e, minibatch, e.response_mask[minibatch].sum(), {})
-    return gradient(trainer.model)
+    return gradient(trainer.models.trained)
 
 
 def transcribed(trainer: PPOTrainer, e: Experience, mean_of_rows: bool = False) -> Tensor:
     """The same from the equation: one episode at a time, without padding, without the package's losses."""
-    trainer.model.zero_grad()
-    ppo, temperature = trainer.config.ppo, trainer.config.sampling.temperature
-    policy, value_model = trainer.model.policy, trainer.model.value_model
+    trainer.models.trained.zero_grad()
+    ppo, temperature = trainer.settings.ppo, trainer.settings.sampling.temperature
+    policy, value_model = trainer.models.trained.policy, trainer.models.trained.value_model
     tokens = int(e.response_mask[MINIBATCH].sum())
     loss = torch.zeros(())
     for row in MINIBATCH.tolist():
@@ -57,12 +58,12 @@ def transcribed(trainer: PPOTrainer, e: Experience, mean_of_rows: bool = False) 
         weight = 1 / (n * len(MINIBATCH)) if mean_of_rows else 1 / tokens
         loss = loss + (policy_loss + ppo.value_coef * value_loss) * weight
     loss.backward()
-    return gradient(trainer.model)
+    return gradient(trainer.models.trained)
 
 
 def test_the_gradient_is_that_of_the_equation_for_every_split(trainer: PPOTrainer) -> None:
     e = experienced(trainer)
-    shake(trainer.model, size=0.03)  # a policy that has moved: some ratios are clipped, some values too
+    shake(trainer.models.trained, size=0.03)  # a policy that has moved: some ratios are clipped, some values too
     wanted = transcribed(trainer, e)
     assert wanted.norm() > 0.01
     for microbatch in (1, 2, 3, 5, 16):
@@ -73,12 +74,12 @@ def test_the_gradient_is_that_of_the_equation_for_every_split(trainer: PPOTraine
 def test_moving_the_policy_clips_some_tokens_and_not_all(trainer: PPOTrainer) -> None:
     """What the test above stands on."""
     e = experienced(trainer)
-    shake(trainer.model, size=0.03)
+    shake(trainer.models.trained, size=0.03)
     sums: dict[str, Tensor] = {}
     worst = trainer.accumulate(e, MINIBATCH, e.response_mask[MINIBATCH].sum(), sums)
     share = float(sums["clip_fraction"] / e.response_mask[MINIBATCH].sum())
     assert 0.05 < share < 0.95
-    assert worst > trainer.config.ppo.clip_range
+    assert worst > trainer.settings.clip_range
 
 
 def test_the_gradient_does_not_depend_on_padding(trainer: PPOTrainer) -> None:
@@ -94,28 +95,28 @@ def test_the_first_ratio_is_1_and_its_gradient_that_of_minus_the_advantage(
 ) -> None:
     trainer = make(reward_folder, sampling={"temperature": temperature}, ppo={"value_coef": 0.0})
     e = experienced(trainer)
-    trainer.model.zero_grad()
-    trainer.model.train()
+    trainer.models.trained.zero_grad()
+    trainer.models.trained.train()
     minibatch = torch.arange(len(e))
     total = e.response_mask.sum()
     assert trainer.accumulate(e, minibatch, total, {}) < GRADIENT
-    ours = gradient(trainer.model.policy)
-    assert not gradient(trainer.model.value_model).any()
-    trainer.model.zero_grad()
-    logprobs, _, _ = trainer.model(e, temperature)
+    ours = gradient(trainer.models.trained.policy)
+    assert not gradient(trainer.models.trained.value_model).any()
+    trainer.models.trained.zero_grad()
+    logprobs, _, _ = trainer.models.trained(e, temperature)
     (-(logprobs * e.advantages * e.response_mask).sum() / total).backward()
-    assert distance(ours, gradient(trainer.model.policy)) < GRADIENT
+    assert distance(ours, gradient(trainer.models.trained.policy)) < GRADIENT
 
 
 def test_the_ratio_check_sees_dropout_and_another_temperature(reward_folder: str) -> None:
     trainer = make(reward_folder)
     e = experienced(trainer)
-    for layer in trainer.model.policy.model.layers:
+    for layer in trainer.models.trained.policy.model.layers:
         layer.self_attn.attention_dropout = 0.2
     assert trainer.update(e)["first_ratio_error"] > 0.01
     trainer = make(reward_folder)
     e = experienced(trainer)
-    trainer.config = config(sampling={"temperature": 0.95})
+    trainer.settings = config(sampling={"temperature": 0.95}).settings
     assert trainer.update(e)["first_ratio_error"] > 0.01
 
 
@@ -136,10 +137,10 @@ def test_advantages_are_whitened_over_real_tokens(trainer: PPOTrainer, reward_fo
 
 def test_means_are_over_response_tokens(trainer: PPOTrainer) -> None:
     """With one minibatch and one epoch: the entropy reported is that of the rollout."""
-    trainer.config = config(ppo={"epochs": 1, "minibatches": 1})
+    trainer.settings = config(ppo={"epochs": 1, "minibatches": 1}).settings
     e = experienced(trainer)
     with torch.no_grad():
-        _, entropy, _ = trainer.model(e, trainer.config.sampling.temperature)
+        _, entropy, _ = trainer.models.trained(e, trainer.settings.sampling.temperature)
     stats = trainer.update(e)
     assert_close(torch.tensor(stats["entropy"]), float(masked_mean(entropy, e.response_mask)))
     assert_close(torch.tensor(stats["policy_loss"]), 0.0)  # whitened advantages have mean 0
@@ -150,12 +151,12 @@ def test_means_are_over_response_tokens(trainer: PPOTrainer) -> None:
 
 def test_a_gradient_that_is_not_finite_stops_before_the_step(trainer: PPOTrainer) -> None:
     e = experienced(trainer)
-    before = tiny.snapshot(trainer.model)
+    before = tiny.snapshot(trainer.models.trained)
     broken = replace(e, advantages=e.advantages * float("nan"))
     with pytest.raises(TrainingError, match=r"step 0, before the optimizer step: the loss is nan"):
         trainer.update(broken)
-    assert not tiny.moved(trainer.model, before)
-    assert not trainer.optimizer.state_dict()["state"]
+    assert not tiny.moved(trainer.models.trained, before)
+    assert not trainer.models.optimizer.state_dict()["state"]
 
 
 def norms(trainer: PPOTrainer) -> list[float]:
@@ -166,7 +167,7 @@ def norms(trainer: PPOTrainer) -> list[float]:
         grads = [p.grad.flatten() for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
         seen.append(float(torch.cat(grads).norm()))
 
-    trainer.optimizer.optimizer.register_step_pre_hook(look)
+    trainer.models.optimizer.optimizer.register_step_pre_hook(look)
     return seen
 
 
