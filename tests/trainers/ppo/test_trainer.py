@@ -39,7 +39,7 @@ def accumulated(trainer: PPOTrainer, e: Experience, microbatch: int, minibatch: 
 def transcribed(trainer: PPOTrainer, e: Experience, mean_of_rows: bool = False) -> Tensor:
     """The same from the equation: one episode at a time, without padding, without the package's losses."""
     trainer.models.trained.zero_grad()
-    ppo, temperature = trainer.settings.ppo, trainer.settings.sampling.temperature
+    ppo, temperature = trainer.settings, trainer.settings.sampling.temperature
     policy, value_model = trainer.models.trained.policy, trainer.models.trained.value_model
     tokens = int(e.response_mask[MINIBATCH].sum())
     loss = torch.zeros(())
