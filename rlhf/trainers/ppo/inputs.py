@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -204,9 +205,22 @@ def as_value_model(
         )
     if hasattr(policy, "peft_config"):
         return SharedValueHead(policy.config.get_text_config().hidden_size)
-    with tempfile.TemporaryDirectory() as folder:  # transformers builds a classifier from a folder, not from a model
-        policy.save_pretrained(folder)
+    with tempfile.TemporaryDirectory() as folder, _errors_only():
+        policy.save_pretrained(folder)  # transformers builds a classifier from a folder, not from a model
         size = len(renderer.tokenizer)
         return new_value_model(
             ModelSource(path=folder), Peft(), pad_id=renderer.pad_id, vocab_size=size, seed=settings.seed
         )
+
+
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    """Keep transformers from warning that the new head of the value model is not in the folder."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
