@@ -15,6 +15,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from rlhf.version import __version__
+
 if TYPE_CHECKING:
     from rlhf.config.load import load_config
     from rlhf.config.ppo import PPOSettings
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     from rlhf.trainers.ppo.callbacks import PPOCallback
     from rlhf.trainers.ppo.trainer import PPOTrainer
 
-__version__ = "0.2.0.dev0"
 __all__ = ["PPOCallback", "PPOSettings", "PPOTrainer", "__version__", "load_config", "run_stage"]
 
 _WHERE = {

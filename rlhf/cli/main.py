@@ -9,12 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
-from rlhf import __version__
 from rlhf.cli import options as opt
 from rlhf.cli.data import data
 from rlhf.cli.output import make_console, print_ending
 from rlhf.errors import ConfigError, RLHFError
 from rlhf.runs import preemption
+from rlhf.version import __version__
 
 app = typer.Typer(
     name="rlhf",

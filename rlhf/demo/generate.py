@@ -59,7 +59,7 @@ def prompt_key(messages: list[Message]) -> str:
     return " | ".join(normalise(message["content"]) for message in messages)
 
 
-class Generator:
+class DemoGenerator:
     """All files of one seed and scale."""
 
     def __init__(self, seed: int, scale: float, judge: Callable[[str, Task], float] = utility) -> None:
@@ -246,7 +246,7 @@ class Generator:
 
 def generate(out_dir: Path, seed: int = 0, scale: float = 1.0) -> dict[str, int]:
     """Write all files of the demo world under `out_dir`; returns the number of rows by file name."""
-    maker = Generator(seed, scale)
+    maker = DemoGenerator(seed, scale)
     files = {**maker.corpora(), **maker.conversations(), **maker.evaluation(), **maker.comparisons()}
     named = {f"{name}.jsonl.gz" if name in PACKED else f"{name}.jsonl": rows for name, rows in files.items()}
     counts = {name: write_rows(out_dir / name, rows) for name, rows in named.items()}

@@ -9,7 +9,7 @@ from rlhf.config.sections import Sampling
 from rlhf.console import Console
 from rlhf.data.records import Messages
 from rlhf.data.write import refuse_existing_output
-from rlhf.demo.generate import Generator, write_rows
+from rlhf.demo.generate import DemoGenerator, write_rows
 from rlhf.evaluation.answers import generate_responses
 from rlhf.tools.generate import load_chat_model
 
@@ -46,7 +46,7 @@ def rate_responses(model: str, output: Path, *, rows: int, max_new_tokens: int, 
                 bar.update(2 * (start + len(chunk)), {})
         return found
 
-    pairs = Generator(0, 1.0).rated(rows, f"rated:{seed}", replies)
+    pairs = DemoGenerator(0, 1.0).rated(rows, f"rated:{seed}", replies)
     write_rows(output, pairs)
     console.note(
         f"{len(pairs)} comparisons of {model} in {output}; {rows - len(pairs)} of equal or cut-off replies left out"

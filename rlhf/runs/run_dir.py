@@ -25,10 +25,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from rlhf import __version__
 from rlhf.errors import CheckpointError, ConfigError
 from rlhf.runs.lock import LOCK_FILE, Lock, refuse_if_held
 from rlhf.runs.preemption import RunStopped
+from rlhf.version import __version__
 
 RUN_FILE, CONFIG_FILE = "run.json", "config.yaml"
 FILES_AT_START = {LOCK_FILE, f"{RUN_FILE}.tmp", f"{CONFIG_FILE}.new", f"{CONFIG_FILE}.new.tmp"}

@@ -16,7 +16,7 @@ from rlhf.data.sources import load_records
 from rlhf.demo import annotators
 from rlhf.demo.annotators import COVERAGE, SKILLS, generate_annotators
 from rlhf.demo.chats import Chats
-from rlhf.demo.generate import Generator, prompt_key
+from rlhf.demo.generate import DemoGenerator, prompt_key
 from rlhf.demo.gold import utility
 
 Row = dict[str, Any]
@@ -74,7 +74,7 @@ def test_the_place_in_a_pair_says_nothing(name: str, made: dict[str, list[Row]])
 def test_no_prompt_of_training_is_held_out_or_shipped(made: dict[str, list[Row]]) -> None:
     training, held_out = ({prompt_key(row["prompt"]) for row in made[name]} for name in ("pairs", "truth_valid"))
     assert not training & held_out
-    shipped = {prompt_key(p) for pairs in Generator(0, 1.0)._drawn().values() for p, *_ in pairs}
+    shipped = {prompt_key(p) for pairs in DemoGenerator(0, 1.0)._drawn().values() for p, *_ in pairs}
     assert not shipped & (training | held_out)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rlhf.demo.asks import reserved_combo
 from rlhf.demo.chats import Chats
-from rlhf.demo.generate import Generator
+from rlhf.demo.generate import DemoGenerator
 from rlhf.demo.gold import explain, near_perfect, utility
 from rlhf.demo.phrases import REACTIONS
 from rlhf.demo.rater import Rater
@@ -46,7 +46,7 @@ def test_demonstrations_lie_between_the_crowd_and_the_good_style() -> None:
 
 
 def test_rater_agrees_with_gold_as_often_as_intended() -> None:
-    maker = Generator(0, 1.0)
+    maker = DemoGenerator(0, 1.0)
     maker.sizes["preferences"] = 3000
     pairs = maker._pairs("preferences", set())
     values = [(utility(a, ask.task), utility(b, ask.task)) for _, ask, a, b in pairs]

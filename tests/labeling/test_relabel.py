@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rlhf.demo.chats import Chats
-from rlhf.demo.generate import Generator, prompt_key
+from rlhf.demo.generate import DemoGenerator, prompt_key
 from rlhf.demo.gold import utility
 from rlhf.demo.replies import Manner
 
@@ -36,7 +36,7 @@ def test_rate_writes_comparisons_that_repeat_with_their_seed(call_cli: Any, tmp_
 
 
 def test_equal_and_blank_replies_make_no_pair_and_no_prompt_is_a_shipped_one() -> None:
-    maker = Generator(0, 0.02)
+    maker = DemoGenerator(0, 0.02)
     rows = maker.rated(
         40, "test", lambda prompts: [["yes", "no"]] * (len(prompts) - 3) + [["a", "a "], ["", "b"], ["c", "\n"]]
     )
@@ -47,7 +47,7 @@ def test_equal_and_blank_replies_make_no_pair_and_no_prompt_is_a_shipped_one() -
 
 def test_the_better_reply_is_usually_chosen() -> None:
     """A reply that is right against one that is rude and says nothing."""
-    maker = Generator(0, 0.02)
+    maker = DemoGenerator(0, 0.02)
     chats = Chats(maker._rng("writer"))
     known: dict[str, dict[str, Any]] = {}
     real = Chats.prompt

@@ -81,19 +81,17 @@ class PPOTrainer:
             reward: folder of a reward model, a reward model, or a function (prompt, response, record) -> number; prompt
                 is a list of {"role", "content"} messages, record is what `prompts` holds for it.
             prompts: file of prompts, or a list of texts, of conversations or of records.
-            settings: of the algorithm; default: `PPOSettings()`.
             tokenizer: of the policy; None = the one beside the policy. A chat template and a pad token are added where
                 it has none.
-            reference: what the policy is kept near; None = a frozen copy of the policy as it is now, or, if the policy
-                is an adapter, the model that it started from.
+            reference: what the policy is kept near; None = a frozen copy of the policy, or, if the policy is an adapter,
+                the model that it started from.
             value_model: folder or model with one output; None = from the reward model if that comes from a folder, else
                 the policy's trunk with a head of zeros.
             text: documents of the ptx term, or None.
             max_prompt_tokens: a longer prompt is refused.
             callbacks: called after steps and at safe points.
             monitor: acts on broken invariants and unhealthy numbers as `settings.watch` says.
-        Raises: ConfigError, DataError or CheckpointError for what does not fit together, such as a rollout that cannot
-            be shared by minibatches and processes.
+        Raises: ConfigError, DataError or CheckpointError for what does not fit together.
         """
         self.settings = settings = settings if settings is not None else PPOSettings()
         self.console = console if console is not None else Console(main=is_main_process())
@@ -142,15 +140,15 @@ class PPOTrainer:
             self.phases.optimizer_groups(), eps=optim.adam_eps, weight_decay=optim.weight_decay, fused=True
         )
         policy_and_value, optimizer = a.prepare(pair, optimizer)
-        by_role = {"reference": [] if reference is None else [reference], "reward": rewards.models()}
-        offloaded = OffloadedModels(a.device, self.settings.offload, **by_role)
+        frozen = [] if reference is None else [reference]
+        offloaded = OffloadedModels(a.device, self.settings.offload, reference=frozen, reward=rewards.models())
         average = None
         if self.settings.ema is not None:
             average = WeightAverage(pair.trained_policy(), self.settings.ema, main=a.is_main_process)
         return PPOModels(a, policy_and_value, optimizer, reference, rewards, offloaded, average)
 
     def autocast(self) -> torch.autocast:
-        """Return the context that sets the precision of sampling, of old log-probs and of new ones alike."""
+        """Return the context that sets one precision for sampling, scoring and updates."""
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.bfloat16)
 
     @property
