@@ -6,7 +6,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from .generate import DemoRow, Generator, prompt_key, write_rows
+from .generate import DemoGenerator, DemoRow, prompt_key, write_rows
 
 SKILLS = {"ann": 0.92, "bob": 0.75, "cat": 0.62, "dan": 0.58, "eve": 0.55, "fay": 0.55}
 COVERAGE = 0.6
@@ -16,7 +16,7 @@ PAIRS = {"pairs": 1500, "pairs_valid": 1000}
 def generate_annotators(out_dir: Path, seed: int = 0, scale: float = 1.0) -> dict[str, int]:
     """Write the pairs with their votes and the truth beside them, the same pairs with the truth as label, and held-out
     pairs with the truth as label; returns the number of rows by file name."""
-    maker = Generator(seed, scale)
+    maker = DemoGenerator(seed, scale)
     files: dict[str, list[DemoRow]] = {}
     seen = {prompt_key(prompt) for pairs in maker._drawn().values() for prompt, *_ in pairs}
     for name, size in PAIRS.items():

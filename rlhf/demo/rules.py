@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .asks import Task
 from .chats import Chats
-from .generate import DemoRow, Generator, prompt_key, write_rows
+from .generate import DemoGenerator, DemoRow, prompt_key, write_rows
 from .gold import WEIGHTS, explain, split_sentences
 
 RULES = ("rambles", "rude")
@@ -33,7 +33,7 @@ def broken_rules(response: str, task: Task, finished: bool = True) -> list[str]:
 
 def generate_rules(out_dir: Path, seed: int = 0, scale: float = 1.0) -> dict[str, int]:
     """Write comparisons of the answer-only rater and labelled replies; returns the number of rows by file name."""
-    maker = Generator(seed, scale, judge=answer_utility)
+    maker = DemoGenerator(seed, scale, judge=answer_utility)
     maker.sizes |= {name: max(10, round(size * scale)) for name, size in RULE_PAIRS.items()}
     files = maker.comparisons()
     seen: set[str] = set()
@@ -43,7 +43,7 @@ def generate_rules(out_dir: Path, seed: int = 0, scale: float = 1.0) -> dict[str
     return {name: write_rows(out_dir / name, rows) for name, rows in named.items()}
 
 
-def _replies(maker: Generator, rng: random.Random, size: int, seen: set[str]) -> list[DemoRow]:
+def _replies(maker: DemoGenerator, rng: random.Random, size: int, seen: set[str]) -> list[DemoRow]:
     """Replies with the rules that they break; a prompt of an earlier file (`seen`) is not used again."""
     chats, rows, used = Chats(rng), list[DemoRow](), set[str]()
     while len(rows) < size:

@@ -83,7 +83,7 @@ class PPOTrainer:
             prompts: file of prompts, or a list of texts, of conversations or of records.
             tokenizer: of the policy; None = the one beside the policy. A chat template and a pad token are added where
                 it has none.
-            reference: what the policy is kept near; None = a frozen copy of the policy, or, if the policy is an adapter,
+            reference: what the policy is kept near; None = a frozen copy of the policy, or, of an adapter,
                 the model that it started from.
             value_model: folder or model with one output; None = from the reward model if that comes from a folder, else
                 the policy's trunk with a head of zeros.
