@@ -17,6 +17,7 @@ import torch
 
 from rlhf.config.schema import PPOConfig
 from rlhf.config.sections import ModelSource, Peft
+from rlhf.distributed.library_internals import set_attention
 from rlhf.errors import CheckpointError
 from rlhf.models import handover
 from rlhf.models.adapters import add_adapter, base_source
@@ -162,7 +163,7 @@ def _build(
             config.layer_types = list(config.layer_types)[:blocks]
     config.num_labels = 1
     if attention is not None:
-        config._attn_implementation = attention
+        set_attention(config, attention)
     auto: Any = AutoModelForSequenceClassification if scorer else AutoModelForCausalLM
     model = auto.from_config(config, dtype=dtype)
     disable_dropout(model)

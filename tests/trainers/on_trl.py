@@ -9,6 +9,7 @@ from typing import Any
 from rlhf.config.sections import Optim
 from rlhf.config.tuning import EMPTY_SELECTION, Selection, TrainingPhase
 from rlhf.data.render import Rendered
+from rlhf.distributed.engine import reset_accelerator_state
 from rlhf.models.parameter_selection import map_parameters
 from rlhf.runs.metrics import MetricsWriter, read_jsonl
 from rlhf.runs.run_dir import RunDir
@@ -39,6 +40,7 @@ def prepared(
 ) -> tuple[dict[str, Any], MetricsCallback, PhaseSchedule]:
     """Trainer arguments, the report and the program of a run in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
+    reset_accelerator_state()  # a stage that an earlier test broke off may have left a data loader open
     settings = Optim(**{"batch_size": 8, "microbatch_size": 8, "warmup_fraction": 0.0} | optim)
     of = map_parameters(model)
     made = make_schedule(

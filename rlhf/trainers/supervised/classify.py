@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 from rlhf.data.collate import pad_right
 from rlhf.distributed.engine import count_real_rows
 from rlhf.functional import classification_loss
-from rlhf.trainers.supervised.base import MetricsCallback, StopOnBadLoss, order_rows
+from rlhf.trainers.supervised.base import MetricsCallback, OverridingTrainer, StopOnBadLoss, order_rows
 
 LabelledRow = dict[str, Any]  # input_ids, and target: for each label the probability that it holds
 
@@ -89,9 +89,10 @@ class LabelledCollator:
         return {"input_ids": ids, "attention_mask": mask.long(), "target": target}
 
 
-class ClassifierTrainer(Trainer):
+class ClassifierTrainer(OverridingTrainer, Trainer):
     """A Trainer with `classification_loss`; a batch's loss is its mean over records."""
 
+    columns = ("input_ids", "target")
     several = False
     weight: Tensor | None = None
 
@@ -99,9 +100,6 @@ class ClassifierTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._sums: dict[str, Tensor] = {}
         self.counts: dict[str, ConfusionCounts] = {}
-
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["input_ids", "target"]
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -123,7 +121,7 @@ class ClassifierTrainer(Trainer):
     ) -> tuple[Tensor, None, None]:
         """The loss alone: what is counted is counted in `compute_loss`."""
         with torch.no_grad():
-            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+            loss = self.compute_loss(model, self.inputs_on_device(inputs))
         return loss.detach(), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
