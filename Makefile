@@ -1,5 +1,6 @@
 # make demo   set up, then data -> SFT -> reward model -> PPO -> evaluation on the embedded world (runs/demo)
-# make test   set up, then lint, types and tests
+# make test   set up, then lint, types, documentation and tests
+# make docs   build the documentation into build/site; a broken link is an error
 # make soak   kill a tiny pipeline 100 times (KILLS=100, SEED=1), resume it each time, compare with an uninterrupted one
 # make bench  measure what optimisations are worth on this machine (give it the machine alone)
 # make lock   rewrite constraints.txt from the environment that was tested
@@ -8,12 +9,12 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test setup lint types pytest soak bench lock clean
+.PHONY: demo test setup lint types docs pytest soak bench lock clean
 
 demo: setup
 	$(BIN)/rlhf run configs/demo/pipeline.yaml
 
-test: lint types pytest
+test: lint types docs pytest
 
 setup: $(VENV)/.installed
 
@@ -26,7 +27,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[dev,deepspeed]'
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[dev,deepspeed,docs]'
 	touch $@
 
 lint: setup
@@ -35,6 +36,9 @@ lint: setup
 
 types: setup
 	$(BIN)/mypy
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 pytest: setup
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
