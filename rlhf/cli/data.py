@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from rlhf.cli.options import ConfigArg, JsonOpt, OverridesArg, QuietOpt
-from rlhf.cli.output import make_console
+from rlhf.cli.output import make_console, print_notes
 
 data = typer.Typer(
     name="data",
@@ -76,4 +76,6 @@ def data_weak(
     loaded = load_stage_config(WeakLabelConfig, config, overrides or [])
     from rlhf.labeling.weak_labels import make_weak_labels as run_weak
 
-    run_weak(loaded.config, make_console(quiet, as_json))
+    console = make_console(quiet, as_json)
+    print_notes(loaded.notes, console)
+    run_weak(loaded.config, console)

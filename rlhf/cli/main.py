@@ -12,7 +12,7 @@ import typer
 from rlhf import __version__
 from rlhf.cli import options as opt
 from rlhf.cli.data import data
-from rlhf.cli.output import make_console, print_ending
+from rlhf.cli.output import make_console, print_ending, print_notes
 from rlhf.errors import ConfigError, RLHFError
 from rlhf.runs import preemption
 
@@ -58,7 +58,9 @@ def _stage(
             where="command line",
             do="add --launcher, e.g. --launcher ddp",
         )
-    import_module(f"rlhf.stages.{name}").run(loaded.config, make_console(quiet, as_json))
+    console = make_console(quiet, as_json)
+    print_notes(loaded.notes, console)
+    import_module(f"rlhf.stages.{name}").run(loaded.config, console)
 
 
 def _add_stage(name: str) -> None:
@@ -98,7 +100,9 @@ def run_command(
     pipeline = load_pipeline(config, overrides or [])
     from rlhf.stages.pipeline import run as run_pipeline
 
-    run_pipeline(pipeline, make_console(quiet, as_json))
+    console = make_console(quiet, as_json)
+    print_notes(pipeline.notes, console)
+    run_pipeline(pipeline, console)
 
 
 @app.command("show")
@@ -115,7 +119,10 @@ def show_command(
     name = stage or config.stem
     if name not in RECIPES:
         raise ConfigError(f"no stage called '{name}'", where=str(config), do=f"give --stage: {', '.join(RECIPES)}")
-    for line in config_lines(load_stage_config(RECIPES[name], config, overrides or [])):
+    loaded = load_stage_config(RECIPES[name], config, overrides or [])
+    for note in loaded.notes:
+        typer.echo(note, err=True)
+    for line in config_lines(loaded):
         typer.echo(line)
 
 
@@ -162,7 +169,9 @@ def bench_command(
     loaded = load_stage_config(PPOConfig, config, overrides or [])
     from rlhf.preflight.benchmark import run_benchmark as run_bench
 
-    run_bench(loaded.config, make_console(quiet, as_json), steps=steps)
+    console = make_console(quiet, as_json)
+    print_notes(loaded.notes, console)
+    run_bench(loaded.config, console, steps=steps)
 
 
 @app.command("inspect")

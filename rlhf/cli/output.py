@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,6 +17,12 @@ def make_console(quiet: bool, as_json: bool) -> Console:
     from rlhf.console import Console
 
     return Console(quiet=quiet, as_json=as_json, main=os.environ.get("RANK", "0") == "0")
+
+
+def print_notes(notes: Iterable[str], console: Console) -> None:
+    """Print what the user should know about the configuration before the command begins."""
+    for note in notes:
+        console.note(f"note: {note}")
 
 
 def print_ending(how: str, code: int) -> int:

@@ -10,7 +10,7 @@ from rlhf.errors import ConfigError
 
 EXPECTED_PROCESSES = "RLHF_EXPECTED_PROCESSES"  # over all machines
 TIMEOUT_VARIABLE = "RLHF_TIMEOUT"  # seconds
-HEARTBEAT_FOLDER = "RLHF_LAST_WORDS"  # folder in which each process says that it lives and how it ended
+HEARTBEAT_FOLDER = "RLHF_HEARTBEAT_FOLDER"  # folder in which each process says that it lives and how it ended
 DEFAULT_TIMEOUT = 1800
 RENDEZVOUS_SECONDS = (
     60  # seconds that processes have at least to start and to find each other, however short the timeout

@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from rlhf.config.renamed_keys import rename_old_keys
 from rlhf.config.schema import PIPELINE_ORDER, STAGES, PipelineConfig, PipelineStage, StageConfig
 from rlhf.errors import ConfigError, combine_errors
 
@@ -30,6 +31,8 @@ class LoadedConfig(Generic[ConfigT]):
 
     config: ConfigT
     origins: Origins
+    notes: tuple[str, ...] = ()
+    """What the user should know before the run starts, such as a setting given under its old name."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,11 @@ class ResolvedPipeline:
 
     config: PipelineConfig
     stages: tuple[PipelineStep, ...]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The notes of all stages; each begins with the file and line that it is about."""
+        return tuple(note for stage in self.stages for note in stage.loaded.notes)
 
 
 def load_stage_config(schema: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig[ConfigT]:
@@ -160,21 +168,46 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], Origins]:
 def validate_config(
     schema: type[ConfigT], values: Mapping[str, Any], origins: Origins, where: str
 ) -> LoadedConfig[ConfigT]:
-    """Check values against a schema.
+    """Check values against a schema. Keys that were renamed are accepted under their old name, with a note.
 
+    Args:
+        schema: the pydantic class that describes the values.
+        values: nested values as read from YAML.
+        origins: dotted key -> where its value comes from.
+        where: the file to name for a problem that has no line of its own, such as a missing key.
     Raises: ConfigError with one line for each problem.
     """
+    renamed = rename_old_keys(schema, values)
+    problems = [_given_twice(old, new, origins, where) for old, new in renamed.clashes.items()]
+    notes = tuple(
+        f"{_origin(old.split('.'), origins, where)}: '{old}' is now called '{new}'; the old name still works in this "
+        "release, please change it"
+        for old, new in renamed.old_keys.items()
+    )
+    origins = _rename_origins(origins, renamed.old_keys)
     try:
-        return LoadedConfig(schema.model_validate(dict(values)), origins)
+        config = schema.model_validate(renamed.values)
+        if not problems:
+            return LoadedConfig(config, origins, notes)
     except ValidationError as error:
         errors = error.errors()
         inner = [e["loc"] for e in errors]
         # A list whose items are wrong is also reported as too short: only the items' own problems help.
         errors = [e for e in errors if not (e["type"] == "too_short" and any(_below(loc, e["loc"]) for loc in inner))]
-        problems = [_explain(schema, dict(e), origins, where) for e in errors]
+        problems += [_explain(schema, dict(e), origins, where) for e in errors]
     raised = combine_errors(ConfigError, problems)
     assert raised is not None
     raise raised
+
+
+def _given_twice(old: str, new: str, origins: Origins, where: str) -> str:
+    first, second = (_origin(key.split("."), origins, where) for key in (old, new))
+    return f"{first}: '{old}' is the old name of '{new}', which is given too (found: {second}); remove '{old}'"
+
+
+def _rename_origins(origins: Origins, old_keys: Mapping[str, str]) -> Origins:
+    """Return the origins under today's keys, so that a problem with a value names its line also under an old key."""
+    return {old_keys.get(key, key): origin for key, origin in origins.items()}
 
 
 def _below(inner: Sequence[Any], outer: Sequence[Any]) -> bool:

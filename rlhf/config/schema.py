@@ -130,7 +130,7 @@ class ClassifyConfig(FineTuningStage):
 
     model: ModelSource = Field(description="causal LM to start from, e.g. the SFT model; all but its output layer")
     labels: tuple[str, ...] = Field((), description="names, in order; empty = those of the training records, sorted")
-    several: bool = Field(False, description="any number of labels may hold at once, instead of exactly one")
+    multi_label: bool = Field(False, description="any number of labels may hold at once, instead of exactly one")
     class_weights: Literal["equal", "balanced"] | dict[str, Positive] = Field(
         "equal", description="of each label in the loss: equal, balanced (rare labels have as much say), or by name"
     )

@@ -53,7 +53,7 @@ class Saving(Section):
         description="largest share of the time for checkpoints beyond the regular ones: cheap ones come at every "
         "step (SFT and classifiers: at every update that is logged), dear ones seldom; 0 = regular ones only",
     )
-    grace: Positive = Field(
+    grace_seconds: Positive = Field(
         25.0,
         description="seconds after SIGTERM in which a checkpoint is saved and the process ends; without a safe point "
         "in that time it ends without one",

@@ -82,7 +82,7 @@ def tokenize_labelled(
     renderer: Renderer,
     data: Data,
     labels: Sequence[str],
-    several: bool,
+    multi_label: bool,
     what: str,
     console: Console,
 ) -> list[dict[str, Any]]:
@@ -96,13 +96,13 @@ def tokenize_labelled(
 
     def one(record: Labelled) -> dict[str, Any] | None:
         target = [float(record.labels.get(name, 0.0)) for name in labels]
-        if not several and abs(sum(target) - 1.0) > 1e-4:
+        if not multi_label and abs(sum(target) - 1.0) > 1e-4:
             raise BadRow(
                 "not one label",
                 "a record must have exactly one label, or probabilities that sum to 1",
                 found=", ".join(f"{k} {v:g}" for k, v in record.labels.items()) or "none",
                 where=record.where,
-                do="set several=true if any number may hold",
+                do="set multi_label=true if any number may hold",
             )
         ids = content_ids(record, renderer)
         fitted = fit_to_length(

@@ -75,7 +75,7 @@ def run(config: PPOConfig, console: Console) -> RunResult:
                 console.note(f"continuing after step {trainer.step}{_in_hand(trainer)}")
                 report_progress(trainer.step)
             reporter.open(trainer.step)
-            with preemption.delay_sigterm(config.saving.grace):
+            with preemption.delay_sigterm(config.saving.grace_seconds):
                 trainer.train()
             _save(trainer, directory, renderer, tokenizer, reporter.last.get("response_length"))
     reporter.close()

@@ -171,14 +171,14 @@ DATA = [
     ),
     Case(
         "a label that always holds, balanced",
-        "classify classify.yaml several=true class_weights=balanced labels=[ham] data.validation_fraction=0",
+        "classify classify.yaml multi_label=true class_weights=balanced labels=[ham] data.validation_fraction=0",
         ("data.train: every training record has the label 'ham'", "class_weights=equal"),
         rows("labels.jsonl", HAM, HAM | {"text": "other"}),
     ),
     Case(
         "two labels where one may hold",
         "classify classify.yaml data.validation_fraction=0",
-        ("DataError: labels.jsonl row 2: a record must have exactly one label", "set several=true"),
+        ("DataError: labels.jsonl row 2: a record must have exactly one label", "set multi_label=true"),
         rows("labels.jsonl", SPAM, HAM | {"label": ["ham", "spam"]}),
     ),
     Case(
@@ -320,7 +320,7 @@ CONFIG = [
     Case(
         "one label",
         "classify classify.yaml",
-        ("labels: a classifier needs 2 labels at least (found: spam)", "set several=true for one label"),
+        ("labels: a classifier needs 2 labels at least (found: spam)", "set multi_label=true for one label"),
         rows("labels.jsonl", SPAM, SPAM | {"text": "more"}),
     ),
     Case(
@@ -330,7 +330,7 @@ CONFIG = [
     ),
     Case(
         "no label at all",
-        "classify classify.yaml several=true",
+        "classify classify.yaml multi_label=true",
         ("labels: a classifier needs 1 labels at least (found: none)", "check the column 'label'"),
         rows("labels.jsonl", SPAM | {"label": []}, HAM | {"label": {}}),
     ),

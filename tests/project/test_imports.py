@@ -11,7 +11,8 @@ from tests.project.code import Code, imports, inside, package, reachable
 FLOORS = (
     ("rlhf",),
     ("rlhf.errors", "rlhf.console"),
-    ("rlhf.config", "rlhf.functional", "rlhf.runs"),
+    ("rlhf.config", "rlhf.functional"),
+    ("rlhf.runs",),
     ("rlhf.data", "rlhf.distributed", "rlhf.reports"),
     ("rlhf.models", "rlhf.checkpointing"),
     ("rlhf.rollout", "rlhf.launch"),
