@@ -253,7 +253,7 @@ CONFIG = [
     Case(
         "a label that is named twice",
         "classify classify.yaml labels=[kind,short,kind]",
-        ("labels: 'kind' is named twice",),
+        ("labels: 'kind' is given twice",),
     ),
     Case(
         "negative",
@@ -262,7 +262,9 @@ CONFIG = [
     ),
     Case("override syntax", "sft sft.yaml epochs", ("command line: expected section.key=value, got 'epochs'",)),
     Case(
-        "no such configuration", "sft stf.yaml", ("stf.yaml: no such configuration file", "files there: ", "sft.yaml")
+        "no such configuration",
+        "sft stf.yaml",
+        ("stf.yaml: no such configuration file", "configuration files in that folder: ", "sft.yaml"),
     ),
     Case(
         "batch", "sft sft.yaml optim.batch_size=6", ("optim.microbatch_size: 6 sequences", "choose one of 1, 2, 3, 6")
@@ -273,7 +275,7 @@ CONFIG = [
         ("ppo.rollout_size: a rollout of 5", "choose a multiple of 2"),
     ),
     Case("greedy rollouts", "ppo ppo.yaml sampling.temperature=0", ("sampling.temperature: PPO needs more than 0",)),
-    Case("no reward", "ppo ppo.yaml reward_model=null", ("no reward: give reward_model",)),
+    Case("no reward", "ppo ppo.yaml reward_model=null", ("there is no reward: set reward_model",)),
     Case("k3 as a reward", "ppo ppo.yaml kl.reward=k3", ("gradient that vanishes near the reference",)),
     Case(
         "reward function",
@@ -360,7 +362,7 @@ CONFIG = [
     Case(
         "a source that is two",
         "data weak weak.yaml sources=[{'votes':'v','column':'c'}]",
-        ("command line: 'sources.0': give exactly one of votes, column,", "got votes, column"),
+        ("command line: 'sources.0': set exactly one of votes, column,", "got votes, column"),
     ),
     Case("a rule without a name", "data weak weak.yaml sources=[{'regex':'x'}]", ("a rule needs a name",)),
     Case(
