@@ -96,8 +96,8 @@ def refuse_soft_prompt(config: RewardConfig | ClassifyConfig | PPOConfig) -> Any
     """
     if config.peft.method == "prompt":
         raise ValueError(
-            "peft.method=prompt: a soft prompt works in SFT only; heads and packed sequences do not support it. Set "
-            "peft.method=ia3 (about as few parameters) or lora"
+            "peft.method=prompt: a soft prompt works in SFT only. Set peft.method=ia3 (about as few parameters) or "
+            "lora; models with a head and packed sequences do not support soft prompts"
         )
     return config
 
