@@ -497,12 +497,12 @@ OUTPUT = [
     Case(
         "a file of labels in no folder",
         "data weak weak.yaml output=no/out.jsonl",
-        ("no: no such folder", "make it first"),
+        ("no: no such folder", "create it first"),
     ),
     Case(
         "an answer file in no folder",
         "generate sft prompts.jsonl no/out.jsonl",
-        ("no: no such folder", "make it first"),
+        ("no: no such folder", "create it first"),
     ),
 ]
 KINDS = {"DataError": DATA, "ConfigError": [*CONFIG, *OUTPUT], "CheckpointError": MODELS}

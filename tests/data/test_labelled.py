@@ -122,7 +122,7 @@ def test_any_content_can_have_a_label(name: str, row: dict[str, Any], said: Any)
 
 @pytest.mark.parametrize("row", [row for _, row, _ in CONTENTS])
 def test_without_a_label_column_no_format_fits(row: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match=r"x.csv: no format.*known: text \(text, label\); .*columns: \{text: THEIR"):
+    with pytest.raises(DataError, match=r"x.csv: no format.*known: text \(text, label\); .*columns: \{text: NAME"):
         recognise_format(row, "labelled", "x.csv")
 
 
