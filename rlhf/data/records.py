@@ -211,7 +211,7 @@ def check_comparison(record: Comparison) -> Comparison:
             "identical responses",
             "'chosen' and 'rejected' are identical",
             where=where,
-            do=f"if it is a tie, set its preference to 0.5; otherwise {FIX_OR_DROP}",
+            do=f"if it is a tie, give it preference 0.5; otherwise {FIX_OR_DROP}",
         )
     return record
 

@@ -189,7 +189,7 @@ DATA = [
     Case(
         "no votes column",
         "data weak weak.yaml sources=[{'votes':'vote'}] gold=tru",
-        ("2 problems", "votes.jsonl: there is no column 'tru' (found: columns", "column 'vote'", "name one that"),
+        ("2 problems", "votes.jsonl: there is no column 'tru' (found: columns", "column 'vote'", "name one of"),
     ),
     Case(
         "a vote that is none",
@@ -216,13 +216,13 @@ DATA = [
     Case(
         "nobody votes",
         "data weak weak.yaml",
-        ("votes.jsonl: nobody votes on any record (found: sources ann)", "check sources"),
+        ("votes.jsonl: no source votes on any record (found: sources ann)", "check the columns"),
         rows("votes.jsonl", PAIR | {"votes": {"ann": "tie"}}),
     ),
     Case(
         "too few sources for accuracies",
         "data weak weak.yaml",
-        ("votes.jsonl: the accuracies of sources show only where 3 or more meet", "set label_model.kind=majority"),
+        ("votes.jsonl: accuracies can be estimated only if at least 3 sources vote", "set label_model.kind=majority"),
         rows("votes.jsonl", PAIR | {"votes": {"ann": 1, "bob": 1}}),
     ),
     Case(
@@ -383,7 +383,7 @@ CONFIG = [
     Case(
         "one class",
         "data weak weak.yaml kind=labelled sources=[{'column':'label'}]",
-        ("labels: two classes are needed at least (found: spam)", "name the classes in labels"),
+        ("labels: at least two classes are needed (found: spam)", "name the classes under labels"),
         rows("votes.jsonl", SPAM),
     ),
 ]
