@@ -64,7 +64,7 @@ def run(config: PPOConfig, console: Console) -> RunResult:
             console.note(f"continuing after step {trainer.state.step}{_rest_of_step(trainer)}")
             report_progress(trainer.state.step)
         reporter.open(trainer.state.step)
-        with preemption.delay_sigterm(config.saving.grace):
+        with preemption.delay_sigterm(config.saving.grace_seconds):
             trainer.train()
         with directory.new_model() as folder:
             trainer.save_pretrained(

@@ -171,14 +171,14 @@ DATA = [
     ),
     Case(
         "a label that always holds, balanced",
-        "classify classify.yaml several=true class_weights=balanced labels=[ham] data.validation_fraction=0",
+        "classify classify.yaml multi_label=true class_weights=balanced labels=[ham] data.validation_fraction=0",
         ("data.train: every training record has the label 'ham'", "class_weights=equal"),
         rows("labels.jsonl", HAM, HAM | {"text": "other"}),
     ),
     Case(
         "two labels where one may hold",
         "classify classify.yaml data.validation_fraction=0",
-        ("DataError: labels.jsonl row 2: a record must have exactly one label", "set several=true"),
+        ("DataError: labels.jsonl row 2: a record must have exactly one label", "set multi_label=true"),
         rows("labels.jsonl", SPAM, HAM | {"label": ["ham", "spam"]}),
     ),
     Case(
@@ -189,7 +189,7 @@ DATA = [
     Case(
         "no votes column",
         "data weak weak.yaml sources=[{'votes':'vote'}] gold=tru",
-        ("2 problems", "votes.jsonl: there is no column 'tru' (found: columns", "column 'vote'", "name one that"),
+        ("2 problems", "votes.jsonl: there is no column 'tru' (found: columns", "column 'vote'", "name one of"),
     ),
     Case(
         "a vote that is none",
@@ -216,13 +216,13 @@ DATA = [
     Case(
         "nobody votes",
         "data weak weak.yaml",
-        ("votes.jsonl: nobody votes on any record (found: sources ann)", "check sources"),
+        ("votes.jsonl: no source votes on any record (found: sources ann)", "check the columns"),
         rows("votes.jsonl", PAIR | {"votes": {"ann": "tie"}}),
     ),
     Case(
         "too few sources for accuracies",
         "data weak weak.yaml",
-        ("votes.jsonl: the accuracies of sources show only where 3 or more meet", "set label_model.kind=majority"),
+        ("votes.jsonl: accuracies can be estimated only if at least 3 sources vote", "set label_model.kind=majority"),
         rows("votes.jsonl", PAIR | {"votes": {"ann": 1, "bob": 1}}),
     ),
     Case(
@@ -253,7 +253,7 @@ CONFIG = [
     Case(
         "a label that is named twice",
         "classify classify.yaml labels=[kind,short,kind]",
-        ("labels: 'kind' is named twice",),
+        ("labels: 'kind' is given twice",),
     ),
     Case(
         "negative",
@@ -262,7 +262,9 @@ CONFIG = [
     ),
     Case("override syntax", "sft sft.yaml epochs", ("command line: expected section.key=value, got 'epochs'",)),
     Case(
-        "no such configuration", "sft stf.yaml", ("stf.yaml: no such configuration file", "files there: ", "sft.yaml")
+        "no such configuration",
+        "sft stf.yaml",
+        ("stf.yaml: no such configuration file", "configuration files in that folder: ", "sft.yaml"),
     ),
     Case(
         "batch", "sft sft.yaml optim.batch_size=6", ("optim.microbatch_size: 6 sequences", "choose one of 1, 2, 3, 6")
@@ -273,7 +275,7 @@ CONFIG = [
         ("ppo.rollout_size: a rollout of 5", "choose a multiple of 2"),
     ),
     Case("greedy rollouts", "ppo ppo.yaml sampling.temperature=0", ("sampling.temperature: PPO needs more than 0",)),
-    Case("no reward", "ppo ppo.yaml reward_model=null", ("no reward: give reward_model",)),
+    Case("no reward", "ppo ppo.yaml reward_model=null", ("there is no reward: set reward_model",)),
     Case("k3 as a reward", "ppo ppo.yaml kl.reward=k3", ("gradient that vanishes near the reference",)),
     Case(
         "reward function",
@@ -320,7 +322,7 @@ CONFIG = [
     Case(
         "one label",
         "classify classify.yaml",
-        ("labels: a classifier needs 2 labels at least (found: spam)", "set several=true for one label"),
+        ("labels: a classifier needs 2 labels at least (found: spam)", "set multi_label=true for one label"),
         rows("labels.jsonl", SPAM, SPAM | {"text": "more"}),
     ),
     Case(
@@ -330,7 +332,7 @@ CONFIG = [
     ),
     Case(
         "no label at all",
-        "classify classify.yaml several=true",
+        "classify classify.yaml multi_label=true",
         ("labels: a classifier needs 1 labels at least (found: none)", "check the column 'label'"),
         rows("labels.jsonl", SPAM | {"label": []}, HAM | {"label": {}}),
     ),
@@ -360,7 +362,7 @@ CONFIG = [
     Case(
         "a source that is two",
         "data weak weak.yaml sources=[{'votes':'v','column':'c'}]",
-        ("command line: 'sources.0': give exactly one of votes, column,", "got votes, column"),
+        ("command line: 'sources.0': set exactly one of votes, column,", "got votes, column"),
     ),
     Case("a rule without a name", "data weak weak.yaml sources=[{'regex':'x'}]", ("a rule needs a name",)),
     Case(
@@ -381,7 +383,7 @@ CONFIG = [
     Case(
         "one class",
         "data weak weak.yaml kind=labelled sources=[{'column':'label'}]",
-        ("labels: two classes are needed at least (found: spam)", "name the classes in labels"),
+        ("labels: at least two classes are needed (found: spam)", "name the classes under labels"),
         rows("votes.jsonl", SPAM),
     ),
 ]
@@ -495,12 +497,12 @@ OUTPUT = [
     Case(
         "a file of labels in no folder",
         "data weak weak.yaml output=no/out.jsonl",
-        ("no: no such folder", "make it first"),
+        ("no: no such folder", "create it first"),
     ),
     Case(
         "an answer file in no folder",
         "generate sft prompts.jsonl no/out.jsonl",
-        ("no: no such folder", "make it first"),
+        ("no: no such folder", "create it first"),
     ),
 ]
 KINDS = {"DataError": DATA, "ConfigError": [*CONFIG, *OUTPUT], "CheckpointError": MODELS}

@@ -232,7 +232,7 @@ def test_a_base_that_cannot_be_shared_is_said_or_refused(
     assert not (tmp_path / "refused").exists()
     code, _, err = call_cli(["ppo", wrong, "peft={method: none}"])
     assert code == 2
-    assert "the roles share a frozen base as adapters; set peft.method=lora" in err
+    assert "all models are adapters on one frozen base; set peft.method=lora" in err
 
 
 def test_a_value_model_on_the_shared_base_can_start_from_the_policy(

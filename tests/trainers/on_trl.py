@@ -96,14 +96,14 @@ def label_trainer(
     rows: list[dict[str, Any]],
     validation: list[dict[str, Any]] | None = None,
     *,
-    several: bool = False,
+    multi_label: bool = False,
     weight: Any = None,
     **settings: Any,
 ) -> Any:
     """A classifier's trainer on rows with targets."""
     args, report, made = prepared(folder, model, len(rows), bool(validation), **settings)
     trainer = classify.build_classifier_trainer(
-        model, tiny.tokenizer(), rows, validation or [], args, report, several=several, weight=weight
+        model, tiny.tokenizer(), rows, validation or [], args, report, multi_label=multi_label, weight=weight
     )
     return ready(trainer, made)
 

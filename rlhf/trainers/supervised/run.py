@@ -86,7 +86,7 @@ def run_training(
         if probe is not None:
             trainer.add_callback(probe)
         CheckpointCallback(directory, saving, writer).attach(trainer)
-        with preemption.delay_sigterm(saving.grace), by_name(trainer, program):
+        with preemption.delay_sigterm(saving.grace_seconds), by_name(trainer, program):
             trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
         updates = trainer.state.global_step  # patience may have ended it early
         final = trainer.evaluate() if evaluate else {}
