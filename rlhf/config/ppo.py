@@ -311,8 +311,3 @@ class PPOSettings(PPO):
         (), description="frozen models that lie in CPU memory except while scoring: less memory on the device"
     )
     watch: Watch = Watch()
-
-    @property
-    def updates(self) -> int:
-        """Optimizer updates of the whole run."""
-        return self.steps * self.epochs * self.minibatches

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
+from rlhf.config.run_plan import SupervisedPlan
 from rlhf.config.sections import Optim
 from rlhf.config.tuning import EMPTY_SELECTION, Selection, TrainingPhase
 from rlhf.data.render import Rendered
@@ -45,10 +45,9 @@ def prepared(
     of = map_parameters(model)
     made = make_schedule(
         of.only(n for n, p in model.named_parameters() if p.requires_grad),
-        settings,
+        SupervisedPlan(settings, 1, records),
         freeze=freeze,
         unfreeze=unfreeze,
-        per_epoch=math.ceil(records / settings.batch_size),
         factors=parameter_rate_factors(of, layer_decay=settings.layer_decay, head_factor=settings.head_factor),
     )
     for name, parameter in model.named_parameters():

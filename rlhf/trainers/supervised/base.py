@@ -13,6 +13,7 @@ from torch.utils.data import Sampler
 from transformers import TrainerCallback
 
 from rlhf.checkpointing.parameters_and_adam import load_parameters_and_adam, save_parameters_and_adam
+from rlhf.config.run_plan import SupervisedPlan
 from rlhf.config.sections import Optim
 from rlhf.console import Bar
 from rlhf.distributed.engine import trainer_arguments
@@ -181,7 +182,7 @@ def training_arguments(
     Evaluations and checkpoints fall together, `evaluations` times over the run. With patience the best weights among
     the last phase's evaluations are restored at the end.
     """
-    accumulation, updates = optim.accumulation(processes), program.updates
+    plan, updates = SupervisedPlan(optim, processes, 0), program.updates
     every = max(1, math.ceil(updates / evaluations))
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
     return (best if any(stretch.patience for stretch in program.stretches) else {}) | {
@@ -195,9 +196,9 @@ def training_arguments(
         "adam_epsilon": optim.adam_eps,
         "max_grad_norm": optim.max_grad_norm,
         "max_steps": updates,
-        "per_device_train_batch_size": optim.batch_size // processes // accumulation,
-        "per_device_eval_batch_size": optim.batch_size // processes // accumulation,
-        "gradient_accumulation_steps": accumulation,
+        "per_device_train_batch_size": plan.microbatch,
+        "per_device_eval_batch_size": plan.microbatch,
+        "gradient_accumulation_steps": plan.accumulation,
         "gradient_checkpointing": optim.activation_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "logging_steps": max(1, updates // 100),
