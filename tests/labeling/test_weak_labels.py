@@ -1,4 +1,4 @@
-"""Weak labels through the real command line: what is written, what is said, and that the next stages train on it."""
+"""Weak labels through the real command line: the file, the messages, and that the next stages train on it."""
 
 from __future__ import annotations
 
