@@ -252,7 +252,7 @@ class Watch(Section):
     unhealthy: Literal["continue", "rollback", "stop"] = Field(
         "continue",
         description="what happens when a health metric leaves its range: continue = log a warning and continue; "
-        "rollback = return to the last good checkpoint; stop = stop the run",
+        "rollback = return to the last regular checkpoint; stop = stop the run",
     )
     rollbacks: Count = Field(3, description="largest number of rollbacks in a run; after that the run stops")
     rate_factor: Annotated[float, Field(gt=0.0, le=1.0)] = Field(

@@ -231,7 +231,7 @@ class PPOConfig(TrainingStage):
     )
     watch: Watch = Watch()
     checkpoint_every: Count = Field(
-        50, description="steps between regular checkpoints; a rollback returns to the last of them that was healthy"
+        50, description="steps between regular checkpoints; a rollback returns to the last of them"
     )
     sample_every: Count = Field(10, description="steps between entries in samples.jsonl (prompts with responses)")
 

@@ -210,6 +210,6 @@ def _require_rows(rows: list[RecordT], records: Sequence[Any], what: str) -> lis
         raise DataError(
             f"no {what} record is left",
             found=f"{len(records)} before tokenization",
-            do="raise the length limit (data.max_length or data.max_prompt_tokens)",
+            do="raise data.max_length (for prompts, max_prompt_tokens)",
         )
     return rows

@@ -166,7 +166,7 @@ DATA = [
     Case(
         "a broken label",
         "classify classify.yaml",
-        ("labels.jsonl row 2: a label is text or a whole number", "(found: True)", "on_bad_row=drop"),
+        ("labels.jsonl row 2: 'label' must be a label (text or a whole number)", "(found: True)", "on_bad_row=drop"),
         rows("labels.jsonl", SPAM, HAM | {"label": True}),
     ),
     Case(
@@ -378,7 +378,7 @@ CONFIG = [
     Case(
         "two sources of one name",
         "data weak weak.yaml sources=[{'column':'prompt'},{'name':'prompt','regex':'x'}]",
-        ("sources: two sources are called 'prompt'", "give one another name"),
+        ("sources: two sources are called 'prompt'", "give one of them another name"),
     ),
     Case(
         "one class",

@@ -1,4 +1,4 @@
-"""`rlhf check`: what it says, that it writes nothing, and how it exits."""
+"""`rlhf check`: its output, its exit code, and that it writes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules between the settings of weak labels."""
+"""Rules between the settings of `rlhf data weak`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a value comes from, and what a wrong file or override says."""
+"""The origin of every value, and the messages for wrong files and overrides."""
 
 from __future__ import annotations
 

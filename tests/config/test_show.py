@@ -1,4 +1,4 @@
-"""`rlhf show` prints every value with where it comes from and what it means."""
+"""`rlhf show` prints every value with its origin and its meaning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Selections and phases as they are written down."""
+"""Validation of selections of weights and of training phases."""
 
 from __future__ import annotations
 

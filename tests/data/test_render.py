@@ -1,4 +1,4 @@
-"""One rendering for SFT, reward model and rollouts: what carries loss, where a sequence begins and ends."""
+"""One rendering for SFT, reward model and rollouts: which tokens have loss, where a sequence begins and ends."""
 
 from __future__ import annotations
 

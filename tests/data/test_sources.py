@@ -1,4 +1,4 @@
-"""Files, folders and hub ids; mixtures; what the user is told when something is wrong."""
+"""Files, folders and hub ids; mixtures; the messages when something is wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A data file is written whole or not at all, and never over another."""
+"""A data file is written completely or not at all, and never replaces another."""
 
 from __future__ import annotations
 

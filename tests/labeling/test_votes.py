@@ -1,4 +1,4 @@
-"""Votes from columns, rules and functions: who votes for what, who abstains, what is refused."""
+"""Votes from columns, rules and functions: what counts as a vote or an abstention, and what is refused."""
 
 from __future__ import annotations
 

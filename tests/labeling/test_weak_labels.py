@@ -1,4 +1,4 @@
-"""Weak labels through the real command line: what is written, what is said, and that the next stages train on it."""
+"""Weak labels through the real command line: the file, the messages, and that the next stages train on it."""
 
 from __future__ import annotations
 
@@ -278,8 +278,8 @@ def test_two_sources_are_too_few_for_accuracies_and_enough_for_a_majority(call_c
     rows = [row | {"votes": {k: v for k, v in row["votes"].items() if k in ("ann", "bob")}} for row in pairs()]
     code, _, err = call_cli(["data", "weak", config(tmp_path, rows)])
     assert code == 2
-    words = "can be estimated only if at least 3 sources vote on common records"
-    assert f"{words} (found: 2 sources that vote, at most 2 on one record)" in err
+    assert "accuracies can be estimated only if at least 3 sources vote on common records" in err
+    assert "(found: 2 sources that vote, at most 2 on one record)" in err
     assert not (tmp_path / "out.jsonl").exists()
     label(call_cli, tmp_path, rows, "label_model.kind=majority")
 
