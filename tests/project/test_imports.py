@@ -34,7 +34,7 @@ INTERNALS = (
     "trl.extras",
     "trl.import_utils",
 )
-DOOR = ("rlhf.distributed.engine", "rlhf.distributed.zero_gather")
+DOOR = ("rlhf.distributed.engine", "rlhf.distributed.zero_gather", "rlhf.distributed.library_internals")
 NO_TORCH = (
     "rlhf.errors",
     "rlhf.config",

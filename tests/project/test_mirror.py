@@ -18,7 +18,6 @@ COVERED_ELSEWHERE = {
     "rlhf.cli.data": "tests/demo/test_annotators.py",
     "rlhf.cli.main": "tests/cli/test_unforeseen.py",
     "rlhf.cli.options": "tests/cli/test_speed.py",
-    "rlhf.cli.output": "tests/runs/test_preemption.py",
     "rlhf.config.env_vars": "tests/launch/test_launcher.py",
     "rlhf.config.ppo": "tests/trainers/ppo/test_options.py",
     "rlhf.config.sections": "tests/config/test_schema.py",
@@ -61,6 +60,7 @@ COVERED_ELSEWHERE = {
     "rlhf.trainers.supervised.checkpoint_callback": "tests/faults/test_checkpoints.py",
     "rlhf.trainers.supervised.forgetting": "tests/trainers/supervised/test_probe_data.py",
     "rlhf.trainers.supervised.run": "tests/stages/test_methods.py",
+    "rlhf.version": "tests/test_api.py",
 }
 """Module -> the file that tests it, for modules whose test file has another name."""
 
