@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 
 import pytest
 
-from tests.project.code import ROOT, Code, imports, inside, package
+from tests.project.code import Code, imports, inside, package, texts_of_tests
 
 COVERED_ELSEWHERE = {
     "rlhf.__main__": "tests/conftest.py",
@@ -68,12 +68,6 @@ COMMANDS = {"check": "rlhf.preflight.check", "run": "rlhf.stages.pipeline"}
 """Commands whose module has another name; a stage's command is the name of its module."""
 
 Files = Mapping[str, str]  # path from the root -> text
-
-
-def texts_of_tests() -> dict[str, str]:
-    """Every Python file under tests."""
-    found = sorted((ROOT / "tests").rglob("*.py"))
-    return {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in found}
 
 
 def own_test(module: str) -> str:
