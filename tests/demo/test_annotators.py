@@ -29,14 +29,14 @@ def rows(path: Path) -> list[Row]:
 def shipped() -> Iterator[set[str]]:
     """The prompts of the shipped pairs. They are drawn once for this file: every run of the generator draws them, and
     the draw of seed 0 at full size is always the same."""
-    full, real = DemoGenerator(0, 1.0), Generator._drawn
+    full, real = DemoGenerator(0, 1.0), DemoGenerator._drawn
     drawn = full._drawn()
 
-    def drawn_once(self: Generator) -> Any:
+    def drawn_once(self: DemoGenerator) -> Any:
         return drawn if (self.seed, self.sizes) == (full.seed, full.sizes) else real(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Generator, "_drawn", drawn_once)
+        patch.setattr(DemoGenerator, "_drawn", drawn_once)
         yield {prompt_key(prompt) for pairs in drawn.values() for prompt, *_ in pairs}
 
 
