@@ -14,6 +14,7 @@ import torch.distributed
 
 from rlhf.distributed.engine import make_accelerator, quiet_libraries, set_deepspeed_batch_size
 from rlhf.distributed.launch_env import get_rank, leave_process_groups_at_exit
+from rlhf.generation import native
 from rlhf.models.reward_models import load_scorer
 from tests.models import tiny
 from tests.trainers.setup import make, sometimes_ending
@@ -64,7 +65,7 @@ def main(folder: str, out: str) -> None:
     )
     module = trainer.accelerator.unwrap_model(trainer.models.trained)
     before = {"policy": status(module.policy), "value": status(module.value_model)}
-    draw, sample = trainer.sample, trainer.sample
+    draw, sample = native.generate_rollout, trainer.sample
 
     def drawn(model: Any, *arguments: Any, **words: Any) -> Any:
         seen = {"policy": status(module.policy), "value": status(module.value_model)}
@@ -79,7 +80,7 @@ def main(folder: str, out: str) -> None:
         found[-1] |= {"all": len(calls) - begun, "after": status(module.policy)}
         return rollout
 
-    trainer.sample, trainer.sample = drawn, sampled  # type: ignore[method-assign]
+    native.generate_rollout, trainer.sample = drawn, sampled  # type: ignore[method-assign]
     trainer.train()
     weights = len(list(module.policy.parameters()))
     losses = [line["policy_loss"] for line in lines]

@@ -23,18 +23,18 @@ NOT_LEFT = 9  # exit code
 def keep_responses() -> None:
     """Have PPO write the ids of every response that it learns from into its run directory, one line a step."""
     from rlhf.distributed.launch_env import is_main_process
-    from rlhf.trainers.ppo.trainer import PPOTrainer
+    from rlhf.stages.ppo import RunReporter
 
-    described = PPOTrainer.describe
+    reported = RunReporter.on_step_end
 
-    def describe(self: Any, e: Any) -> Any:
+    def on_step_end(self: Any, trainer: Any, experience: Any, stats: Any) -> None:
         if is_main_process():
-            rows = zip(e.response_ids, e.response_mask, strict=True)
-            with (Path(self.config.output_dir) / RESPONSES).open("a", encoding="utf-8") as file:
+            rows = zip(experience.response_ids, experience.response_mask, strict=True)
+            with (self.directory.path / RESPONSES).open("a", encoding="utf-8") as file:
                 file.write(json.dumps([ids[mask].tolist() for ids, mask in rows]) + "\n")
-        return described(self, e)
+        reported(self, trainer, experience, stats)
 
-    PPOTrainer.describe = describe  # type: ignore[method-assign]
+    RunReporter.on_step_end = on_step_end  # type: ignore[method-assign]
 
 
 def has_left() -> None:

@@ -61,7 +61,7 @@ def test_a_killed_rank_ends_the_job_and_a_restart_goes_on(tiny_model_dir: Path, 
     assert process.returncode not in (0, 130)
     (at,) = [i for i, line in enumerate(err.splitlines()) if line.startswith("TrainingError: rank 1 ")]
     message = "\n".join(err.splitlines()[at : at + 3])
-    assert "died without a word" in message
+    assert "died without a message" in message
     assert f"last good checkpoint: {run / 'checkpoints'}/checkpoint-" in message
     assert f"to resume: rlhf sft {path} --quiet --launcher ddp --timeout 30" in message
     assert info(run)["status"] != "finished"

@@ -249,7 +249,7 @@ def test_the_message_says_who_when_and_how_to_go_on(
     report_job(job("killed", 1), run, "rlhf sft x.yaml --launcher ddp", restarts_left=0)
     said = capsys.readouterr().err
     assert "rank 1" in said
-    assert "died without a word" in said
+    assert "died without a message" in said
     assert "after step 7" in said
     assert "checkpoint-12" in said
     assert "to resume: rlhf sft x.yaml --launcher ddp" in said
