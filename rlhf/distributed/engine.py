@@ -107,7 +107,7 @@ def count_real_rows(accelerator: Any, rows: int) -> int:
 
 
 def set_process_group_timeout() -> None:
-    """Set the default process-group timeout, also for the groups that DeepSpeed makes by itself (torch's default is half
+    """Set the default process-group timeout, also for groups that DeepSpeed makes itself (torch's default is half
     an hour). Call before `init_process_group`."""
     import torch.distributed.distributed_c10d as c10d
 

@@ -230,18 +230,15 @@ def our_trainer(config: Any, report: Callable[..., None], rows: list[list[int]] 
     from rlhf.stages.lifecycle import seed_everything
     from rlhf.stages.ppo import load_components
     from rlhf.trainers.ppo.health import HealthMonitor
+    from rlhf.trainers.ppo.inputs import TokenizedPrompts
+    from tests.trainers.setup import Hooks
 
     seed_everything(config.seed, deterministic=config.deterministic)
     ready = load_components(config, Console(quiet=True))
     if rows is not None:
-        ready = replace(ready, prompts=rows, records=ready.records[: len(rows)])
-    return ready.trainer(
-        config,
-        watcher=HealthMonitor(config.watch, None, lambda text: print(text, file=sys.stderr)),
-        report=report,
-        checkpoint=lambda _: None,
-        restore=lambda _: False,
-    )
+        ready = replace(ready, prompts=TokenizedPrompts(rows, ready.prompts.records[: len(rows)]))
+    monitor = HealthMonitor(config.watch, None, lambda text: print(text, file=sys.stderr))
+    return ready.trainer(config, callbacks=[Hooks(report)], monitor=monitor, console=Console(quiet=True))
 
 
 def their_config(work: Work, make: Callable[..., Any]) -> Any:

@@ -160,11 +160,11 @@ def test_as_many_checkpoints_stay_as_are_asked_for(stage: str, full: Any, run_st
 def test_a_pause_without_a_request_does_nothing(full: Any, run_stage: Any, monkeypatch: Any, tmp_path: Path) -> None:
     """Six a step, and none of them writes: after the rollout, each of four minibatches, the end."""
     calls: list[str] = []
-    for name in ("pause", "save"):
+    for name in ("on_safe_point", "save"):
         original = getattr(PPOCheckpointer, name)
         monkeypatch.setattr(PPOCheckpointer, name, lambda *a, n=name, o=original: calls.append(n) or o(*a))
     run_stage("ppo", moved(full.configs["ppo"], tmp_path / "run"))
-    assert (calls.count("pause"), calls.count("save")) == (18, 1)
+    assert (calls.count("on_safe_point"), calls.count("save")) == (18, 1)
 
 
 @pytest.mark.parametrize("share", [0.9, 0.0])
@@ -183,4 +183,4 @@ def test_a_rollback_returns_to_regular_checkpoints_only(unhealthy: str, share: f
     """Which others there are depends on the clock."""
     settings = full.configs["ppo"] | {"saving": {"share": 0.5}, "watch": {"unhealthy": unhealthy}}
     keeper = PPOCheckpointer(PPOConfig.model_validate(settings), None, None)  # type: ignore[arg-type]
-    assert keeper.pace.share == share
+    assert keeper.interval.share == share

@@ -94,11 +94,14 @@ def test_an_interrupted_ppo_run_ends_as_an_uninterrupted_one(
     at: int, trained: Any, call_cli: Any, run_stage: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Hit at step 1 there is no checkpoint yet; at step 3 there is that of step 2."""
-    from rlhf.stages.ppo import _Reporter
+    from rlhf.stages.ppo import RunReporter
 
     config = moved(trained.configs["ppo"], tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(_Reporter, "report", interrupted_at(at, _Reporter.report, lambda _, step, *rest: step))
+        original = RunReporter.on_step_end
+        patch.setattr(
+            RunReporter, "on_step_end", interrupted_at(at, original, lambda _, trainer, *rest: trainer.state.step)
+        )
         interrupt("ppo", config, tmp_path, call_cli)
     assert not (tmp_path / "run" / "model").exists()
     out = run_stage("ppo", config)
@@ -115,7 +118,7 @@ def test_samples_are_not_written_twice(
 
     config = moved(full.configs["ppo"], tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(PPOCheckpointer, "save", interrupted_at(2, PPOCheckpointer.save, lambda _, t: t.step))
+        patch.setattr(PPOCheckpointer, "save", interrupted_at(2, PPOCheckpointer.save, lambda _, t: t.state.step))
         interrupt("ppo", config, tmp_path, call_cli)
     run_stage("ppo", config)
     ours, theirs = ((run / "samples.jsonl").read_text() for run in (tmp_path / "run", full.run("ppo")))
