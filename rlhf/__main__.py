@@ -1,4 +1,4 @@
-"""`python -m rlhf`."""
+"""Entry point of `python -m rlhf`."""
 
 from rlhf.cli.main import main
 

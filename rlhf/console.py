@@ -1,4 +1,4 @@
-"""What a person sees: notes, a progress bar with the numbers that matter, tables. One place for --quiet and --json."""
+"""Output for the user: notes, tables and progress bars. All of it follows --quiet and --json."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ NumberTable = Sequence[Sequence[str]]
 
 
 class Console:
-    """Prints for people (default), nothing but results (--quiet), or one JSON object a line (--json)."""
+    """Prints text (default), results only (--quiet), or one JSON object per line (--json); only on the main process."""
 
     def __init__(self, *, quiet: bool = False, as_json: bool = False, main: bool = True) -> None:
         self.quiet, self.as_json, self.main = quiet, as_json, main
         self._rich = RichConsole(stderr=False, highlight=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
-        """A line of information."""
+        """Print a line of information."""
         if not self.main or self.quiet:
             return
         if self.as_json:
@@ -34,7 +34,7 @@ class Console:
             self._rich.print(text, markup=False, style="dim")
 
     def title(self, text: str) -> None:
-        """The start of a stage."""
+        """Print the heading of a stage."""
         if not self.main or self.quiet:
             return
         if self.as_json:
@@ -43,7 +43,7 @@ class Console:
             self._rich.print(f"\n{text}", markup=False, style="bold")
 
     def table(self, title: str, header: Sequence[str], rows: NumberTable) -> None:
-        """A table; shown also under --quiet."""
+        """Print a table, also with --quiet."""
         if not self.main:
             return
         if self.as_json:
@@ -54,12 +54,12 @@ class Console:
             table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
         for row in rows:
             table.add_row(*row)
-        # Never narrower than its contents need: a piped table must not be cut to 80 columns.
+        # A piped table must not be cut to 80 columns.
         console = self._rich if self._rich.is_terminal else RichConsole(width=160, highlight=False)
         console.print(table)
 
     def text(self, text: str) -> None:
-        """A result that is not a table; shown also under --quiet."""
+        """Print a result that is not a table, also with --quiet."""
         if not self.main:
             return
         if self.as_json:
@@ -68,7 +68,7 @@ class Console:
             self._rich.print(text, markup=False)
 
     def paint(self, text: Text) -> None:
-        """Styled text; plain where there are no colours."""
+        """Print styled text; it is plain where the terminal has no colours."""
         if not self.main:
             return
         if self.as_json:
@@ -82,14 +82,14 @@ class Console:
 
     @contextmanager
     def progress(self, label: str, total: int, unit: str) -> Iterator[Bar]:
-        """A bar with rate, time left and chosen numbers. Without a terminal: a line now and then."""
+        """Yield a progress bar with rate, time left and metrics; without a terminal it prints a line every 10 s."""
         bar = Bar(self, label, total, unit)
         with bar:
             yield bar
 
 
 class Bar:
-    """Progress of one long piece of work."""
+    """Progress of one long task; created by `Console.progress`."""
 
     def __init__(self, console: Console, label: str, total: int, unit: str) -> None:
         self.console, self.label, self.total, self.unit = console, label, total, unit
@@ -118,7 +118,7 @@ class Bar:
             self._progress.stop()
 
     def update(self, done: int, numbers: Mapping[str, float]) -> None:
-        """Say how far the work is, with two or three numbers."""
+        """Show how many units are done, with a few metrics (name -> value)."""
         elapsed = max(time.monotonic() - self._begun, 1e-9)
         rate = done / elapsed
         words = " ".join(f"{k} {v:.3g}" for k, v in numbers.items())

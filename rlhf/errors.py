@@ -1,7 +1,7 @@
 """The errors a user can cause.
 
-Each message has four parts: what is wrong, what was found, where, and what to do. Independent problems are
-collected and reported together. `assert` is kept for the project's own invariants.
+Each message has four parts: what is wrong, what was found, where, and what to do. Independent problems are collected
+and reported together. `assert` is used for the project's own invariants only.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from collections.abc import Iterable
 
 
 class RLHFError(Exception):
-    """Base of every error that the command line turns into a message and a non-zero exit code (no traceback)."""
+    """Base class of the errors that the command line prints as a message, without a traceback, and exits non-zero."""
 
     def __init__(self, what: str, *, found: str = "", where: str = "", do: str = "") -> None:
         """Build the message `where: what (found: ...); do`.
 
         Args:
-            what: the rule that was broken, in words.
+            what: what is wrong.
             found: the offending value.
             where: file, row, config key, step or rank.
-            do: the next action for the user.
+            do: what the user can do about it.
         """
         self.what, self.found, self.where, self.do = what, found, where, do
         text = f"{where}: {what}" if where else what
@@ -43,15 +43,15 @@ class ShapeError(RLHFError):
 
 
 class CheckpointError(RLHFError):
-    """A model folder, run directory or stage hand-over is missing, damaged or does not fit."""
+    """A model folder, run directory or hand-over record is missing, damaged or does not match."""
 
 
 class TrainingError(RLHFError):
-    """An invariant broke while training (non-finite loss, wrong world size, ...)."""
+    """An invariant was broken during training (non-finite loss, wrong world size, ...)."""
 
 
 def combine_errors(kind: type[RLHFError], problems: Iterable[str]) -> RLHFError | None:
-    """One error for several independent problems, or None if there is none."""
+    """Return one error for several independent problems, or None if there are none."""
     found = list(problems)
     if not found:
         return None

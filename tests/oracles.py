@@ -123,11 +123,11 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor, prefere
     return _elementwise(one, chosen, rejected, margin, preference)
 
 
-def classification_loss(logits: Tensor, target: Tensor, several: bool, weight: Tensor) -> Tensor:
+def classification_loss(logits: Tensor, target: Tensor, multi_label: bool, weight: Tensor) -> Tensor:
     losses = []
     for z, t in zip(logits.double().tolist(), target.double().tolist(), strict=True):
         loss = 0.0
-        if several:
+        if multi_label:
             for z_n, t_n, w_n in zip(z, t, weight.tolist(), strict=True):
                 yes = math.log1p(math.exp(-abs(z_n))) + max(-z_n, 0.0)  # - log sigma(z), without overflow
                 loss += (w_n * t_n * yes + (1 - t_n) * (yes + z_n)) / len(z)  # - log sigma(-z) = - log sigma(z) + z
@@ -140,12 +140,12 @@ def classification_loss(logits: Tensor, target: Tensor, several: bool, weight: T
     return torch.tensor(losses, dtype=torch.float64)
 
 
-def balanced_weights(target: Tensor, several: bool) -> Tensor:
+def balanced_weights(target: Tensor, multi_label: bool) -> Tensor:
     rows = target.double().tolist()
     weights = []
     for n in range(len(rows[0])):
         holds = sum(row[n] for row in rows)
-        weights.append((len(rows) - holds) / holds if several else len(rows) / (len(rows[0]) * holds))
+        weights.append((len(rows) - holds) / holds if multi_label else len(rows) / (len(rows[0]) * holds))
     return torch.tensor(weights, dtype=torch.float64)
 
 

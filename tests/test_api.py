@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import rlhf
+from rlhf import version
 from rlhf.config.schema import SFTConfig
 from rlhf.errors import ConfigError
+from tests.project.code import ROOT
 from tests.stages import setup
 
 
@@ -27,6 +30,11 @@ def test_every_public_name_is_there_and_no_other() -> None:
         assert getattr(rlhf, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'PPOTrainr'"):
         rlhf.PPOTrainr  # noqa: B018
+
+
+def test_the_version_is_that_of_the_project_file() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert rlhf.__version__ == version.__version__ == project["version"]
 
 
 def test_a_stage_runs_from_a_file_and_from_a_configuration(tiny_model_dir: Path, files: Any, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`rlhf data ...`: makes the embedded world's data, and labels out of votes. Thin, as `rlhf.cli.main`."""
+"""`rlhf data ...`: commands that generate the demo's data sets, and labels from votes."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Annotated
 import typer
 
 from rlhf.cli.options import ConfigArg, JsonOpt, OverridesArg, QuietOpt
-from rlhf.cli.output import make_console
+from rlhf.cli.output import make_console, print_notes
 
 data = typer.Typer(
     name="data",
     no_args_is_help=True,
-    help="Make data: the embedded world's, and labels out of the votes of rules, functions and annotators.\n\n"
-    "  rlhf data annotators\n\n"
-    "  rlhf data weak configs/demo/experiments/weak.yaml output=labelled.jsonl",
+    help="Generate the demo's data sets, or labels from the votes of rules, functions and annotators.\n\n"
+    "\b\n  rlhf data demo\n  rlhf data weak configs/demo/experiments/weak.yaml output=labelled.jsonl",
 )
 FolderOpt = Annotated[
-    Path | None, typer.Option(help="folder to write, data/NAME by default; files of the same names are replaced")
+    Path | None,
+    typer.Option(help="folder to write into; default: data/NAME; existing files of the same names are replaced"),
 ]
-DataSeedOpt = Annotated[int, typer.Option(help="0 gives the shipped files byte for byte")]
+DataSeedOpt = Annotated[int, typer.Option(help="seed of the generator; 0 gives exactly the files that come with rlhf")]
 
 
-def _embedded(name: str, make: Callable[..., dict[str, int]], output: Path | None, seed: int) -> None:
+def _generate(name: str, make: Callable[..., dict[str, int]], output: Path | None, seed: int) -> None:
     folder = output or Path("data") / name
     for file, count in make(folder, seed=seed).items():
         typer.echo(f"{folder / file}: {count} records")
@@ -32,43 +32,66 @@ def _embedded(name: str, make: Callable[..., dict[str, int]], output: Path | Non
 
 @data.command("demo")
 def data_demo(output: FolderOpt = None, seed: DataSeedOpt = 0) -> None:
-    """Regenerate the embedded world: corpus, demonstrations, comparisons, prompts, evaluation."""
+    """Generate the data of the demo task: pretraining corpus, demonstrations, comparisons, prompts, evaluation.
+
+    \b
+      rlhf data demo --output my-demo --seed 1
+    """
     from rlhf.demo.generate import generate as make
 
-    _embedded("demo", make, output, seed)
+    _generate("demo", make, output, seed)
 
 
 @data.command("rules")
 def data_rules(output: FolderOpt = None, seed: DataSeedOpt = 0) -> None:
-    """Comparisons by answer alone, and replies with the rules that they break."""
+    """Generate comparisons judged by the answer alone, and replies labelled with the rules that they break.
+
+    The second is training data for 'rlhf classify'.
+
+    \b
+      rlhf data rules
+    """
     from rlhf.demo.rules import generate_rules as make
 
-    _embedded("rules", make, output, seed)
+    _generate("rules", make, output, seed)
 
 
 @data.command("features")
 def data_features(output: FolderOpt = None, seed: DataSeedOpt = 0) -> None:
-    """Replies with their traits, and a small, narrow task whose test set is not: what a new head is tried on."""
+    """Generate two classification tasks: traits of replies, and a small task with an out-of-distribution test set.
+
+    They are used to compare ways of fine-tuning with a new output layer.
+
+    \b
+      rlhf data features
+    """
     from rlhf.demo.features import generate_features as make
 
-    _embedded("features", make, output, seed)
+    _generate("features", make, output, seed)
 
 
 @data.command("annotators")
 def data_annotators(output: FolderOpt = None, seed: DataSeedOpt = 0) -> None:
-    """Pairs with the votes of six simulated annotators of different skill, and the truth in files beside them."""
+    """Generate pairs with the votes of six simulated annotators, and the true labels in separate files.
+
+    \b
+      rlhf data annotators
+    """
     from rlhf.demo.annotators import generate_annotators as make
 
-    _embedded("annotators", make, output, seed)
+    _generate("annotators", make, output, seed)
 
 
 @data.command("weak")
 def data_weak(
     config: ConfigArg, overrides: OverridesArg = None, quiet: QuietOpt = False, as_json: JsonOpt = False
 ) -> None:
-    """Label pairs or classes by votes: labelling functions, rules and noisy annotators, weighed by how right each is.
+    """Label pairs or classes by the votes of functions, rules and annotators, weighed by their estimated accuracy.
 
-    Writes a file that 'rlhf reward' (pairs) or 'rlhf classify' (classes) reads, and prints a table of the sources.
+    Writes a file for 'rlhf reward' (pairs) or 'rlhf classify' (classes), and prints a table of the sources.
+
+    \b
+      rlhf data weak configs/demo/experiments/weak.yaml output=labelled.jsonl
     """
     from rlhf.config.load import load_stage_config
     from rlhf.config.schema import WeakLabelConfig
@@ -76,4 +99,6 @@ def data_weak(
     loaded = load_stage_config(WeakLabelConfig, config, overrides or [])
     from rlhf.labeling.weak_labels import make_weak_labels as run_weak
 
-    run_weak(loaded.config, make_console(quiet, as_json))
+    console = make_console(quiet, as_json)
+    print_notes(loaded.notes, console)
+    run_weak(loaded.config, console)

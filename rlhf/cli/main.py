@@ -1,4 +1,4 @@
-"""The command line. Thin: a stage is imported inside its command, so help and configuration errors are instant."""
+"""The commands of `rlhf` and its entry point. Each command imports its work when it runs, so that help is instant."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 
 from rlhf.cli import options as opt
 from rlhf.cli.data import data
-from rlhf.cli.output import make_console, print_ending
+from rlhf.cli.output import explain_unforeseen, make_console, print_ending, print_notes
 from rlhf.errors import ConfigError, RLHFError
 from rlhf.runs import preemption
 from rlhf.version import __version__
@@ -23,16 +23,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="From a pretrained language model and human preferences to an aligned chat model.\n\n"
-    "The stages in order: pretrain (optional), sft, reward, ppo, evaluate; 'run' chains them, 'classify' stands "
-    "beside. Each takes a YAML file "
-    "and key=value overrides:\n\n"
-    "  rlhf run configs/demo/pipeline.yaml\n\n"
-    "  rlhf ppo configs/demo/ppo.yaml kl.target=2.5 seed=2\n\n"
-    "\b\n  accelerate launch --config_file configs/accelerate/ddp.yaml -m rlhf sft configs/demo/sft.yaml",
+    help="Turn a pretrained language model and human preferences into an aligned chat model.\n\n"
+    "Stages, in order: pretrain (optional), sft, reward, ppo, evaluate; 'run' runs them all. Each stage takes a YAML "
+    "file and key=value overrides, and writes a run directory:\n\n"
+    "\b\n"
+    "  rlhf run configs/demo/pipeline.yaml              # all stages of the demo\n"
+    "  rlhf check configs/demo/ppo.yaml                 # data, batch sizes and memory before a long run\n"
+    "  rlhf ppo configs/demo/ppo.yaml kl.target=2.5     # one stage, with an override\n"
+    "  rlhf ppo configs/demo/ppo.yaml --launcher zero3  # the same on several GPUs\n"
+    "  rlhf show configs/demo/ppo.yaml                  # every setting with its value, origin and meaning",
 )
 
-UNFORESEEN = 70  # exit code after an error that no check foresaw (sysexits.h: an internal software error)
+UNFORESEEN = 70
+"""Exit code after an error that no check foresaw (EX_SOFTWARE of sysexits.h)."""
 
 
 def _stage(
@@ -53,12 +56,14 @@ def _stage(
         raise preemption.RunStopped if code == preemption.STOPPED_EXIT_CODE else typer.Exit(code)
     if options.given:
         raise ConfigError(
-            "processes are started by a launcher",
+            "these options need a launcher, which starts the processes",
             found=" ".join(options.flags()),
             where="command line",
             do="add --launcher, e.g. --launcher ddp",
         )
-    import_module(f"rlhf.stages.{name}").run(loaded.config, make_console(quiet, as_json))
+    console = make_console(quiet, as_json)
+    print_notes(loaded.notes, console)
+    import_module(f"rlhf.stages.{name}").run(loaded.config, console)
 
 
 def _add_stage(name: str) -> None:
@@ -89,33 +94,51 @@ for _name in opt.STAGE_HELP:
 def run_command(
     config: opt.ConfigArg, overrides: opt.OverridesArg = None, quiet: opt.QuietOpt = False, as_json: opt.JsonOpt = False
 ) -> None:
-    """All stages in order. Finished stages are skipped, an interrupted one continues.
+    """Run all stages of a pipeline in order; finished stages are skipped, an interrupted one is resumed.
 
-    Overrides start with the stage: ppo.kl.target=2.5, pretrain.enabled=true, sft.launcher=ddp, seed=2.
+    Each stage takes the models of the stages before it. Overrides of a stage begin with its name.
+
+    \b
+      rlhf run configs/demo/pipeline.yaml
+      rlhf run configs/demo/pipeline.yaml seed=2 ppo.kl.target=2.5 sft.launcher=ddp pretrain.enabled=false
     """
     from rlhf.config.load import load_pipeline
 
     pipeline = load_pipeline(config, overrides or [])
     from rlhf.stages.pipeline import run as run_pipeline
 
-    run_pipeline(pipeline, make_console(quiet, as_json))
+    console = make_console(quiet, as_json)
+    print_notes(pipeline.notes, console)
+    run_pipeline(pipeline, console)
 
 
 @app.command("show")
 def show_command(
     config: opt.ConfigArg,
     overrides: opt.OverridesArg = None,
-    stage: Annotated[str | None, typer.Option(help="which stage's file it is; default: the file's name")] = None,
+    stage: Annotated[
+        str | None, typer.Option(help="stage that the file configures; default: the name of the file")
+    ] = None,
 ) -> None:
-    """Print every value of a configuration with its origin (default, file:line, command line) and meaning."""
+    """Print every value of a configuration with its origin (default, file:line or command line) and its meaning.
+
+    \b
+      rlhf show configs/demo/ppo.yaml kl.target=2.5
+      rlhf show my-run.yaml --stage ppo
+    """
     from rlhf.config.load import load_stage_config
     from rlhf.config.schema import RECIPES
     from rlhf.config.show import config_lines
 
     name = stage or config.stem
     if name not in RECIPES:
-        raise ConfigError(f"no stage called '{name}'", where=str(config), do=f"give --stage: {', '.join(RECIPES)}")
-    for line in config_lines(load_stage_config(RECIPES[name], config, overrides or [])):
+        raise ConfigError(
+            f"no stage called '{name}'", where=str(config), do=f"set --stage to one of {', '.join(RECIPES)}"
+        )
+    loaded = load_stage_config(RECIPES[name], config, overrides or [])
+    for note in loaded.notes:
+        typer.echo(note, err=True)
+    for line in config_lines(loaded):
         typer.echo(line)
 
 
@@ -123,20 +146,33 @@ def show_command(
 def check_command(
     config: opt.ConfigArg,
     overrides: opt.OverridesArg = None,
-    stage: Annotated[str | None, typer.Option(help="a stage, or pipeline; default: by the file's name")] = None,
+    stage: Annotated[
+        str | None, typer.Option(help="stage that the file configures, or pipeline; default: by the name of the file")
+    ] = None,
     launcher: opt.LauncherOpt = None,
     num_processes: opt.ProcessesOpt = None,
     num_machines: opt.MachinesOpt = None,
-    gpu_memory: Annotated[str | None, typer.Option(help="of one GPU, e.g. 80G; default: this machine's")] = None,
+    gpu_memory: Annotated[
+        str | None,
+        typer.Option(help="memory of one GPU that the run must fit into, e.g. 80G; default: that of this machine"),
+    ] = None,
     response_tokens: Annotated[
-        int | None, typer.Option(min=1, help="ppo: mean length of responses; default: of what the policy learnt to say")
+        int | None,
+        typer.Option(
+            min=1,
+            help="ppo: mean length of responses, in tokens; default: that of the replies the policy was trained on",
+        ),
     ] = None,
     quiet: opt.QuietOpt = False,
     as_json: opt.JsonOpt = False,
 ) -> None:
-    """Before a long run: batch, data, template, models that belong together, tokens, and memory of each process.
+    """Check a stage or pipeline before a long run: batch sizes, data, chat template, models, tokens, and memory.
 
-    Takes a stage's file or a pipeline's. Trains and writes nothing. Exit code 1 if something fails or does not fit.
+    Trains nothing and writes nothing. The exit code is 1 if a check fails or the run does not fit into memory.
+
+    \b
+      rlhf check configs/demo/pipeline.yaml
+      rlhf check configs/demo/ppo.yaml --launcher zero3 --num-processes 8 --gpu-memory 80G
     """
     from rlhf.preflight.check import run_preflight
 
@@ -151,29 +187,43 @@ def check_command(
 def bench_command(
     config: opt.ConfigArg,
     overrides: opt.OverridesArg = None,
-    steps: Annotated[int, typer.Option(min=1, help="steps that are measured, after one to warm up")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="number of PPO steps to measure, after one warm-up step")] = 3,
     quiet: opt.QuietOpt = False,
     as_json: opt.JsonOpt = False,
 ) -> None:
-    """Measure PPO on this machine, phase by phase, beside what the machine could do. Takes a ppo file."""
+    """Measure the speed of PPO on this machine, phase by phase, and compare it with what the hardware can do.
+
+    \b
+      rlhf bench configs/demo/ppo.yaml --steps 5
+    """
     from rlhf.config.load import load_stage_config
     from rlhf.config.schema import PPOConfig
 
     loaded = load_stage_config(PPOConfig, config, overrides or [])
     from rlhf.preflight.benchmark import run_benchmark as run_bench
 
-    run_bench(loaded.config, make_console(quiet, as_json), steps=steps)
+    console = make_console(quiet, as_json)
+    print_notes(loaded.notes, console)
+    run_bench(loaded.config, console, steps=steps)
 
 
 @app.command("inspect")
 def inspect_command(
-    run: Annotated[Path, typer.Argument(help="run directory of a ppo stage")],
-    step: Annotated[int | None, typer.Option(help="which step; default: the last one written")] = None,
-    row: Annotated[int | None, typer.Option(help="which response of the step; default: all that were written")] = None,
-    paint: Annotated[str, typer.Option(help="logprob, kl, value, advantage or reward")] = "advantage",
+    run: Annotated[Path, typer.Argument(help="run directory of a PPO run")],
+    step: Annotated[int | None, typer.Option(help="PPO step to show; default: the last one that was written")] = None,
+    row: Annotated[
+        int | None, typer.Option(help="number of the response in that step; default: all that were written")
+    ] = None,
+    paint: Annotated[
+        str, typer.Option(help="quantity that colours the tokens: logprob, kl, value, advantage or reward")
+    ] = "advantage",
     as_json: opt.JsonOpt = False,
 ) -> None:
-    """Paint the tokens of a PPO rollout by one of their numbers, and list all of them."""
+    """Show responses of a PPO run token by token: coloured by one quantity, with a table of all of them.
+
+    \b
+      rlhf inspect runs/demo/3-ppo --step 50 --paint kl
+    """
     from rlhf.reports.inspect import inspect_rollout as run_inspect
 
     run_inspect(run, make_console(False, as_json), step=step, row=row, paint=paint)
@@ -181,11 +231,17 @@ def inspect_command(
 
 @app.command("compare")
 def compare_command(
-    runs: Annotated[list[Path], typer.Argument(help="run directories of evaluate stages, or of pipelines")],
-    output: Annotated[Path | None, typer.Option(help="HTML page to write, with all runs in one picture")] = None,
+    runs: Annotated[list[Path], typer.Argument(help="run directories of evaluations or of pipelines")],
+    output: Annotated[
+        Path | None, typer.Option(help="HTML page to write, with all runs in one plot; default: none")
+    ] = None,
     as_json: opt.JsonOpt = False,
 ) -> None:
-    """Several evaluations side by side, such as the seeds of one experiment: each, their mean and the worst."""
+    """Compare evaluations, such as the seeds of one experiment: each of them, their mean and the worst.
+
+    \b
+      rlhf compare runs/seed1 runs/seed2 runs/seed3 --output seeds.html
+    """
     from rlhf.reports.compare import compare_runs as run_compare
 
     run_compare(runs, make_console(False, as_json), output=output)
@@ -196,9 +252,13 @@ def chat_command(
     model: Annotated[str, typer.Argument(help="run directory, model folder or hub id")],
     temperature: opt.TemperatureOpt = 0.7,
     max_new_tokens: opt.NewTokensOpt = 128,
-    seed: Annotated[int, typer.Option(help="seed of the replies")] = 1,
+    seed: Annotated[int, typer.Option(help="seed of the sampling")] = 1,
 ) -> None:
-    """Talk to a model in the terminal. Empty line or Ctrl-D ends; /new starts over."""
+    """Chat with a model in the terminal. An empty line or Ctrl-D ends the chat; /new starts a new conversation.
+
+    \b
+      rlhf chat runs/demo/3-ppo
+    """
     from rlhf.tools.generate import chat_in_terminal as run_chat
 
     run_chat(model, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
@@ -207,14 +267,18 @@ def chat_command(
 @app.command("generate")
 def generate_command(
     model: Annotated[str, typer.Argument(help="run directory, model folder or hub id")],
-    prompts: Annotated[str, typer.Argument(help="file of prompts (any format that PPO reads)")],
+    prompts: Annotated[str, typer.Argument(help="file of prompts, in any format that PPO reads")],
     output: Annotated[Path, typer.Argument(help="JSONL file to write; must not exist")],
     temperature: opt.TemperatureOpt = 0.7,
     max_new_tokens: opt.NewTokensOpt = 128,
-    seed: Annotated[int, typer.Option(help="seed of the replies")] = 1,
+    seed: Annotated[int, typer.Option(help="seed of the sampling")] = 1,
     quiet: opt.QuietOpt = False,
 ) -> None:
-    """Answer a file of prompts."""
+    """Generate one reply to each prompt of a file.
+
+    \b
+      rlhf generate runs/demo/3-ppo data/demo/prompts.jsonl replies.jsonl --temperature 0
+    """
     from rlhf.tools.generate import generate_file as run_generate
 
     run_generate(
@@ -230,16 +294,19 @@ def generate_command(
 
 @app.command("merge")
 def merge_command(
-    adapter: Annotated[str, typer.Argument(help="run directory or model folder of an adapter (peft.method lora, ia3)")],
+    adapter: Annotated[
+        str, typer.Argument(help="run directory or model folder of an adapter (peft.method lora or ia3)")
+    ],
     output: Annotated[Path, typer.Argument(help="folder to write; must not exist")],
     quiet: opt.QuietOpt = False,
 ) -> None:
-    """Fold an adapter into its base: plain float32 weights that transformers loads without peft.
+    """Merge an adapter into its base model: plain float32 weights that transformers loads without peft.
 
-    For serving, or to train all weights from there. Tokenizer, hand-over record, end token and, of a reward model or
-    classifier, its head come along. The folder appears only after the written model has been loaded again and has given
-    the adapter's logits.
+    The merged model can be served, or fine-tuned further with all weights. Tokenizer, hand-over record, end token and
+    the head of a reward model or classifier are copied. The folder appears only after the written model has been loaded
+    again and has reproduced the adapter's logits.
 
+    \b
       rlhf merge runs/lora/3-ppo runs/lora/assistant
     """
     from rlhf.tools.merge import merge_adapter as run_merge
@@ -251,12 +318,16 @@ def merge_command(
 def rate_command(
     model: Annotated[str, typer.Argument(help="run directory, model folder or hub id")],
     output: Annotated[Path, typer.Argument(help="JSONL file of comparisons to write; must not exist")],
-    rows: Annotated[int, typer.Option(min=1, help="prompts to ask, twice each")] = 16000,
+    rows: Annotated[int, typer.Option(min=1, help="number of prompts; the model replies to each twice")] = 16000,
     max_new_tokens: opt.NewTokensOpt = 48,
-    seed: Annotated[int, typer.Option(help="seed of prompts, replies and labels")] = 1,
+    seed: Annotated[int, typer.Option(help="seed of prompts, sampling and labels")] = 1,
     quiet: opt.QuietOpt = False,
 ) -> None:
-    """Have the demo world's simulated rater compare a model's own replies: pairs for the next reward model."""
+    """Have the demo's simulated rater compare pairs of a model's own replies, as data for the next reward model.
+
+    \b
+      rlhf rate runs/demo/1-sft on-policy.jsonl --rows 4000
+    """
     from rlhf.labeling.relabel import rate_responses as run_rate
 
     run_rate(model, output, rows=rows, max_new_tokens=max_new_tokens, seed=seed, console=make_console(quiet, False))
@@ -266,13 +337,13 @@ app.add_typer(data)
 
 
 def main() -> None:
-    """Entry point: errors a user can cause become one message and a non-zero exit code."""
+    """Run the command line; an error becomes one message on stderr and a non-zero exit code."""
     from rlhf.distributed.heartbeat import write_heartbeat
 
     preemption.handle_sigterm()
     write_heartbeat("running")
     try:
-        app(prog_name="rlhf")  # says and exits by itself on a wrong command or option
+        app(prog_name="rlhf")  # prints usage and exits by itself on a wrong command or option
     except RLHFError as error:
         write_heartbeat("refused", words=f"{type(error).__name__}: {error}")
         typer.echo(f"{type(error).__name__}: {error}", err=True)
@@ -309,33 +380,8 @@ def main() -> None:
         sys.exit(UNFORESEEN)
 
 
-def explain_unforeseen(error: Exception) -> str:
-    """Write the traceback of an error that no check foresaw to a file; returns one line that says where it is.
-
-    The file lies in the run directory if a run has begun, else in the folder for temporary files.
-    """
-    import tempfile
-    import traceback
-
-    from rlhf.runs.run_dir import RunDir
-
-    run, rank = RunDir.unfinished(), os.environ.get("RANK", "0")
-    folder = run.path if run is not None and run.path.is_dir() else None
-    trace = "".join(traceback.format_exception(error))
-    try:
-        path = (folder or Path(tempfile.gettempdir())) / f"error-rank{rank}-pid{os.getpid()}.txt"
-        path.write_text(trace, encoding="utf-8")
-    except OSError as full:
-        path = Path(f"nowhere ({full})")
-    what = str(error).strip().split("\n")[0][:300] or "no message"
-    where = f" in run {folder}" if folder is not None else ""
-    return (
-        f"InternalError{where}: {type(error).__name__}: {what}; this is a defect of rlhf or of a library, please "
-        f"report it with the full trace, which is in {path}"
-    )
-
-
 def _leave_together() -> None:
+    """Have the processes of a job leave their process groups together, so that none sees another's connection break."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from rlhf.distributed.launch_env import leave_process_groups_at_exit
 

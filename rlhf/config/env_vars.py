@@ -1,4 +1,4 @@
-"""What a launcher tells the processes that it starts, by environment variables. Imports no torch."""
+"""Environment variables by which a launcher configures the processes that it starts. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,30 +8,41 @@ from collections.abc import Iterable, Mapping
 
 from rlhf.errors import ConfigError
 
-EXPECTED_PROCESSES = "RLHF_EXPECTED_PROCESSES"  # over all machines
-TIMEOUT_VARIABLE = "RLHF_TIMEOUT"  # seconds
-HEARTBEAT_FOLDER = "RLHF_LAST_WORDS"  # folder in which each process says that it lives and how it ended
+EXPECTED_PROCESSES = "RLHF_EXPECTED_PROCESSES"
+"""Number of processes over all machines that the launcher was asked for."""
+
+TIMEOUT_VARIABLE = "RLHF_TIMEOUT"
+"""Seconds that a process waits for the others; see `timeout_seconds`."""
+
+HEARTBEAT_FOLDER = "RLHF_HEARTBEAT_FOLDER"
+"""Folder in which each process writes its heartbeats and how it ended, for the supervisor."""
+
 DEFAULT_TIMEOUT = 1800
-RENDEZVOUS_SECONDS = (
-    60  # seconds that processes have at least to start and to find each other, however short the timeout
-)
+"""Seconds."""
+
+RENDEZVOUS_SECONDS = 60
+"""Least seconds that processes have to start and to find each other, however short the timeout is."""
+
 SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_KEY|PRIVATE_KEY|AUTH", re.IGNORECASE)
 NOT_SECRET = ("TOKENIZERS_", "XAUTHORITY", "SSH_AUTH_SOCK")
 
 
 def timeout_seconds(environment: Mapping[str, str] = os.environ) -> int:
-    """How long a process waits for the others, and how long a step may take, before the job is ended.
+    """Return how many seconds a process waits for the others, and a step may take, before the job is ended.
 
-    Raises: ConfigError if RLHF_TIMEOUT is no whole number of seconds from 1 up.
+    Raises: ConfigError if RLHF_TIMEOUT is not a whole number of at least 1.
     """
     text = environment.get(TIMEOUT_VARIABLE, str(DEFAULT_TIMEOUT))
     if not text.isdigit() or int(text) < 1:
         raise ConfigError(
-            "expected whole seconds, 1 or more", found=text, where=TIMEOUT_VARIABLE, do="set it, or use --timeout"
+            "expected a number of whole seconds, 1 or more",
+            found=text,
+            where=TIMEOUT_VARIABLE,
+            do="correct the variable, or use --timeout",
         )
     return int(text)
 
 
 def secret_names(names: Iterable[str]) -> list[str]:
-    """Those of some variable names that look as if they held a credential."""
+    """Return the variable names that look as if the variable held a credential, sorted."""
     return sorted(n for n in set(names) if SECRET_NAME.search(n) and not n.startswith(NOT_SECRET))

@@ -1,4 +1,4 @@
-"""YAML and `key=value` overrides to a typed configuration, with the origin of every value.
+"""Loading of YAML files with `key=value` overrides into a typed configuration, with the origin of every value.
 
 Precedence: schema default < YAML < command line. All problems are reported at once, each with file and line.
 """
@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from rlhf.config.renamed_keys import rename_old_keys
 from rlhf.config.schema import PIPELINE_ORDER, STAGES, PipelineConfig, PipelineStage, StageConfig
 from rlhf.errors import ConfigError, combine_errors
 
@@ -30,11 +31,13 @@ class LoadedConfig(Generic[ConfigT]):
 
     config: ConfigT
     origins: Origins
+    notes: tuple[str, ...] = ()
+    """What the user should know before the run starts, such as a setting given under its old name."""
 
 
 @dataclass(frozen=True)
 class PipelineStep:
-    """One stage of a pipeline, resolved."""
+    """One enabled stage of a pipeline with its complete configuration."""
 
     name: str
     launcher: str | None
@@ -43,19 +46,24 @@ class PipelineStep:
 
 @dataclass(frozen=True)
 class ResolvedPipeline:
-    """A resolved pipeline: its own settings and its enabled stages in order."""
+    """A pipeline's own settings and its enabled stages in order."""
 
     config: PipelineConfig
     stages: tuple[PipelineStep, ...]
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The notes of all stages; each begins with the file and line that it is about."""
+        return tuple(note for stage in self.stages for note in stage.loaded.notes)
+
 
 def load_stage_config(schema: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig[ConfigT]:
-    """Read a stage's YAML file, apply overrides, validate.
+    """Read a stage's YAML file, apply overrides and validate the result.
 
     Args:
-        schema: the pydantic class of the stage.
+        schema: the configuration class of the stage.
         path: YAML file.
-        overrides: 'section.key=value' strings; values are read as YAML.
+        overrides: 'section.key=value' strings; values are parsed as YAML.
     Raises: ConfigError naming every problem with file and line.
     """
     values, origins = read_yaml(Path(path))
@@ -77,7 +85,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, stage: str |
 
 
 def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> ResolvedPipeline:
-    """Read a pipeline file and every enabled stage's file; later stages are wired to the output of earlier ones.
+    """Read a pipeline file and the file of every enabled stage; later stages read the models of earlier ones.
 
     Raises: ConfigError naming every problem of the pipeline file, or of the first stage file that has some.
     """
@@ -113,7 +121,7 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> ResolvedPi
 
 
 def pipeline_wiring(stage: str, pipeline: PipelineConfig) -> dict[str, Any]:
-    """The values that follow from a stage's place in the pipeline: seed, output folder, what earlier stages made."""
+    """Return the values that a stage takes from the pipeline: seed, output folder and models of earlier stages."""
     folder = {name: f"{pipeline.output_dir}/{i}-{name}" for i, name in enumerate(PIPELINE_ORDER)}
 
     def made(name: str) -> str | None:
@@ -142,28 +150,38 @@ def pipeline_wiring(stage: str, pipeline: PipelineConfig) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], Origins]:
-    """A YAML mapping and the file:line of each of its keys (dotted)."""
+    """Read a YAML mapping; return its values and the file:line of each of its keys (dotted).
+
+    Raises: ConfigError if the file is missing, not UTF-8, not YAML or not a mapping, or gives a key twice.
+    """
     if not path.is_file():
         near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise ConfigError(
-            "no such configuration file", where=str(path), do=f"files there: {', '.join(near)}" if near else ""
+            "no such configuration file",
+            where=str(path),
+            do=f"configuration files in that folder: {', '.join(near)}" if near else "check the path",
         )
     try:
         text = path.read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
     except UnicodeDecodeError as error:
-        raise ConfigError("not UTF-8 text", found=str(error), where=str(path)) from None
+        raise ConfigError("not UTF-8 text", found=str(error), where=str(path), do="save the file as UTF-8") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise ConfigError(
-            "not valid YAML", found=getattr(error, "problem", str(error)) or "", where=f"{path}{line}"
+            "not valid YAML",
+            found=getattr(error, "problem", str(error)) or "",
+            where=f"{path}{line}",
+            do="correct the file at this line",
         ) from None
     if values is None:
         values = {}
     if not isinstance(values, dict):
-        raise ConfigError("expected 'key: value' lines", found=type(values).__name__, where=str(path))
+        raise ConfigError(
+            "expected 'key: value' lines", found=type(values).__name__, where=str(path), do="write a YAML mapping"
+        )
     origins: Origins = {}
     if node is not None:
         _lines(node, "", str(path), origins)
@@ -173,21 +191,46 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], Origins]:
 def validate_config(
     schema: type[ConfigT], values: Mapping[str, Any], origins: Origins, where: str
 ) -> LoadedConfig[ConfigT]:
-    """Check values against a schema.
+    """Check values against a schema. Keys that were renamed are accepted under their old name, with a note.
 
+    Args:
+        schema: the pydantic class that describes the values.
+        values: nested values as read from YAML.
+        origins: dotted key -> where its value comes from.
+        where: the file to name for a problem that has no line of its own, such as a missing key.
     Raises: ConfigError with one line for each problem.
     """
+    renamed = rename_old_keys(schema, values)
+    problems = [_given_twice(old, new, origins, where) for old, new in renamed.clashes.items()]
+    notes = tuple(
+        f"{_origin(old.split('.'), origins, where)}: '{old}' is now called '{new}'; the old name still works in this "
+        "release, please change it"
+        for old, new in renamed.old_keys.items()
+    )
+    origins = _rename_origins(origins, renamed.old_keys)
     try:
-        return LoadedConfig(schema.model_validate(dict(values)), origins)
+        config = schema.model_validate(renamed.values)
+        if not problems:
+            return LoadedConfig(config, origins, notes)
     except ValidationError as error:
         errors = error.errors()
         inner = [e["loc"] for e in errors]
         # A list whose items are wrong is also reported as too short: only the items' own problems help.
         errors = [e for e in errors if not (e["type"] == "too_short" and any(_below(loc, e["loc"]) for loc in inner))]
-        problems = [_explain(schema, dict(e), origins, where) for e in errors]
+        problems += [_explain(schema, dict(e), origins, where) for e in errors]
     raised = combine_errors(ConfigError, problems)
     assert raised is not None
     raise raised
+
+
+def _given_twice(old: str, new: str, origins: Origins, where: str) -> str:
+    first, second = (_origin(key.split("."), origins, where) for key in (old, new))
+    return f"{first}: '{old}' is the old name of '{new}', which is given too (found: {second}); remove '{old}'"
+
+
+def _rename_origins(origins: Origins, old_keys: Mapping[str, str]) -> Origins:
+    """Return the origins under today's keys, so that a problem with a value names its line also under an old key."""
+    return {old_keys.get(key, key): origin for key, origin in origins.items()}
 
 
 def _below(inner: Sequence[Any], outer: Sequence[Any]) -> bool:
@@ -195,7 +238,7 @@ def _below(inner: Sequence[Any], outer: Sequence[Any]) -> bool:
 
 
 def _origin(parts: Sequence[str], origins: Origins, where: str) -> str:
-    """Origin of the longest known prefix of a dotted key, else of a key below it, else the file."""
+    """Return the origin of the longest known prefix of a dotted key, else of a key below it, else the file."""
     for n in range(len(parts), 0, -1):
         if (key := ".".join(parts[:n])) in origins:
             return origins[key]
@@ -224,7 +267,7 @@ def _explain(schema: type[BaseModel], error: dict[str, Any], origins: Origins, w
 
 
 def _valid_keys(schema: type[BaseModel], parts: Sequence[str]) -> list[str]:
-    """Field names at a dotted place inside a schema."""
+    """Return the field names of the section at a dotted place inside a schema."""
     current: Any = schema
     for part in parts:
         if isinstance(current, type) and issubclass(current, BaseModel) and part in current.model_fields:
@@ -264,13 +307,13 @@ def _apply(values: dict[str, Any], origins: Origins, overrides: Mapping[str, Any
 
 
 def _forget_below(key: str, origins: Origins) -> None:
-    """A value that is replaced whole takes the origins of its parts along."""
+    """Remove the origins of the parts of a value that was replaced as a whole."""
     for stale in [k for k in origins if k.startswith(key + ".")]:
         del origins[stale]
 
 
 def _stamp(key: str, value: Any, origin: str, origins: Origins) -> None:
-    """Give a value and all its parts one origin."""
+    """Record one origin for a value and all its parts."""
     origins[key] = origin
     if isinstance(value, dict | list):
         for part, inner in value.items() if isinstance(value, dict) else enumerate(value):
@@ -302,7 +345,7 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:
                     f"'{key}': '{'.'.join(parts[:i])}' is a list of {len(current)}",
                     found=part,
                     where=COMMAND_LINE,
-                    do="use an index",
+                    do=f"use an index below {len(current)}",
                 )
             current = current[int(part)]
         else:
@@ -312,7 +355,9 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:
     last = parts[-1]
     if isinstance(current, list):
         if not last.isdigit() or int(last) >= len(current):
-            raise ConfigError(f"'{key}': no such list item", found=last, where=COMMAND_LINE)
+            raise ConfigError(
+                f"'{key}': no such list item", found=last, where=COMMAND_LINE, do=f"use an index below {len(current)}"
+            )
         current[int(last)] = value
     else:
         current[last] = value
@@ -323,6 +368,7 @@ def _is_list(node: yaml.Node) -> bool:
 
 
 def _lines(node: yaml.Node, prefix: str, path: str, out: Origins) -> None:
+    """Collect the file:line of every key below a YAML node."""
     if isinstance(node, yaml.MappingNode):
         merges = [value for key, value in node.value if key.tag == YAML_MERGE_TAG]
         for inner in (part for value in merges for part in (value.value if _is_list(value) else [value])):

@@ -1,6 +1,7 @@
-"""Sections shared by the stages. Field descriptions are the help text of `rlhf show`.
+"""Configuration sections that several stages share. Imports no torch.
 
-Only what a user decides is a field; sizes that follow from others are methods. Importing this file imports no torch.
+A field's description is what `rlhf show` and the configuration reference print. Only what a user decides is a field;
+quantities that follow from other settings are methods.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Section(BaseModel):
-    """Frozen, unknown keys refused, numbers finite."""
+    """Base class of all sections: frozen; unknown keys and non-finite numbers are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
     @model_validator(mode="before")
     @classmethod
     def _keep_defaults(cls, values: Any) -> Any:
-        """A section that is given in part keeps what its owner set as default for the rest."""
+        """Fill a partly given inner section with the defaults that this class sets for it."""
         if not isinstance(values, dict):
             return values
         defaults = {n: f.default for n, f in cls.model_fields.items() if isinstance(f.default, BaseModel)}
@@ -34,86 +35,112 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _refuse_booleans(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse a boolean where another type is expected; pydantic would read true as 1 or 1.0."""
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError(f"expected no truth value, got {value} (YAML reads yes, no, on, off as one; quote them)")
+            raise ValueError(
+                f"expected no boolean, got {value} (YAML reads yes, no, on and off as booleans; put quotes around text)"
+            )
         return value
 
 
 Precision = Literal["auto", "native", "float32", "bfloat16"]
-PRECISION = "auto = bfloat16 on a GPU that has it; native = also on a CPU that has it (others emulate it, slowly)"
+PRECISION = (
+    "auto = bfloat16 on a GPU that supports it, else float32; native = bfloat16 also on a CPU with bfloat16 "
+    "instructions (other CPUs emulate it slowly, so they use float32)"
+)
 
 
 class Saving(Section):
-    """Checkpoints, and how a run ends that is told to."""
+    """When checkpoints are saved, how many are kept, and how long a run may take to end after SIGTERM."""
 
-    keep: Count = Field(2, description="checkpoints that stay; with patience the best one stays besides")
+    keep: Count = Field(
+        2, description="number of checkpoints kept; with early stopping the best one is kept in addition"
+    )
     share: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.02,
-        description="largest share of the time for checkpoints beyond the regular ones: cheap ones come at every "
-        "step (SFT and classifiers: at every update that is logged), dear ones seldom; 0 = regular ones only",
+        description="largest share of the training time that may be spent on checkpoints beyond the regular ones; "
+        "how often they are saved follows from how long saving takes, at most once a PPO step or, in the other stages, "
+        "once a logged update; 0 = only the regular checkpoints",
     )
-    grace: Positive = Field(
+    grace_seconds: Positive = Field(
         25.0,
-        description="seconds after SIGTERM in which a checkpoint is saved and the process ends; without a safe point "
-        "in that time it ends without one",
+        description="seconds after SIGTERM within which a checkpoint is saved at the next safe point and the process "
+        "ends; if no safe point is reached in that time, the process ends without saving",
     )
 
 
 class ModelSource(Section):
-    """Where a model comes from."""
+    """Where a model is loaded from, and how."""
 
-    path: str = Field(description="model folder (ours or any save_pretrained), a finished run, or a hub id")
-    revision: str | None = Field(None, description="commit, tag or branch of a hub id; pin it for repeatable runs")
+    path: str = Field(
+        description="model folder (written by a stage or any save_pretrained), run directory of a finished stage, or "
+        "hub id"
+    )
+    revision: str | None = Field(
+        None, description="commit, tag or branch of a hub id; set a commit to make runs repeatable"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="weights in memory; auto = float32; bfloat16 halves the memory of frozen or LoRA bases"
+        "auto",
+        description="dtype of the weights in memory; auto = float32; bfloat16 halves the memory of frozen models and "
+        "of LoRA bases",
     )
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
-        "auto", description="attention kernel; auto = transformers' choice; eager pays for bfloat16 on CPU, short rows"
+        "auto",
+        description="attention implementation; auto = the default of transformers; eager is faster for bfloat16 on a "
+        "CPU with short sequences",
     )
-    trust_remote_code: bool = Field(False, description="run Python code that comes with a hub model")
+    trust_remote_code: bool = Field(False, description="allow Python code that comes with a hub model to run")
 
 
 class Peft(Section):
-    """A small trained part beside frozen weights: LoRA (Hu et al. 2021, arXiv:2106.09685) and its variants, IA3 (Liu et
-    al. 2022, arXiv:2205.05638) or a soft prompt (Lester et al. 2021, arXiv:2104.08691)."""
+    """Parameter-efficient fine-tuning: a small trained part on top of frozen weights. LoRA (Hu et al. 2021,
+    arXiv:2106.09685) and its variants, IA3 (Liu et al. 2022, arXiv:2205.05638) or a soft prompt (Lester et al. 2021,
+    arXiv:2104.08691)."""
 
     method: Literal["none", "lora", "ia3", "prompt"] = Field(
         "none",
-        description="lora = low-rank adapters; ia3 = a factor for each key, value and feed-forward feature; prompt = "
-        "learnt embeddings before the text, SFT only; none = all weights are trained",
+        description="none = train all weights; lora = low-rank adapters; ia3 = one learned factor for each key, value "
+        "and feed-forward feature; prompt = learned embeddings in front of the text (SFT only)",
     )
-    r: Count = Field(16, description="lora: rank")
-    alpha: Positive = Field(32.0, description="lora: scale; the update is multiplied by alpha / r")
-    dropout: Unit = Field(0.0, description="lora: dropout on the adapter input; PPO needs 0")
+    r: Count = Field(16, description="lora: rank of the adapters")
+    alpha: Positive = Field(32.0, description="lora: scale; the adapter's output is multiplied by alpha / r")
+    dropout: Unit = Field(0.0, description="lora: dropout probability on the adapter's input; PPO requires 0")
     target_modules: str | tuple[str, ...] = Field(
         "all-linear",
-        description="lora: which linear layers get an adapter, ends of names or a regular expression; ia3: "
-        "all-linear = keys, values and what the feed-forward's last layer reads",
+        description="modules that get an adapter: a list of name endings, or a regular expression; all-linear = with "
+        "lora all linear layers of the trunk, with ia3 the key and value projections and the last layer of each "
+        "feed-forward block",
     )
-    rslora: bool = Field(False, description="lora: multiply by alpha / sqrt(r), for ranks above 32 (arXiv:2312.03732)")
+    rslora: bool = Field(
+        False, description="lora: multiply by alpha / sqrt(r) instead, for ranks above 32 (arXiv:2312.03732)"
+    )
     dora: bool = Field(
-        False, description="lora: the length of each weight row is learnt apart; for small ranks (arXiv:2402.09353)"
+        False,
+        description="lora: learn the norm of each weight row separately from its direction (DoRA); helps at small "
+        "ranks (arXiv:2402.09353)",
     )
     lora_plus: Positive | None = Field(
-        None, description="lora: learning rate of B is this times A's (arXiv:2402.12354 uses 16); null = the same"
+        None,
+        description="lora: ratio of the learning rate of matrix B to that of matrix A (arXiv:2402.12354 uses 16); "
+        "null = 1",
     )
-    prompt_tokens: Count = Field(20, description="prompt: how many embeddings are learnt")
+    prompt_tokens: Count = Field(20, description="prompt: number of learned embeddings")
 
     @property
     def enabled(self) -> bool:
-        """Whether the model's own weights stay frozen."""
+        """Whether the base model stays frozen and only an adapter or soft prompt is trained."""
         return self.method != "none"
 
     @model_validator(mode="after")
-    def _no_dead_setting(self) -> Peft:
-        """A setting that another method reads is a mistake, unless it says what would be anyway."""
+    def _refuse_unused_settings(self) -> Peft:
+        """Refuse a setting that the chosen method does not read, unless it has its default value."""
         for name, field in type(self).model_fields.items():
             methods = [method for method, names in READ_BY.items() if name in names]
             if name != "method" and self.method not in methods and getattr(self, name) != field.default:
                 raise ValueError(
-                    f"{name} has no effect with method={self.method}: set peft.method={' or '.join(methods)}, or take "
-                    f"{name} away"
+                    f"{name} has no effect with method={self.method}: set peft.method={' or '.join(methods)}, or "
+                    f"remove {name}"
                 )
         return self
 
@@ -123,16 +150,21 @@ READ_BY = {
     "ia3": ("target_modules",),
     "prompt": ("prompt_tokens",),
 }
-"""Which settings of `Peft` a method has."""
+"""Method -> the settings of `Peft` that it reads."""
 
 
 class Source(Section):
-    """One data set."""
+    """One data set: where it is, how its records are recognised, and how much of it is used."""
 
-    path: str = Field(description="JSONL, JSON, CSV or Parquet file (also .gz), a saved datasets folder, or a hub id")
-    split: str = Field("train", description="split of a saved folder or hub id")
-    name: str | None = Field(None, description="subset of a hub id")
-    revision: str | None = Field(None, description="commit of a hub id; required, so that runs can be repeated")
+    path: str = Field(
+        description="file (.jsonl, .json, .csv, .tsv, .parquet or .txt; text files may be gzipped), folder written by "
+        "datasets.save_to_disk, or hub id"
+    )
+    split: str = Field("train", description="split of a saved folder or hub data set")
+    name: str | None = Field(None, description="configuration (subset) of a hub data set")
+    revision: str | None = Field(
+        None, description="commit of a hub data set; required for a hub id, so that runs are repeatable"
+    )
     format: Literal[
         "auto",
         "text",
@@ -144,75 +176,129 @@ class Source(Section):
         "alpaca",
         "sharegpt",
         "transcript",
-    ] = Field("auto", description="record format; auto recognises it from the columns and says so")
-    columns: dict[str, str] = Field(default_factory=dict, description="our column name -> the file's column name")
-    weight: Positive = Field(1.0, description="share of this source in the mixture, relative to the others")
-    limit: Count | None = Field(None, description="use only the first N records after shuffling")
+    ] = Field("auto", description="record format; auto = recognised from the column names and reported")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="renames columns: name in the record contract -> name in the file"
+    )
+    weight: Positive = Field(
+        1.0,
+        description="share of this source in the mixture, relative to the other sources; equal weights = use every "
+        "record",
+    )
+    limit: Count | None = Field(
+        None, description="use at most this many records, a random sample drawn with the seed; null = all"
+    )
 
 
 class Data(Section):
     """Training and validation records of a stage."""
 
-    train: tuple[Source, ...] = Field(min_length=1, description="mixture to train on")
-    validation: tuple[Source, ...] = Field((), description="held-out records; empty = split off from train")
-    validation_fraction: Unit = Field(0.05, description="share of train split off, by prompt, if validation is empty")
-    max_length: Annotated[int, Field(ge=8)] = Field(1024, description="tokens per sequence")
+    train: tuple[Source, ...] = Field(min_length=1, description="sources of the training records")
+    validation: tuple[Source, ...] = Field(
+        (), description="sources of the held-out records; empty = a part of the training records is held out"
+    )
+    validation_fraction: Unit = Field(
+        0.05,
+        description="share of the training records to hold out if validation is empty; records with the same prompt "
+        "stay on one side; 0 = none",
+    )
+    max_length: Annotated[int, Field(ge=8)] = Field(1024, description="largest length of a sequence, in tokens")
     too_long: Literal["error", "drop", "truncate"] = Field(
-        "drop", description="what to do with a longer sequence; the share is reported either way"
+        "drop",
+        description="what happens to a longer sequence: stop with an error, drop the record, or truncate it on the "
+        "right; the share of such records is reported",
     )
     on_bad_row: Literal["error", "drop"] = Field(
-        "error", description="what to do with a row that breaks the record contract; drops are counted by reason"
+        "error",
+        description="what happens to rows that break the record contract: stop with an error that lists them, or drop "
+        "and count them by reason",
     )
-    deduplicate: bool = Field(True, description="drop exact repeats of a record")
-    loss_on: Literal["assistant", "all"] = Field("assistant", description="SFT: tokens that carry loss")
+    deduplicate: bool = Field(True, description="drop exact duplicates of a record")
+    loss_on: Literal["assistant", "all"] = Field(
+        "assistant",
+        description="SFT: tokens that the loss is computed on: the assistant's turns with their end tokens, or all "
+        "tokens",
+    )
 
 
 class Optim(Section):
-    """AdamW and its schedule. `batch_size` counts over all processes, so it does not change with their number."""
+    """AdamW and its learning-rate schedule. Batch sizes count over all processes, so that the number of processes does
+    not change the result."""
 
     learning_rate: Positive = Field(2e-5, description="peak learning rate")
-    schedule: Literal["linear", "cosine", "constant"] = Field("cosine", description="decay to 0 after the warm-up")
-    warmup_fraction: Unit = Field(0.03, description="share of all updates spent warming up")
-    weight_decay: NonNegative = Field(0.0, description="decoupled weight decay")
-    adam_beta1: Unit = Field(0.9, description="decay of the first moment")
-    adam_beta2: Unit = Field(0.999, description="decay of the second moment")
-    adam_eps: Positive = Field(1e-8, description="added to the root of the second moment")
-    max_grad_norm: Positive = Field(1.0, description="global gradient norm is clipped to this")
-    epochs: Positive = Field(1.0, description="passes over the training records")
-    max_updates: Count | None = Field(None, description="stop after this many optimizer updates")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "cosine", description="shape of the learning rate after the warm-up; linear and cosine decay to 0"
+    )
+    warmup_fraction: Unit = Field(
+        0.03, description="share of all updates in which the learning rate rises linearly from 0 to its peak"
+    )
+    weight_decay: NonNegative = Field(0.0, description="decoupled weight decay of AdamW")
+    adam_beta1: Unit = Field(0.9, description="Adam's decay rate of the first moment")
+    adam_beta2: Unit = Field(0.999, description="Adam's decay rate of the second moment")
+    adam_eps: Positive = Field(
+        1e-8, description="Adam's epsilon, added to the square root of the second moment in the denominator"
+    )
+    max_grad_norm: Positive = Field(1.0, description="gradients are clipped to this global norm")
+    epochs: Positive = Field(1.0, description="number of passes over the training records; may be a fraction")
+    max_updates: Count | None = Field(
+        None, description="stop after this many optimizer updates, if the epochs have not ended before; null = off"
+    )
     patience: Count | None = Field(
-        None, description="stop early after so many evaluations without a lower held-out loss; null = off"
+        None,
+        description="early stopping: stop after this many evaluations in a row without a lower held-out loss, and "
+        "keep the best weights; null = off",
     )
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        1.0, description="each block's learning rate is this times that of the block above it; 1 = the same for all"
+        1.0,
+        description="layer-wise learning-rate decay: each block's learning rate is this factor times that of the block "
+        "above it; 1 = the same rate for all",
     )
-    head_factor: Positive = Field(1.0, description="learning rate of a new output layer, relative to the others'")
-    precision: Precision = Field("auto", description=f"of forward and backward (weights keep theirs); {PRECISION}")
-    batch_size: Count = Field(64, description="sequences (or pairs) per optimizer update, over all processes")
-    microbatch_size: Count = Field(16, description="sequences (or pairs) per backward on one process")
+    head_factor: Positive = Field(
+        1.0,
+        description="learning rate of a new output layer (score or classification head), as a factor of the others'",
+    )
+    precision: Precision = Field(
+        "auto",
+        description=f"dtype of the forward and backward computation (trained weights keep their dtype); {PRECISION}",
+    )
+    batch_size: Count = Field(64, description="sequences (pairs for a reward model) per update, over all processes")
+    microbatch_size: Count = Field(
+        16,
+        description="largest number of sequences (or pairs) per backward pass on one process; smaller saves memory and "
+        "changes nothing else",
+    )
     activation_checkpointing: bool = Field(
-        False, description="keep only each layer's input for the backward pass: less memory, a third more work"
+        False,
+        description="keep only the input of each layer for the backward pass and recompute the rest: less memory, "
+        "about a third more computation",
     )
 
     def accumulation(self, processes: int) -> int:
-        """Backward passes per update on each process.
+        """Return the number of backward passes per update on each process.
 
-        Raises: ConfigError if batch_size is not processes x microbatch x a whole number.
+        Raises: ConfigError if the batch cannot be shared equally (see `split_batch`).
         """
         return split_batch(self.batch_size, self.microbatch_size, processes, "optim")
 
 
 def split_batch(batch: int, microbatch: int, processes: int, where: str) -> int:
-    """How many microbatches of at most `microbatch` each process runs per update; the microbatch may shrink to fit.
+    """Return how many microbatches each process runs per update.
 
-    Raises: ConfigError if the batch cannot be shared equally.
+    A process whose share of the batch is smaller than a microbatch runs its share in one.
+
+    Args:
+        batch: sequences per update, over all processes.
+        microbatch: largest number of sequences per backward pass.
+        processes: number of processes.
+        where: section of the configuration that the sizes come from, for the message.
+    Raises: ConfigError if the processes' shares differ, or a share is not a whole number of microbatches.
     """
     if batch % processes:
         near = sorted({max(1, batch // processes) * processes, (batch // processes + 1) * processes})
         raise ConfigError(
             f"batch_size {batch} cannot be shared equally by {processes} processes",
             where=f"{where}.batch_size",
-            do=f"nearest: {', '.join(map(str, near))}",
+            do=f"use one of the nearest: {', '.join(map(str, near))}",
         )
     share = batch // processes
     size = min(microbatch, share)
@@ -227,14 +313,24 @@ def split_batch(batch: int, microbatch: int, processes: int, where: str) -> int:
 
 
 class Sampling(Section):
-    """How responses are drawn. Nothing else (no generation_config of the model) changes the distribution."""
+    """How responses are sampled. The model's own generation_config is not used."""
 
-    max_new_tokens: Count = Field(256, description="longest response, in tokens")
+    max_new_tokens: Count = Field(256, description="largest length of a response, in tokens")
     min_new_tokens: Annotated[int, Field(ge=0)] = Field(
-        0, description="shortest response, end token included: it cannot be drawn before"
+        0,
+        description="smallest length of a response, in tokens, end token included; the end token cannot be sampled "
+        "before",
     )
-    stop: tuple[str, ...] = Field((), description="strings that also end a response; they stay part of it")
-    temperature: NonNegative = Field(1.0, description="logits are divided by it; 0 = greedy")
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(1.0, description="nucleus; 1 = off")
-    top_k: Annotated[int, Field(ge=0)] = Field(0, description="keep the k likeliest tokens; 0 = off")
-    batch_size: Count = Field(256, description="prompts decoded side by side on one process")
+    stop: tuple[str, ...] = Field(
+        (), description="strings that end a response, besides the end token; they remain part of the response"
+    )
+    temperature: NonNegative = Field(
+        1.0, description="logits are divided by it before the softmax; 0 = greedy decoding (the most likely token)"
+    )
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        1.0,
+        description="nucleus sampling: sample from the smallest set of most likely tokens whose probabilities sum to "
+        "at least this; 1 = off",
+    )
+    top_k: Annotated[int, Field(ge=0)] = Field(0, description="sample from the k most likely tokens only; 0 = off")
+    batch_size: Count = Field(256, description="number of prompts that one process decodes at the same time")

@@ -1,4 +1,4 @@
-"""Print a configuration with origins."""
+"""Formatting of a configuration with the origin and meaning of every value, for `rlhf show`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rlhf.config.load import LoadedConfig
 
 
 def config_lines(loaded: LoadedConfig[Any]) -> Iterator[str]:
-    """One line a value: `key = value   # origin; meaning`."""
+    """Yield one line for each value: `key = value   # origin; meaning`."""
     yield from _walk(loaded.config, "", loaded.origins)
 
 

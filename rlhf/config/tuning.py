@@ -1,4 +1,4 @@
-"""Which weights are trained, when, and at which rate. Imports no torch."""
+"""Configuration of which weights are trained, when, and at which learning rate. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ ParameterPart = Literal["embeddings", "norms", "attention", "mlp", "lm_head", "s
 RANGE = re.compile(r"(-?\d+)(?:-(-?\d+))?|(\d+)%?-(\d+)%")
 
 
-def _blocks(value: Any) -> str:
+def _block_ranges(value: Any) -> str:
+    """Return the text of a list of block ranges. Raises: ValueError if it is none."""
     text = str(value).replace(" ", "")
     wrong = [item for item in text.split(",") if not RANGE.fullmatch(item)]
     if isinstance(value, bool | float | list | dict) or wrong:
@@ -21,7 +22,8 @@ def _blocks(value: Any) -> str:
     return text
 
 
-def _some(value: Any) -> str:
+def _number_or_share(value: Any) -> str:
+    """Return the text of a number of blocks or of a share of them. Raises: ValueError if it is neither."""
     text = str(value).strip()
     share = re.fullmatch(r"(\d{1,3})%", text)
     if isinstance(value, bool) or not (text.isdigit() or (share and int(share[1]) <= 100)) or text in ("0", "0%"):
@@ -29,20 +31,30 @@ def _some(value: Any) -> str:
     return text
 
 
-Blocks = Annotated[str, BeforeValidator(_blocks)]
-Some = Annotated[str, BeforeValidator(_some)]
+BlockRanges = Annotated[str, BeforeValidator(_block_ranges)]
+NumberOrShare = Annotated[str, BeforeValidator(_number_or_share)]
 
 
 class Selection(Section):
-    """Weights of a model: what any of the fields names belongs to it."""
+    """A selection of a model's weights: the union of what its fields select. Blocks are counted from 0 at the input."""
 
-    layers: Blocks | None = Field(
-        None, description="blocks by number, both ends included: 0-7, -1 (the last), -4--1, 0,2,4; or a share: 0-50%"
+    layers: BlockRanges | None = Field(
+        None,
+        description="blocks by number, ranges include both ends: 0-7; 0,2,4; -1 (the last); -4--1 (the last four); or "
+        "a range of shares: 0-50%",
     )
-    first: Some | None = Field(None, description="so many blocks from the input, or a share of them: 4, 50%")
-    last: Some | None = Field(None, description="so many blocks from the output, or a share of them")
-    parts: tuple[ParameterPart, ...] = Field((), description="by kind, in every block and outside of them")
-    names: tuple[str, ...] = Field((), description="parameter names: globs such as '*.q_proj.*', or 're:' and a regex")
+    first: NumberOrShare | None = Field(
+        None, description="this many blocks from the input (4), or this share of all blocks (50%)"
+    )
+    last: NumberOrShare | None = Field(
+        None, description="this many blocks from the output (4), or this share of all blocks (50%)"
+    )
+    parts: tuple[ParameterPart, ...] = Field(
+        (), description="kinds of weights, inside and outside the blocks; score = the score or classification head"
+    )
+    names: tuple[str, ...] = Field(
+        (), description="parameter names: glob patterns such as '*.q_proj.*', or 're:' and a regular expression"
+    )
 
     @model_validator(mode="after")
     def _patterns_compile(self) -> Selection:
@@ -56,7 +68,7 @@ class Selection(Section):
 
     @property
     def given(self) -> bool:
-        """Whether it names anything."""
+        """Whether any field is set."""
         return bool(self.layers or self.first or self.last or self.parts or self.names)
 
 
@@ -64,84 +76,111 @@ EMPTY_SELECTION = Selection()
 
 
 class TrainedSelection(Section):
-    """What a phase trains."""
+    """The weights that a phase trains, and their learning rate."""
 
     train: Literal["all", "top-down"] | Selection = Field(
         "all",
-        description="weights trained in this phase (never those of 'freeze'); top-down: the head and the last block, "
-        "then one block more each time, until all are trained (ULMFiT, arXiv:1801.06146)",
+        description="weights trained in this phase, except those of 'freeze': all; top-down = gradual unfreezing "
+        "(ULMFiT, arXiv:1801.06146), first the head and the last block, then one more block at a time until all are "
+        "trained; or a selection",
     )
-    learning_rate: Positive | None = Field(None, description="peak rate of this phase; null = that of optim")
+    learning_rate: Positive | None = Field(None, description="peak learning rate of this phase; null = that of optim")
 
     @model_validator(mode="after")
-    def _something(self) -> TrainedSelection:
+    def _refuse_empty_selection(self) -> TrainedSelection:
         if isinstance(self.train, Selection) and not self.train.given:
-            raise ValueError("train: name what is trained, or 'all'")
+            raise ValueError("train: the selection is empty; select some weights, or set it to 'all'")
         return self
 
 
 class TrainingPhase(TrainedSelection):
-    """A stretch of training with its own trained weights and schedule. Exactly one of `epochs` and `updates`."""
+    """A phase of training with its own trained weights and schedule. Its length is exactly one of `epochs` and
+    `updates`."""
 
-    epochs: Positive | None = Field(None, description="its length (at most, with patience); of each block if top-down")
-    updates: Count | None = Field(None, description="the same, in optimizer updates")
+    epochs: Positive | None = Field(
+        None,
+        description="length of the phase in passes over the training records (the largest length, with patience); with "
+        "train=top-down the length for each block",
+    )
+    updates: Count | None = Field(None, description="length of the phase in optimizer updates, instead of epochs")
     patience: Count | None = Field(
-        None, description="ends it early after so many evaluations without a lower held-out loss; null = off"
+        None,
+        description="early stopping: end the phase after this many evaluations in a row without a lower held-out loss; "
+        "null = off",
     )
     schedule: Literal["linear", "cosine", "constant"] | None = Field(
-        None, description="decay to 0 over this phase; null = that of optim"
+        None, description="shape of the learning rate over this phase; null = that of optim"
     )
-    warmup_fraction: Unit | None = Field(None, description="share of this phase; null = that of optim")
+    warmup_fraction: Unit | None = Field(
+        None, description="share of this phase's updates used for warm-up; null = that of optim"
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingPhase:
         if (self.epochs is None) == (self.updates is None):
-            raise ValueError("a phase has a length: give exactly one of epochs and updates")
+            raise ValueError("a phase needs a length: set exactly one of epochs and updates")
         return self
 
 
 class Probe(Section):
-    """What fine-tuning costs elsewhere, measured before training and at each evaluation."""
+    """What is measured before training and at each evaluation to see forgetting and generalisation."""
 
     text: tuple[Source, ...] = Field(
         (),
-        description="text of the source domain; reward models and classifiers read it with the source's output layer",
+        description="sources of text from the pretraining domain, on which the next-token loss is measured; reward "
+        "models and classifiers use the output layer of the language model they started from",
     )
-    ood: tuple[Source, ...] = Field((), description="records like those trained on, but from another distribution")
+    ood: tuple[Source, ...] = Field(
+        (),
+        description="sources of out-of-distribution records: of the same kind as the training records, from another "
+        "distribution",
+    )
     stop_above: Positive | None = Field(
-        None, description="stop when the text costs so many nats per token more than before training; null = only say"
+        None,
+        description="stop when the loss on the text exceeds that before training by more than this, in nats per token; "
+        "null = report only",
     )
 
     @model_validator(mode="after")
-    def _stop_by_something(self) -> Probe:
+    def _require_text(self) -> Probe:
         if self.stop_above is not None and not self.text:
-            raise ValueError("stop_above: give text, which it is measured on")
+            raise ValueError("stop_above: set text, on which it is measured, or remove stop_above")
         return self
 
 
 class PPOPhase(TrainedSelection):
-    """The same inside PPO, counted in steps (rollouts)."""
+    """A phase of PPO with its own trained weights."""
 
-    steps: Count | None = Field(None, description="its length; of each block if top-down; null = the rest of the run")
+    steps: Count | None = Field(
+        None,
+        description="length of the phase in PPO steps; with train=top-down the length for each block; null = the rest "
+        "of the run",
+    )
 
 
 class Freeze(Section):
     """Weights that PPO never trains."""
 
-    policy: Selection = Field(EMPTY_SELECTION, description="of the policy")
-    value_model: Selection = Field(EMPTY_SELECTION, description="of the value model")
+    policy: Selection = Field(EMPTY_SELECTION, description="weights of the policy that are never trained")
+    value_model: Selection = Field(EMPTY_SELECTION, description="weights of the value model that are never trained")
 
 
 class Unfreeze(Section):
-    """Phases of the two models that PPO trains, each in order. Empty = all at once."""
+    """Training phases of the policy and of the value model."""
 
-    policy: tuple[PPOPhase, ...] = Field((), description="phases of the policy")
-    value_model: tuple[PPOPhase, ...] = Field((), description="phases of the value model, e.g. its head alone at first")
+    policy: tuple[PPOPhase, ...] = Field(
+        (), description="phases of the policy, in order; empty = all weights are trained throughout"
+    )
+    value_model: tuple[PPOPhase, ...] = Field(
+        (),
+        description="phases of the value model, in order, e.g. first its head alone; empty = all weights are trained "
+        "throughout",
+    )
 
     @model_validator(mode="after")
-    def _only_the_last_is_open(self) -> Unfreeze:
+    def _only_the_last_is_unbounded(self) -> Unfreeze:
         for name in ("policy", "value_model"):
             phases = getattr(self, name)
             if any(phase.steps is None for phase in phases[:-1]):
-                raise ValueError(f"{name}: only the last phase may have steps=null")
+                raise ValueError(f"{name}: only the last phase may have steps=null; set the steps of the others")
         return self

@@ -1,2 +1,2 @@
-"""Records on disk to token ids: `records` (contract), `formats` (recognise, convert), `sources` (read, mix, split),
-`render` (the only text-to-token code), `collate` (ragged rows to tensors). Importing any of them is cheap."""
+"""From records on disk to token ids: the record contract, file formats, reading, mixing, splitting, rendering with the
+chat template, and collation. It loads no model; importing any module here is fast."""

@@ -1,5 +1,7 @@
-"""Rendered records to tensors: cut to length, pad to a rectangle. Masks come from lengths, never from token ids, so a
-pad token may equal any other."""
+"""From rendered records to tensors: length limits, padding and collators.
+
+Masks are computed from lengths and never from token ids, so the pad token may equal any other token.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +15,19 @@ from torch import Tensor
 from rlhf.data.render import Rendered
 from rlhf.errors import DataError, ShapeError
 
-IGNORED_LABEL = -100  # label without loss, as in torch.nn.functional.cross_entropy
+IGNORED_LABEL = -100
+"""Label of a token without loss, the default of torch.nn.functional.cross_entropy."""
+
 TooLong = Literal["error", "drop", "truncate"]
 
 
 def loss_spans(rendered: Rendered) -> int:
-    """Runs of tokens that carry loss: what the assistant says in a turn, its end token included, is one."""
+    """Return the number of contiguous runs of tokens with loss; each assistant turn with its end token is one."""
     return sum(now and not before for before, now in zip([False, *rendered.mask], rendered.mask, strict=False))
 
 
 def mean_reply_tokens(rows: Iterable[Rendered]) -> float | None:
-    """Mean tokens of a reply; None if there is none."""
+    """Return the mean number of tokens of the assistant turns with loss, or None if there are none."""
     counts = [(sum(row.mask), loss_spans(row)) for row in rows]
     number = sum(n for _, n in counts)
     return sum(tokens for tokens, _ in counts) / number if number else None
@@ -31,7 +35,7 @@ def mean_reply_tokens(rows: Iterable[Rendered]) -> float | None:
 
 @dataclass
 class LengthReport:
-    """Counts of records (a pair is one) that `fit` and `fit_pair` saw."""
+    """Counts of the records (a pair counts as one) that `fit_to_length` and `fit_pair_to_length` were given."""
 
     total: int = 0
     too_long: int = 0
@@ -40,7 +44,7 @@ class LengthReport:
     longest: int = 0  # tokens
 
     def text(self, max_length: int) -> str:
-        """One line: "12 of 400 records (3.0 %) are longer than 256 tokens (longest 812): 10 truncated, 2 dropped"."""
+        """Return the counts as one line: "12 of 400 records (3.0 %) are longer than 256 tokens (longest 812): ..."."""
         share = 100.0 * self.too_long / max(1, self.total)
         return (
             f"{self.too_long} of {self.total} records ({share:.1f} %) are longer than {max_length} tokens "
@@ -51,10 +55,16 @@ class LengthReport:
 def fit_to_length(
     rendered: Rendered, max_length: int, too_long: TooLong, report: LengthReport | None = None, *, where: str = ""
 ) -> Rendered | None:
-    """`rendered` if it has at most `max_length` tokens; else as `too_long` says. Truncation keeps the left part.
+    """Return the record if it has at most `max_length` tokens, else treat it as `too_long` says.
 
-    Returns: None if the record is dropped, also when truncation left no token that carries loss.
-    Raises: DataError with too_long="error".
+    Args:
+        rendered: the record's token ids and loss mask.
+        max_length: tokens.
+        too_long: "error", "drop", or "truncate", which keeps the first `max_length` tokens.
+        report: counts to update.
+        where: place of the record, for the message.
+    Returns: the record; None if it is dropped, also if truncation would leave no token with loss.
+    Raises: DataError if it is too long and too_long is "error".
     """
     fitted = _fit((rendered,), max_length, too_long, report or LengthReport(), where)
     return fitted[0] if fitted else None
@@ -69,7 +79,10 @@ def fit_pair_to_length(
     *,
     where: str = "",
 ) -> tuple[Rendered, Rendered] | None:
-    """As `fit` for the two sides of a comparison: both or neither; a pair that truncation makes equal is dropped."""
+    """Apply `fit_to_length` to the two sides of a comparison together.
+
+    Both sides are kept or neither; a pair that truncation would make equal is dropped.
+    """
     fitted = _fit((chosen, rejected), max_length, too_long, report or LengthReport(), where)
     return (fitted[0], fitted[1]) if fitted else None
 
@@ -100,20 +113,20 @@ def _fit(
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Prompts, which must end where generation starts.
+    """Pad prompts on the left, so that they all end where generation starts.
 
     Example: pad_left([[5], [6, 7]], 0) -> [[0, 5], [6, 7]], [[F, T], [T, T]]
     Args:
-        rows: B rows of token ids, none empty.
-        pad_id: fills the rest.
-    Returns: ids [B, P] int64 and mask [B, P] bool, P the longest row.
+        rows: B rows of token ids, none of them empty.
+        pad_id: id that fills the shorter rows.
+    Returns: ids [B, P] int64 and mask [B, P] bool (True on tokens), where P is the length of the longest row.
     Raises: ShapeError if there are no rows or one is empty.
     """
     return _pad(rows, pad_id, left=True)
 
 
 def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Responses and whole sequences. As `pad_left`, filled on the right: ids [B, T] int64 and mask [B, T] bool."""
+    """Pad responses or whole sequences on the right; otherwise as `pad_left`: ids [B, T] int64 and mask [B, T] bool."""
     return _pad(rows, pad_id, left=False)
 
 
@@ -121,7 +134,9 @@ def _pad(rows: Sequence[Sequence[int]], pad_id: int, *, left: bool) -> tuple[Ten
     empty = [i for i, row in enumerate(rows) if len(row) == 0]
     if not rows or empty:
         raise ShapeError(
-            "every row of a batch needs a token", found=f"{len(rows)} rows, empty: {empty[:8]}", where="pad"
+            "a batch needs at least one row, and every row at least one token",
+            found=f"{len(rows)} rows, empty: {empty[:8]}",
+            where="pad",
         )
     width = max(len(row) for row in rows)
     ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
@@ -135,7 +150,7 @@ def _pad(rows: Sequence[Sequence[int]], pad_id: int, *, left: bool) -> tuple[Ten
 
 @dataclass(frozen=True)
 class PairCollator:
-    """Comparisons for a `transformers` Trainer."""
+    """Collator of tokenized comparisons for a `transformers` Trainer."""
 
     pad_id: int
 
@@ -143,7 +158,8 @@ class PairCollator:
         """Collate B pairs.
 
         Args:
-            features: "chosen_ids", "rejected_ids", "preference" (P(chosen is better)) and, in all or none, "margin".
+            features: B mappings with "chosen_ids", "rejected_ids", "preference" (P(chosen is better)) and, in all or
+                none of them, "margin".
         Returns: "input_ids" [2B, T] int64, the B chosen rows first, then the B rejected; "attention_mask" [2B, T]
             int64; "preference" [B] float32; "margin" [B] float32 if given.
         Raises: ShapeError for an empty row, or if only some pairs have a margin.
@@ -166,7 +182,7 @@ class PairCollator:
 
 @dataclass(frozen=True)
 class DemonstrationCollator:
-    """Demonstrations and documents for a `transformers` Trainer."""
+    """Collator of tokenized demonstrations and documents for a `transformers` Trainer."""
 
     pad_id: int
 
@@ -174,7 +190,8 @@ class DemonstrationCollator:
         """Collate B sequences.
 
         Args:
-            features: "input_ids", and "labels" of the same length: the id where it carries loss, -100 elsewhere.
+            features: B mappings with "input_ids", and "labels" of the same length: the id of a token with loss, -100
+                elsewhere.
         Returns: "input_ids", "attention_mask", "labels", each [B, T] int64, right-padded; labels are -100 on padding.
         Raises: ShapeError for an empty row, or labels of another length.
         """

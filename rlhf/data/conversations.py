@@ -1,4 +1,4 @@
-"""Conversations as files hold them (lists of turns, transcripts) to messages. Roles are checked later, by `records`."""
+"""Parsing of conversations in data files (lists of turns, transcripts) into messages; `records` checks their roles."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ _TAG = re.compile(r"(?<!\w)(?:Human|Assistant):")
 
 
 def read_turns(value: Any, name: str, where: str) -> Messages:
-    """A list of {role, content} or {from, value}; JSON text of such a list, which CSV needs, is read too."""
+    """Return the messages of a list of {role, content} or {from, value}, or of JSON text of such a list (as in CSV).
+
+    Raises: BadRow if it is not a list, or a turn has other keys.
+    """
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
@@ -40,12 +43,15 @@ def read_turns(value: Any, name: str, where: str) -> Messages:
 
 
 def is_transcript(text: str) -> bool:
-    """Whether a text holds speaker tags of a conversation."""
+    """Return whether a text is a transcript with the speaker tags Human: and Assistant:."""
     return text.lstrip("\n").startswith(("Human:", "Assistant:")) and "\n\nAssistant:" in text
 
 
 def read_transcript(text: Any, where: str) -> Messages:
-    """'\\n\\nHuman: a\\n\\nAssistant: b' to messages; blanks around a turn are notation and are removed."""
+    """Return the messages of a transcript such as '\\n\\nHuman: a\\n\\nAssistant: b'; blanks around turns are removed.
+
+    Raises: BadRow if it is not text, does not begin with a speaker tag, or has a tag inside a turn.
+    """
     check_string(text, "transcript", where, empty="empty prompt")
     before, *parts = _TURN.split("\n\n" + text.lstrip("\n"))
     if before.strip() or not parts:

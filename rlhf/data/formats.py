@@ -1,5 +1,7 @@
-"""File formats: recognise one from the column names, and convert a row of it to a record. Nothing is guessed silently:
-when no format fits, or more than one does, the user is asked for `columns:` or `format:`."""
+"""File formats: recognition from the column names, and conversion of rows to records.
+
+Nothing is guessed silently: if no format fits, or more than one does, the error asks for `columns:` or `format:`.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,8 @@ from rlhf.errors import DataError
 RecordKind = Literal["text", "demonstration", "comparison", "prompt", "document", "labelled"]
 SourceRow = Mapping[str, Any]
 
-# Columns that a format needs, by what is to be read from it. "document" is text or demonstration.
-_TALK: dict[str, tuple[str, ...]] = {
+# Kind of record -> format -> the columns that it needs. "document" is text or demonstration.
+_CONVERSATION: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
     "prompt-completion": ("prompt", "completion"),
     "alpaca": ("instruction", "output"),
@@ -45,10 +47,10 @@ _PAIR: dict[str, tuple[str, ...]] = {
 }
 FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
     "text": {"text": ("text",)},
-    "demonstration": _TALK,
-    "document": {"text": ("text",)} | _TALK,
+    "demonstration": _CONVERSATION,
+    "document": {"text": ("text",)} | _CONVERSATION,
     "comparison": _PAIR,
-    "labelled": {name: (*need, "label") for name, need in ({"text": ("text",)} | _TALK).items()},
+    "labelled": {name: (*need, "label") for name, need in ({"text": ("text",)} | _CONVERSATION).items()},
     "prompt": {
         "prompt": ("prompt",),
         "messages": ("messages",),
@@ -58,20 +60,26 @@ FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
         "implicit-preference": ("chosen", "rejected"),
     },
 }
-# Accepted when `format` names them; recognition has no need of them or could not tell them apart.
+# Formats that are accepted if `format` names them but not recognised, because their columns do not identify them.
 _BY_NAME: dict[str, dict[str, tuple[str, ...]]] = {
     "comparison": {"transcript": ("chosen", "rejected")},
     "prompt": {"preference": ("prompt",), "prompt-completion": ("prompt",)},
 }
-# chosen/rejected hold the prompt only if nothing else does.
+# If one of these columns exists, it holds the prompt, and chosen and rejected hold responses only.
 _PROMPT_COLUMNS = {"prompt", "instruction"}
 _NOT_EXTRA = {"prompt", "chosen", "rejected", "instruction", "input", "preference", "margin"}
 
 
 def recognise_format(columns: Iterable[str], kind: str, where: str = "") -> str:
-    """Name of the one format whose columns are all there. One that needs a strict subset of another's gives way to it.
+    """Return the name of the format whose columns all exist.
 
-    Raises: DataError listing the columns found and the formats known, if none or several fit.
+    A format whose columns are a strict subset of another fitting format's is not considered.
+
+    Args:
+        columns: names of the columns that are not empty.
+        kind: kind of record wanted.
+        where: the source, for the message.
+    Raises: DataError that lists the columns found and the known formats, if no format or more than one fits.
     """
     names = set(columns)
     fits = {name: set(need) for name, need in FORMATS[kind].items() if set(need) <= names}
@@ -91,12 +99,12 @@ def recognise_format(columns: Iterable[str], kind: str, where: str = "") -> str:
 
 
 def check_format(name: str, columns: Iterable[str], kind: str, where: str = "") -> str:
-    """Return `name` if that format serves `kind` and its columns are there. Raises: DataError otherwise."""
+    """Return `name` if that format gives records of this kind and its columns exist. Raises: DataError otherwise."""
     known = FORMATS[kind] | _BY_NAME.get(kind, {})
     names = set(columns)
     if name not in known:
         raise DataError(
-            f"format '{name}' cannot give a {kind}", where=where, do=f"formats that can: {', '.join(sorted(known))}"
+            f"format '{name}' cannot give a {kind}", where=where, do=f"use one of {', '.join(sorted(known))}"
         )
     missing = [column for column in known[name] if column not in names]
     if missing:
@@ -104,13 +112,13 @@ def check_format(name: str, columns: Iterable[str], kind: str, where: str = "") 
             f"format '{name}' needs the column(s) {', '.join(missing)}",
             found=f"columns {_listed(names)}",
             where=where,
-            do=f"name the file's columns, e.g. columns: {{{missing[0]}: THEIR_NAME}}",
+            do=f"name the file's columns, e.g. columns: {{{missing[0]}: NAME_IN_THE_FILE}}",
         )
     return name
 
 
 def describe_format(name: str, columns: Iterable[str], kind: str, *, recognised: bool) -> str:
-    """For the notes: the format, what it was recognised from, and what becomes of the other columns."""
+    """Return a note: the format, the columns it was recognised from, and what happens to the other columns."""
     need = (FORMATS[kind] | _BY_NAME.get(kind, {}))[name]
     text = f"format {name}"
     if recognised:
@@ -129,7 +137,7 @@ def _no_fit(names: set[str], kind: str, where: str) -> DataError:
         f"no format of the kind '{kind}' fits",
         found=f"columns {_listed(names)}",
         where=where,
-        do=f"known: {known}. Name the file's columns, e.g. columns: {{{ours}: THEIR_NAME}}",
+        do=f"known: {known}. Name the file's columns, e.g. columns: {{{ours}: NAME_IN_THE_FILE}}",
     )
 
 
@@ -138,7 +146,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def rename_columns(row: Any, columns: Mapping[str, str]) -> Any:
-    """Our names for the mapped columns; a column that already has such a name is shadowed."""
+    """Return the row with columns renamed (contract name -> name in the file); a column of that name is replaced."""
     if not columns or not isinstance(row, Mapping):
         return row
     taken = set(columns) | set(columns.values())
@@ -147,28 +155,28 @@ def rename_columns(row: Any, columns: Mapping[str, str]) -> Any:
 
 
 def convert_row(row: SourceRow, format: str, kind: str, where: str) -> Record:
-    """One row, its columns already renamed to ours, to a checked record.
+    """Convert one row to a checked record.
 
     Args:
-        row: column -> value.
-        format: a name that `recognise` or `check_format` returned for this kind.
-        kind: what is wanted.
-        where: e.g. "data/x.jsonl row 118".
-    Raises: BadRow (a DataError) with the reason, if the row breaks the contract.
+        row: column -> value, with columns already renamed by `rename_columns`.
+        format: a name that `recognise_format` or `check_format` returned for this kind.
+        kind: kind of record wanted.
+        where: place of the row, e.g. "data/x.jsonl row 118".
+    Raises: BadRow (a DataError) with the reason, if the row breaks the record contract.
     """
     if kind == "labelled":
         if format == "text":
-            said: str | Messages = check_string(_get(row, "text", where), "text", where, empty="empty text")
+            content: str | Messages = check_string(_get(row, "text", where), "text", where, empty="empty text")
         else:
-            said = _TALKERS[format](row, where)
-        return check_labelled(Labelled(said, _labels(_get(row, "label", where), where), where))
+            content = _READERS[format](row, where)
+        return check_labelled(Labelled(content, _labels(_get(row, "label", where), where), where))
     if format == "text":
         return check_text(Text(_get(row, "text", where), where))
     if kind == "comparison":
         return _comparison(row, format, where)
     if kind == "prompt":
         return check_prompt(Prompt(_prompt_only(row, format, where), where, dict(row)))
-    return check_demonstration(Demonstration(_TALKERS[format](row, where), where))
+    return check_demonstration(Demonstration(_READERS[format](row, where), where))
 
 
 def _comparison(row: SourceRow, format: str, where: str) -> Comparison:
@@ -194,7 +202,7 @@ def _comparison(row: SourceRow, format: str, where: str) -> Comparison:
 
 
 def _shared_prompt(row: SourceRow, format: str, where: str) -> tuple[Messages, str, str]:
-    """Both sides hold the whole conversation: the common part is the prompt, the last turn the response."""
+    """Return prompt and responses of two whole conversations: all turns but the last are the prompt."""
     sides: list[Messages] = []
     for name in ("chosen", "rejected"):
         value = _get(row, name, where)
@@ -205,7 +213,7 @@ def _shared_prompt(row: SourceRow, format: str, where: str) -> tuple[Messages, s
                 "no prompt",
                 f"'{name}' is plain text and there is no prompt",
                 where=where,
-                do=f"name the prompt column, e.g. columns: {{prompt: THEIR_NAME}}; otherwise {FIX_OR_DROP}",
+                do=f"name the prompt column, e.g. columns: {{prompt: NAME_IN_THE_FILE}}; otherwise {FIX_OR_DROP}",
             )
         turns = read_transcript(value, where) if isinstance(value, str) else read_turns(value, name, where)
         if len(turns) < 2 or turns[-1]["role"] != "assistant":
@@ -217,14 +225,14 @@ def _shared_prompt(row: SourceRow, format: str, where: str) -> tuple[Messages, s
 
 
 def _prompt_only(row: SourceRow, format: str, where: str) -> Messages:
-    """The messages up to the last user turn."""
+    """Return the messages up to the last user turn."""
     if format == "implicit-preference":
         return _shared_prompt(row, format, where)[0]
     if format == "alpaca":
         return _instruction(row, where)
     if format in ("prompt", "preference", "prompt-completion"):
         return _prompt(row, where)
-    messages = _TALKERS[format](row, where)
+    messages = _READERS[format](row, where)
     return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
 
 
@@ -235,7 +243,7 @@ def _prompt_completion(row: SourceRow, where: str) -> Messages:
     return [*prompt, {"role": "assistant", "content": completion}]
 
 
-_TALKERS: dict[str, Callable[[SourceRow, str], Messages]] = {
+_READERS: dict[str, Callable[[SourceRow, str], Messages]] = {
     "messages": lambda row, where: read_turns(_get(row, "messages", where), "messages", where),
     "sharegpt": lambda row, where: read_turns(_get(row, "conversations", where), "conversations", where),
     "transcript": lambda row, where: read_transcript(_get(row, "transcript", where), where),
@@ -267,7 +275,7 @@ def _prompt(row: SourceRow, where: str, *, transcript: bool = False) -> Messages
 
 
 def _instruction(row: SourceRow, where: str) -> Messages:
-    """Alpaca: the instruction, then after a blank line the input, if there is one."""
+    """Return the prompt of an Alpaca row: the instruction and, after a blank line, the input if there is one."""
     text = check_string(_get(row, "instruction", where), "instruction", where, empty="empty prompt")
     given = row.get("input")
     if given is None or given == "":
@@ -278,7 +286,7 @@ def _instruction(row: SourceRow, where: str) -> Messages:
 
 
 def _reply(row: SourceRow, name: str, prompt: Messages, where: str) -> Any:
-    """Text of one response, given as text, as one assistant turn, or as the prompt followed by one assistant turn."""
+    """Return the text of a response given as text, as an assistant turn, or as the prompt and an assistant turn."""
     value = _get(row, name, where)
     if isinstance(value, str) and value.startswith("\n\nHuman:"):
         value = read_transcript(value, where)
@@ -300,7 +308,10 @@ def _get(row: SourceRow, name: str, where: str) -> Any:
 
 
 def _labels(value: Any, where: str) -> dict[str, float]:
-    """One label, a list of those that hold, or {label: probability}; a table's cell holds the last two as JSON text."""
+    """Return label -> probability from one label, a list of labels that hold, or {label: probability}.
+
+    A cell of a table holds the last two as JSON text.
+    """
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         try:
             value = json.loads(value)
@@ -310,13 +321,13 @@ def _labels(value: Any, where: str) -> dict[str, float]:
         return {str(name): _number(p) for name, p in value.items() if p is not None}
     names = value if isinstance(value, list | tuple) else [value]
     if not all(isinstance(name, str | int) and not isinstance(name, bool) for name in names):
-        what = "a label is text or a whole number; several are a list, probabilities a mapping"
+        what = "'label' must be a label (text or a whole number), a list of labels, or a mapping label -> probability"
         raise BadRow("broken label", what, found=f"{value!r:.40}", where=where)
     return {str(name): 1.0 for name in names}
 
 
 def _number(value: Any) -> Any:
-    """Cells of a table are text; an empty one means not stated. Anything that is no number is left for the check."""
+    """Return the number in a table cell, None for an empty cell, any other value unchanged (it is checked later)."""
     if isinstance(value, str):
         try:
             return float(value) if value.strip() else None

@@ -1,6 +1,6 @@
-"""The record contract: what one example is after reading, whatever file format it came from.
+"""The record contract: the types of training examples after reading, whatever file format they came from, and checks.
 
-Every record says where it came from (`where`, e.g. "data/x.jsonl row 118"). Fingerprints and duplicate detection ignore
+Every record names its origin in `where`, e.g. "data/x.jsonl row 118". Fingerprints and duplicate detection ignore
 `where`, so that moving a file changes nothing.
 """
 
@@ -16,7 +16,9 @@ from rlhf.errors import DataError
 
 Messages = list[dict[str, str]]
 ROLES = ("system", "user", "assistant")
-MAX_ROWS_SHOWN = 20  # bad rows spelt out in one error
+MAX_ROWS_SHOWN = 20
+"""Largest number of bad rows that one error describes individually."""
+
 FIX_OR_DROP = "fix or remove the row, or set data.on_bad_row=drop"
 
 
@@ -24,7 +26,7 @@ class BadRow(DataError):
     """One row breaks the record contract. `reason` is the short name under which dropped rows are counted."""
 
     def __init__(self, reason: str, what: str, *, found: str = "", where: str = "", do: str = FIX_OR_DROP) -> None:
-        """Args as for DataError, after `reason`, e.g. "empty response"."""
+        """Build the message as `DataError` does; `reason` comes in addition, e.g. "empty response"."""
         super().__init__(what, found=found, where=where, do=do)
         self.reason = reason
 
@@ -52,9 +54,9 @@ class Comparison:
     Attributes:
         prompt: messages that end with a user turn.
         chosen, rejected: text of the two assistant turns.
-        preference: P(chosen is better), in [0, 1]; 0.5 = tie; below 0.5 the label is turned round.
-        margin: how much better, in units of the score; None = not stated.
-        extra: every column that the contract does not know (annotator, group, ranking, ...).
+        preference: P(chosen is better), in [0, 1]; 0.5 is a tie; below 0.5 `rejected` is the better one.
+        margin: how much better, in score units; None if the data does not say.
+        extra: all columns that the contract does not know (annotator, group, ranking, ...).
     """
 
     prompt: Messages
@@ -68,7 +70,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Messages that end with a user turn. `record` is the whole source row, for judges and reward functions."""
+    """A prompt: messages that end with a user turn. `record` is the whole row, for judges and reward functions."""
 
     messages: Messages
     where: str
@@ -77,11 +79,11 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Labelled:
-    """A document or a conversation with what is known about its labels.
+    """A document or a conversation with labels.
 
     Attributes:
-        content: text, or messages that end with the turn that the labels are about.
-        labels: label -> P(it holds), in [0, 1]; labels that are not named do not hold.
+        content: text, or messages that end with the turn that the labels describe.
+        labels: label -> probability that it holds, in [0, 1]; labels that are not named have probability 0.
     """
 
     content: str | Messages
@@ -94,16 +96,16 @@ Record = Text | Demonstration | Comparison | Prompt | Labelled
 
 @dataclass(frozen=True)
 class RecordSet:
-    """What `load_records` returns.
+    """Records that are ready for a stage, as `load_records` returns them.
 
     Attributes:
-        records: in their final, seeded order.
-        fingerprint: 16 hex digits over the content of the records in that order.
-        notes: lines for people: what was recognised, used, dropped and why.
-        dropped: reason -> number of rows, "duplicate" included.
+        records: all of the record type that was asked for, in their final, seeded order.
+        fingerprint: 16 hex digits of a hash of the records' content in that order.
+        notes: lines for the user: the format recognised, and how many records were used and dropped, and why.
+        dropped: reason -> number of rows dropped, "duplicate" included.
     """
 
-    records: tuple[Any, ...]  # all of the one record type that was asked for
+    records: tuple[Any, ...]
     fingerprint: str
     notes: tuple[str, ...] = ()
     dropped: dict[str, int] = field(default_factory=dict)
@@ -113,8 +115,13 @@ class RecordSet:
 
 
 def check_string(value: Any, name: str, where: str, *, empty: str) -> str:
-    """Return `value` if it is a non-blank, encodable string.
+    """Return `value` if it is a string that is not blank and can be encoded as UTF-8.
 
+    Args:
+        value: the value to check.
+        name: what it is called in the message.
+        where: its place.
+        empty: reason for a blank string.
     Raises: BadRow with reason "<name> is not text", `empty` or "broken unicode".
     """
     if not isinstance(value, str):
@@ -126,7 +133,7 @@ def check_string(value: Any, name: str, where: str, *, empty: str) -> str:
     except UnicodeEncodeError as exc:
         raise BadRow(
             "broken unicode",
-            f"{name} holds half of a surrogate pair at character {exc.start}",
+            f"{name} contains half of a surrogate pair at character {exc.start}",
             found=ascii(value[max(0, exc.start - 10) : exc.end + 10]),
             where=where,
         ) from None
@@ -134,8 +141,12 @@ def check_string(value: Any, name: str, where: str, *, empty: str) -> str:
 
 
 def check_turns(messages: Messages, where: str, *, last: str) -> None:
-    """Check roles, their order and the content of every turn; `last` is the role that must come last.
+    """Check the roles, their order and the content of every turn.
 
+    Args:
+        messages: the conversation.
+        where: its place.
+        last: role that the last turn must have.
     Raises: BadRow with reason "role order", "unknown role", "empty prompt", "empty response" or "... is not text".
     """
     if not messages:
@@ -162,25 +173,29 @@ def check_turns(messages: Messages, where: str, *, last: str) -> None:
 
 
 def check_text(record: Text) -> Text:
-    """Raises: BadRow if the document is no text or blank."""
+    """Return the document. Raises: BadRow if it is not text, or blank."""
     check_string(record.text, "text", record.where, empty="empty text")
     return record
 
 
 def check_demonstration(record: Demonstration) -> Demonstration:
-    """Raises: BadRow unless the turns are well formed and end with the assistant."""
+    """Return the demonstration. Raises: BadRow if the turns are malformed or the assistant is not last."""
     check_turns(record.messages, record.where, last="assistant")
     return record
 
 
 def check_prompt(record: Prompt) -> Prompt:
-    """Raises: BadRow unless the turns are well formed and end with the user."""
+    """Return the prompt. Raises: BadRow if the turns are malformed or the user is not last."""
     check_turns(record.messages, record.where, last="user")
     return record
 
 
 def check_comparison(record: Comparison) -> Comparison:
-    """Raises: BadRow for a malformed prompt, an empty or non-text response, a bad number, or identical responses."""
+    """Return the comparison.
+
+    Raises: BadRow for a malformed prompt, an empty or non-text response, a preference or margin that is not a number in
+        its range, or identical responses.
+    """
     where = record.where
     check_turns(record.prompt, where, last="user")
     for name in ("chosen", "rejected"):
@@ -196,13 +211,16 @@ def check_comparison(record: Comparison) -> Comparison:
             "identical responses",
             "'chosen' and 'rejected' are identical",
             where=where,
-            do=f"a tie is written as preference 0.5; otherwise {FIX_OR_DROP}",
+            do=f"if it is a tie, give it preference 0.5; otherwise {FIX_OR_DROP}",
         )
     return record
 
 
 def check_labelled(record: Labelled) -> Labelled:
-    """Raises: BadRow for a malformed content, a blank label or a probability outside [0, 1]."""
+    """Return the labelled record.
+
+    Raises: BadRow for malformed content, a blank label or a probability outside [0, 1].
+    """
     where = record.where
     if isinstance(record.content, str):
         check_string(record.content, "text", where, empty="empty text")
@@ -211,7 +229,7 @@ def check_labelled(record: Labelled) -> Labelled:
     for name, p in record.labels.items():
         check_string(name, "label", where, empty="empty label")
         if not (_is_number(p) and 0.0 <= p <= 1.0):
-            what = f"label '{name}' must hold with a probability in [0, 1]"
+            what = f"the probability of label '{name}' must be a number in [0, 1]"
             raise BadRow("probability outside [0, 1]", what, found=_short(p), where=where)
     return record
 
@@ -226,7 +244,7 @@ def _short(value: Any) -> str:
 
 
 def describe_bad_rows(bad: Sequence[BadRow]) -> list[str]:
-    """The first bad rows in words; the remedy that all share comes once."""
+    """Return one line for each of the first bad rows, and a last line with their number, reasons and remedy."""
     if len(bad) < 2:
         return [str(row) for row in bad]
     lines = [
@@ -241,5 +259,5 @@ def describe_bad_rows(bad: Sequence[BadRow]) -> list[str]:
 
 
 def count_reasons(bad: Sequence[BadRow]) -> str:
-    """Counts by reason, the commonest first."""
+    """Return the number of rows for each reason as text, the most frequent reason first."""
     return ", ".join(f"{n} {reason}" for reason, n in Counter(row.reason for row in bad).most_common())

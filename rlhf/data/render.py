@@ -1,13 +1,13 @@
-"""Text to token ids: the only place where it happens, so that SFT, reward model and rollouts see the same tokens.
+"""Rendering of conversations and texts to token ids. No other module does it, so that all stages see the same tokens.
 
-A conversation is cut at its assistant turns. What lies between is rendered by the chat template and tokenised on its
-own; a response is its text plus the end token. So a conversation equals prompt + response by construction:
+A conversation is split at its assistant turns. The text between them is rendered by the chat template and tokenized
+separately; a response is its text plus the end token. So a conversation equals prompt + response by construction:
 
     ids   <|im_start|>user \\n hi <|im_end|> \\n <|im_start|>assistant \\n   hello <|im_end|>
     mask  F                F  F  F          F  F                    F    T     T
 
-What a template writes after the last end token (a newline, as a rule) is left out: a rollout stops there, and the
-reward model must read its score there too.
+What a template writes after the last end token (usually a newline) is left out: a rollout ends with the end token, and
+the reward model must read its score there too.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-_PADS = ("<pad>", "<|pad|>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>", "<|fim_pad|>", "<|endoftext|>")
+_PAD_TOKENS = ("<pad>", "<|pad|>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>", "<|fim_pad|>", "<|endoftext|>")
 _RESERVED = re.compile(r"reserved|unused", re.IGNORECASE)
-# Shadows the function that tells templates the time, so that using it shows in the output.
+# Replaces the function that gives templates the current time, so that its use can be seen in the output.
 _FAKE_CLOCK = "{%- macro strftime_now(format) -%}\x02clock\x03{%- endmacro -%}"
 _FIX_TEMPLATE = "give the tokenizer another chat_template (a plain ChatML one works with any model that is fine-tuned)"
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """Token ids and, for each, whether it carries loss (True = counts). Both of length T."""
+    """Token ids and a mask of the same length T; True = the token has loss."""
 
     ids: list[int]
     mask: list[bool]
@@ -43,16 +43,16 @@ class Rendered:
 
 @dataclass(frozen=True)
 class TemplateLayout:
-    """What a probe of the chat template found.
+    """How a chat template writes an assistant turn, as `probe_template` finds out.
 
     Attributes:
-        opening: blanks that the template writes between generation prompt and response; not tokenised.
+        opening: blanks that the template writes between generation prompt and response; they are not tokenized.
         closing: text from the end of a response through its end token; "" if the template writes none.
-        tail: text that the template writes after the last end token; not tokenised.
-        trims: the template strips blanks around an assistant turn, so they are stripped here too.
-        end_id: token that ends every response.
-        bos_id: token that begins every sequence, or None.
-        prepend_bos: the tokenizer supplies it, not the template.
+        tail: text that the template writes after the last end token; it is not tokenized.
+        trims: whether the template strips blanks around an assistant turn; they are then stripped here too.
+        end_id: id of the token that ends every response.
+        bos_id: id of the token that begins every sequence, or None.
+        prepend_bos: whether that token comes from the tokenizer and not from the template.
         notes: lines for the log.
     """
 
@@ -67,16 +67,16 @@ class TemplateLayout:
 
 
 def prepare_tokenizer(tokenizer: Any, template: str | None = None) -> list[str]:
-    """Give the tokenizer a chat template and a pad token of its own, in place.
+    """Make sure that the tokenizer has a chat template and a separate pad token; changes the tokenizer in place.
 
-    A pad token that is also the end token cannot do: classifiers of `transformers` read the score at the last token
-    that is not padding, which would be the one before the end token.
+    The pad token must not be the end token: classifiers of `transformers` read the score at the last token that is not
+    padding, which would be the one before the end token.
 
     Args:
         tokenizer: a `transformers` tokenizer.
-        template: Jinja text that replaces the tokenizer's own; None keeps it, and adds ChatML if there is none.
-    Returns: what was changed, one line each, for the log. If len(tokenizer) grew past the model's embedding rows, the
-        caller must resize the embeddings; pad_token_id of the model's config is the caller's too.
+        template: Jinja text that replaces the tokenizer's own; None keeps it, or adds ChatML if there is none.
+    Returns: lines for the log that say what was changed. If len(tokenizer) has grown past the number of the model's
+        embedding rows, the caller must resize the embeddings. The caller also sets pad_token_id of the model's config.
     Raises: ConfigError if the template cannot be used (see `Renderer`).
     """
     notes, size = [], len(tokenizer)
@@ -105,16 +105,16 @@ def prepare_tokenizer(tokenizer: Any, template: str | None = None) -> list[str]:
 
 
 def _pad_candidate(tokenizer: Any, end_id: int) -> str | None:
-    """A special token that nothing else uses."""
+    """Return a special token that nothing else uses and that can serve as pad token, or None."""
     used = {end_id, tokenizer.eos_token_id, tokenizer.bos_token_id}
     specials = _specials(tokenizer)
-    names = [*_PADS, *sorted(name for name in specials if _RESERVED.search(name)), tokenizer.unk_token]
+    names = [*_PAD_TOKENS, *sorted(name for name in specials if _RESERVED.search(name)), tokenizer.unk_token]
     template = tokenizer.get_chat_template()
     return next((n for n in names if n in specials and specials[n] not in used and n not in template), None)
 
 
 def _specials(tokenizer: Any) -> dict[str, int]:
-    """Special tokens: literal -> id."""
+    """Return the special tokens: literal -> id."""
     found = {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return found | {t: tokenizer.convert_tokens_to_ids(t) for t in tokenizer.all_special_tokens}
 
@@ -136,10 +136,10 @@ def _render(tokenizer: Any, messages: Messages, *, prompt: bool, prefix: str = "
 
 
 def probe_template(tokenizer: Any) -> TemplateLayout:
-    """Learn from one sentinel conversation how the chat template opens and closes a response.
+    """Find out how the chat template writes an assistant turn, by rendering a conversation with known contents.
 
     Raises: ConfigError if there is no template, if it inserts today's date, if a finished turn is not its prompt plus
-        response plus end, if later turns change earlier ones, or if a turn is closed by text that is no special token.
+        response plus end, if later turns change earlier ones, or if the text that closes a turn is not a special token.
     """
     if not tokenizer.chat_template:
         raise ConfigError("the tokenizer has no chat template", where="tokenizer", do="call prepare_tokenizer first")
@@ -159,7 +159,7 @@ def probe_template(tokenizer: Any) -> TemplateLayout:
     opening, found, tail = full[0][len(prompts[0]) :].partition(said[1])
     if not full[0].startswith(prompts[0]) or not found or opening.strip():
         raise ConfigError(
-            "the chat template renders a finished assistant turn otherwise than generation prompt + response",
+            "the chat template does not render a finished assistant turn as generation prompt + response",
             found=repr(full[0][-80:]),
             where="chat template",
             do=_FIX_TEMPLATE,
@@ -176,7 +176,9 @@ def probe_template(tokenizer: Any) -> TemplateLayout:
     written = bool(prompts[0]) and _encode(tokenizer, prompts[0])[:1] == [tokenizer.bos_token_id]
     supplied = _supplies_bos(tokenizer)
     if supplied and not written:
-        notes.append(f"the chat template writes no {tokenizer.bos_token}; it is put first, as the tokenizer does")
+        notes.append(
+            f"the chat template writes no {tokenizer.bos_token}; it is added at the start, as the tokenizer does"
+        )
     return TemplateLayout(
         opening,
         closing,
@@ -190,6 +192,7 @@ def probe_template(tokenizer: Any) -> TemplateLayout:
 
 
 def _refuse_clock(tokenizer: Any, turns: Messages) -> None:
+    """Refuse a template that asks for the current time. Raises: ConfigError."""
     for messages in (turns[:1], [{"role": "system", "content": "be brief"}, turns[0]]):
         try:
             text = _render(tokenizer, messages, prompt=True, prefix=_FAKE_CLOCK)
@@ -197,14 +200,14 @@ def _refuse_clock(tokenizer: Any, turns: Messages) -> None:
             continue
         if "\x02clock\x03" in text:
             raise ConfigError(
-                "the chat template inserts today's date, so the same record gives other tokens tomorrow",
+                "the chat template inserts today's date, so the same record would give other tokens tomorrow",
                 where="chat template",
                 do="write a fixed date in place of strftime_now(...) in tokenizer.chat_template",
             )
 
 
 def _closing(tokenizer: Any, tail: str) -> tuple[str, int, list[str]]:
-    """Text through the end token, its id, and notes."""
+    """Return the text that closes an assistant turn (through the end token), the end token's id, and notes."""
     specials, eos = _specials(tokenizer), tokenizer.eos_token_id
     blank = len(tail) - len(tail.lstrip())
     end = _literals(specials).match(tail, blank)
@@ -212,15 +215,16 @@ def _closing(tokenizer: Any, tail: str) -> tuple[str, int, list[str]]:
         end_id, notes = specials[end.group()], []
         if eos is not None and eos != end_id:
             notes.append(
-                f"a response ends with {end.group()} (id {end_id}), not with eos {tokenizer.eos_token}; stop there"
+                f"a response ends with {end.group()} (id {end_id}), not with eos {tokenizer.eos_token}; generation "
+                f"stops there"
             )
         return tail[: end.end()], end_id, notes
     if tail.strip():
         raise ConfigError(
-            "the chat template closes an assistant turn with text that is no special token",
+            "the chat template closes an assistant turn with text that is not a special token",
             found=repr(tail[:40]),
             where="chat template",
-            do=f"tokenizer.add_tokens([...], special_tokens=True) it, or {_FIX_TEMPLATE}",
+            do=f"make it one with tokenizer.add_tokens([...], special_tokens=True), or {_FIX_TEMPLATE}",
         )
     if eos is None:
         raise ConfigError(
@@ -228,7 +232,11 @@ def _closing(tokenizer: Any, tail: str) -> tuple[str, int, list[str]]:
             where="tokenizer",
             do="set tokenizer.eos_token",
         )
-    return "", eos, [f"the chat template closes no turn: {tokenizer.eos_token} (id {eos}) is put after every response"]
+    return (
+        "",
+        eos,
+        [f"the chat template closes no turn: {tokenizer.eos_token} (id {eos}) is added after every response"],
+    )
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
@@ -236,12 +244,20 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 
 
 class Renderer:
-    """Messages to ids under one tokenizer. Attributes: end_id, pad_id, eos_id, bos_id (or None), notes, layout."""
+    """Renders messages to token ids with one tokenizer.
+
+    Attributes:
+        tokenizer: the `transformers` tokenizer.
+        layout: how its chat template writes an assistant turn.
+        end_id, pad_id, eos_id: ids of the end, pad and eos tokens.
+        bos_id: id of the token that begins every sequence, or None.
+        notes: lines for the log.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
-        """Probe the chat template once.
+        """Probe the chat template of a tokenizer that `prepare_tokenizer` has prepared.
 
-        Raises: ConfigError if the template cannot be used (see `probe`) or there is no pad token.
+        Raises: ConfigError if the template cannot be used (see `probe_template`) or there is no pad token.
         """
         self.tokenizer = tokenizer
         self.layout = probe_template(tokenizer)
@@ -256,11 +272,15 @@ class Renderer:
     def conversation(
         self, messages: Messages, *, loss_on: Literal["assistant", "all"] = "assistant", where: str = ""
     ) -> Rendered:
-        """Ids that end with the last end token. mask is True on every assistant turn's text and its end token, or with
-        loss_on="all" on every token but the begin token.
+        """Render a conversation that ends with the assistant; the ids end with the last end token.
 
+        Args:
+            messages: the turns.
+            loss_on: tokens on which the mask is True: "assistant" = the text of assistant turns and their end tokens;
+                "all" = all tokens except the begin token.
+            where: place of the record, for the message.
         Raises: BadRow if the turns are malformed or do not end with the assistant, if a turn holds the literal of a
-            special token, or if the template refuses the conversation or renders it otherwise later on.
+            special token, or if the template refuses the conversation or renders earlier turns differently later.
         """
         check_turns(messages, where, last="assistant")
         rendered = self._walk(messages, where)
@@ -270,19 +290,22 @@ class Renderer:
         return rendered
 
     def prompt(self, messages: Messages, *, where: str = "") -> list[int]:
-        """Ids through the generation prompt; `messages` end with a user turn. Raises: BadRow as `conversation`."""
+        """Return the ids of messages that end with a user turn, through the generation prompt.
+
+        Raises: BadRow as `conversation`.
+        """
         check_turns(messages, where, last="user")
         return self._walk(messages, where).ids
 
     def response(self, text: str, *, where: str = "") -> list[int]:
-        """Ids of an assistant turn's text and the end token. Raises: BadRow if a special token stands in it."""
+        """Return the ids of a response and its end token. Raises: BadRow if the text contains a special token."""
         self._check(text, where)
         return [*_encode(self.tokenizer, self._said(text)), self.end_id]
 
     def text(self, text: str, *, where: str = "") -> Rendered:
-        """A plain document: begin token if there is one, text, eos; loss on all but the begin token.
+        """Render a plain document: begin token if there is one, text, eos; the mask is True on all but the begin token.
 
-        Raises: BadRow if it holds the literal of a special token.
+        Raises: BadRow if the text contains the literal of a special token.
         """
         self._check(text, where)
         start = [] if self.bos_id is None else [self.bos_id]
@@ -290,11 +313,11 @@ class Renderer:
         return Rendered(start + body, [False] * len(start) + [True] * len(body))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of a response, special tokens left out."""
+        """Return the text of a response without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def identity(self) -> dict[str, Any]:
-        """What must agree between stages that hand models to each other; plain JSON values."""
+        """Return what must agree between stages that pass models to each other, as JSON-compatible values."""
         tokenizer = self.tokenizer
         return {
             "template_sha256": _sha256(tokenizer.get_chat_template()),
@@ -308,10 +331,10 @@ class Renderer:
         }
 
     def _walk(self, messages: Messages, where: str) -> Rendered:
-        """Tokenise the stretches before each assistant turn, and before the end if a user speaks last."""
+        """Tokenize the text before each assistant turn, and up to the end if a user speaks last, and the responses."""
         for message in messages:
             self._check(message["content"], where)
-        # A template that strips an earlier turn strips it alike in `done` below.
+        # A template that strips blanks of earlier turns finds them already stripped, here and in `done` below.
         turns = [m | {"content": self._said(m["content"])} if m["role"] == "assistant" else m for m in messages]
         cuts = [k for k, turn in enumerate(turns) if turn["role"] == "assistant"]
         if turns[-1]["role"] != "assistant":
@@ -323,7 +346,7 @@ class Renderer:
             if not text.startswith(done):
                 raise BadRow(
                     "template changes earlier turns",
-                    "the chat template renders earlier turns otherwise than before",
+                    "the chat template changes how it renders earlier turns",
                     found=repr(text[:80]),
                     where=where,
                     do=f"remove the row, or {_FIX_TEMPLATE}",
@@ -349,12 +372,12 @@ class Renderer:
     def _check(self, text: str, where: str) -> None:
         found = self._special.search(text)
         if found:
-            what = "the text holds the literal of a special token"
+            what = "the text contains the literal of a special token"
             raise BadRow("special token in content", what, found=found.group(), where=where)
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 over vocabulary, added tokens and the encoding of a few strings."""
+    """Return the SHA-256 of the vocabulary, the added tokens and the encoding of a few strings."""
     added = sorted((i, str(token), bool(token.special)) for i, token in tokenizer.added_tokens_decoder.items())
     strings = ("Hello, world!", "  two  blanks\n\n\ttab 1234567", "naïve café – 数学 😀", "it's I'LL <b>x</b>")
     probes = [_encode(tokenizer, string) for string in strings]

@@ -1,7 +1,7 @@
-"""Files, saved data set folders and hub data sets to one checked, mixed, shuffled set of records.
+"""Reading of data files, saved data set folders and hub data sets into one checked, mixed and shuffled set of records.
 
-`load_records` is the entry. Rows are numbered from 1: the line of a JSONL file, the item of a JSON list, the data row
-of a table (the header is not counted), the paragraph of a text file.
+`load_records` is the entry point. Rows are numbered from 1: the line of a JSONL file, the item of a JSON list, the data
+row of a table (the header is not counted), the paragraph of a text file.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ _SAVED = ("state.json", "dataset_dict.json")
 
 @dataclass(frozen=True)
 class _Table:
-    """Rows as they stand in the source, each with its number; `said` goes into the notes."""
+    """The rows of a source, each with its number, and a remark for the notes."""
 
     rows: list[tuple[int, Any]]
-    said: str = ""
+    remark: str = ""
 
 
 @dataclass
 class _Loaded:
-    """One source after conversion."""
+    """One source after conversion to records."""
 
     path: str
-    how: str
+    description: str
     records: list[Record] = field(default_factory=list)
     bad: list[BadRow] = field(default_factory=list)
     duplicates: int = 0
@@ -54,19 +54,19 @@ class _Loaded:
 def load_records(
     kind: RecordKind, sources: Sequence[Source], *, seed: int, on_bad_row: Literal["error", "drop"], deduplicate: bool
 ) -> RecordSet:
-    """Read, convert, deduplicate, limit, mix and shuffle.
+    """Read all sources and return their records: converted, checked, deduplicated, limited, mixed and shuffled.
 
-    Mixture: with equal weights every record is used. Otherwise each source gives its share of a total, the largest that
-    repeats no record: the source that is scarcest for its weight is used up and the others are sampled. A source always
-    gives at least one record. Duplicates are exact repeats, over all sources; the first is kept.
+    With equal weights every record is used. Otherwise each source contributes its share of the largest total that needs
+    no record twice: the source that is smallest for its weight is used completely, and the others are sampled. A source
+    contributes at least one record. Duplicates are exact, over all sources; the first one is kept.
 
     Args:
         kind: "text", "demonstration", "comparison", "prompt", "labelled", or "document" (text or demonstration).
         sources: at least one.
-        seed: of the samples and of the final order.
+        seed: seed of the samples and of the final order.
         on_bad_row: "error" reports the bad rows of all sources at once; "drop" counts them by reason.
-        deduplicate: drop exact repeats.
-    Raises: DataError for whatever cannot be read, recognised or used.
+        deduplicate: drop exact duplicates.
+    Raises: DataError that lists everything that cannot be read, recognised or used.
     """
     loaded: list[_Loaded] = []
     problems: list[str] = []
@@ -101,14 +101,14 @@ def load_records(
 
 
 def _load(kind: RecordKind, source: Source) -> _Loaded:
-    """Read one source and convert its rows, keeping the bad ones aside."""
-    rows, columns, said = read_rows(source)
+    """Read one source and convert its rows; bad rows are collected."""
+    rows, columns, remark = read_rows(source)
     if source.format == "auto":
         format = recognise_format(columns, kind, source.path)
     else:
         format = check_format(source.format, columns, kind, source.path)
-    how = describe_format(format, columns, kind, recognised=source.format == "auto")
-    result = _Loaded(source.path, how + (f", {said}" if said else ""))
+    description = describe_format(format, columns, kind, recognised=source.format == "auto")
+    result = _Loaded(source.path, description + (f", {remark}" if remark else ""))
     for number, row in rows:
         where = f"{source.path} row {number}"
         try:
@@ -119,29 +119,31 @@ def _load(kind: RecordKind, source: Source) -> _Loaded:
 
 
 def read_rows(source: Source) -> tuple[list[tuple[int, Any]], set[str], str]:
-    """The rows of one source under our column names, unchecked; the columns that hold something; a remark.
+    """Read one source without checking its rows.
 
+    Returns: the rows with their numbers, columns renamed as `source.columns` says; the names of the columns that are
+        not empty; a remark on how the file was read, or "".
     Raises: DataError if the source cannot be read, has no rows, or lacks a column that `columns` names.
     """
     table = _read(source)
     if not table.rows:
-        raise DataError("there are no rows", where=source.path, do="name another file")
+        raise DataError("the source has no rows", where=source.path, do="name another file")
     rows = [(number, rename_columns(row, source.columns)) for number, row in table.rows]
     raw = {name for _, row in table.rows if isinstance(row, Mapping) for name in row}
     for ours, theirs in source.columns.items():
         if theirs not in raw:
             raise DataError(
-                f"columns: {ours}: {theirs} names a column that is not there",
+                f"columns: {ours}: {theirs} names a column that does not exist",
                 where=source.path,
                 found=f"columns {', '.join(sorted(raw))}",
                 do=_near(theirs, raw) or "use one of these",
             )
     columns = {name for _, row in rows if isinstance(row, Mapping) for name, value in row.items() if value is not None}
-    return rows, columns, table.said
+    return rows, columns, table.remark
 
 
 def check_object(row: Any, where: str) -> Mapping[str, Any]:
-    """Raises: BadRow unless the row is a mapping of columns."""
+    """Return the row if it is a mapping column -> value. Raises: BadRow if it is not."""
     if not isinstance(row, Mapping):
         what = "the row is not an object with named columns"
         raise BadRow("not an object", what, found=f"{row!r:.40}", where=where)
@@ -149,7 +151,7 @@ def check_object(row: Any, where: str) -> Mapping[str, Any]:
 
 
 def _note(part: _Loaded, used: int, sources: int) -> str:
-    text = f"{part.path}: {part.how}, {len(part.records)} records"
+    text = f"{part.path}: {part.description}, {len(part.records)} records"
     if part.limited:
         text += " (limit)"
     if part.bad:
@@ -193,7 +195,9 @@ def _read_file(path: Path, source: Source) -> _Table:
     suffix = Path(path.stem).suffix if zipped else path.suffix
     if suffix not in SUFFIXES or (zipped and suffix == ".parquet"):
         raise DataError(
-            f"unknown file type '{path.suffix}'", where=where, do=f"known: {', '.join(SUFFIXES)}, .gz of text"
+            f"unknown file type '{path.suffix}'",
+            where=where,
+            do=f"use one of {', '.join(SUFFIXES)}; text files may be gzipped (.gz)",
         )
     try:
         if suffix == ".parquet":
@@ -202,7 +206,7 @@ def _read_file(path: Path, source: Source) -> _Table:
             return _Table(list(enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)))
         raw = gzip.decompress(path.read_bytes()) if zipped else path.read_bytes()
     except Exception as exc:  # permissions, a gzip stream cut short, pyarrow's own errors
-        do = "check its permissions, or fetch it again: it may be cut short"
+        do = "check its permissions; if it is truncated, download it again"
         raise DataError(f"cannot be read as {suffix}{'.gz' * zipped}: {exc}", where=where, do=do) from None
     text = _decode(raw, where).removeprefix("\ufeff")
     if not text.strip():
@@ -226,7 +230,7 @@ def _decode(raw: bytes, where: str) -> str:
             f"invalid UTF-8 at byte {exc.start}",
             found=f"0x{raw[exc.start]:02x}",
             where=f"{where} row {row}",
-            do="save the file as UTF-8, e.g. iconv -f latin1 -t utf-8",
+            do="save the file as UTF-8, e.g. with iconv -f latin1 -t utf-8",
         ) from None
 
 
@@ -241,7 +245,7 @@ def _json_lines(text: str, where: str) -> list[tuple[int, Any]]:
             except (ValueError, RecursionError) as exc:
                 problems.append(str(_json_error(exc, f"{where} row {number}", line)))
     if problems and text.lstrip().startswith("["):
-        raise DataError("a JSON list, not JSON lines", where=where, do="name the file .json")
+        raise DataError("the file holds a JSON list, not JSON lines", where=where, do="rename it to .json")
     if len(problems) > MAX_ROWS_SHOWN:
         problems[MAX_ROWS_SHOWN:] = [f"and {len(problems) - MAX_ROWS_SHOWN} more corrupt rows"]
     error = combine_errors(DataError, problems)
@@ -272,11 +276,13 @@ def _json(text: str, where: str) -> _Table:
     if isinstance(value, dict) and "\n" not in text.strip():
         return _Table([(1, value)], "JSON lines in a .json file")
     found = f"a JSON {type(value).__name__}"
-    raise DataError("must hold a list of rows", found=found, where=where, do="write one list, or JSON lines")
+    raise DataError(
+        "the file must hold a list of rows", found=found, where=where, do="write one JSON list, or JSON lines"
+    )
 
 
 def _delimited(text: str, delimiter: str, source: Source) -> _Table:
-    """CSV with RFC 4180 quotes; TSV without quotes, one row a line. 'column N' in `columns` means: no header row."""
+    """Read CSV with RFC 4180 quotes, or TSV without quotes; 'column N' in `source.columns` means: no header row."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
@@ -290,7 +296,7 @@ def _delimited(text: str, delimiter: str, source: Source) -> _Table:
     )
     names = [f"column {i + 1}" for i in range(len(lines[0]))] if headless else [name.strip() for name in lines.pop(0)]
     if len(set(names)) < len(names):
-        raise DataError("two columns have one name", found=", ".join(names), where=source.path, do="rename one")
+        raise DataError("two columns have the same name", found=", ".join(names), where=source.path, do="rename one")
     rows: list[tuple[int, Any]] = []
     for number, cells in enumerate(lines, 1):
         fits = len(cells) == len(names)
@@ -301,12 +307,12 @@ def _delimited(text: str, delimiter: str, source: Source) -> _Table:
 
 
 def _read_saved(path: Path, source: Source) -> _Table:
-    """A folder written by datasets.save_to_disk."""
+    """Read a folder written by datasets.save_to_disk."""
     if not any((path / name).is_file() for name in _SAVED):
         files = sorted(
             str(f.relative_to(path)) for f in path.rglob("*") if f.name.removesuffix(".gz").endswith(SUFFIXES)
         )
-        do = f"name a file in it: {', '.join(files[:8])}" if files else "it holds no data file"
+        do = f"name a file in it: {', '.join(files[:8])}" if files else "name a data file; this folder holds none"
         raise DataError("the folder was not written by datasets.save_to_disk", where=source.path, do=do)
     import datasets
 

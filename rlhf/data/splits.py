@@ -1,4 +1,4 @@
-"""What is done with lists of records: shuffle, mix, split by group, drop repeats, fingerprint."""
+"""Operations on lists of records: shuffle, mix, split by group, deduplicate, fingerprint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlhf.errors import DataError
 
 
 def record_content(record: Record) -> dict[str, Any]:
-    """The record without `where`, in a form that JSON can hold."""
+    """Return the content of a record without `where`, as JSON-compatible values."""
     if isinstance(record, Text):
         return {"text": record.text}
     if isinstance(record, Demonstration):
@@ -27,15 +27,18 @@ def record_content(record: Record) -> dict[str, Any]:
 
 
 def identity_key(record: Record) -> str:
-    """Equal for exact repeats: the whole content, but for a Prompt only its messages."""
+    """Return a hash that is equal for exact duplicates: of the whole content, and of a Prompt only of its messages."""
     value = {"messages": record.messages} if isinstance(record, Prompt) else record_content(record)
     return hashlib.sha256(_canonical(value)).hexdigest()
 
 
 def group_keys(record: Record) -> list[str]:
-    """Keys of the groups that a split must keep whole: the first user turn (for Text the text itself), and the extra
-    column 'tree' or 'group' of a Comparison or Prompt. The first turn rather than the whole prompt, because two depths
-    of one dialogue tell each other's answers."""
+    """Return the keys of the groups that a split must not separate.
+
+    They are the first user turn (of a text the text itself), and the columns 'tree' and 'group' of a Comparison or
+    Prompt. It is the first turn rather than the whole prompt because a longer prompt of the same dialogue contains the
+    responses to a shorter one.
+    """
     if isinstance(record, Text):
         return [f"text {record.text}"]
     if isinstance(record, Labelled):
@@ -52,7 +55,7 @@ def group_keys(record: Record) -> list[str]:
 
 
 def records_fingerprint(records: Iterable[Record]) -> str:
-    """16 hex digits of SHA-256 over the content of `records` in order; `where` does not count."""
+    """Return 16 hex digits of the SHA-256 of the records' content in order; `where` is ignored."""
     digest = hashlib.sha256()
     for record in records:
         digest.update(type(record).__name__.encode() + b"\0" + _canonical(record_content(record)) + b"\n")
@@ -60,14 +63,14 @@ def records_fingerprint(records: Iterable[Record]) -> str:
 
 
 def shuffle_records(records: Sequence[Record], seed: str) -> list[Record]:
-    """A copy in an order that depends on the seed text alone."""
+    """Return a shuffled copy whose order depends on the seed text alone."""
     copy = list(records)
     random.Random(seed).shuffle(copy)
     return copy
 
 
 def drop_repeats(parts: Sequence[Sequence[Record]]) -> list[list[Record]]:
-    """The same parts without exact repeats (`identity_key`) within or across parts; the first one stays."""
+    """Return the parts without exact duplicates (`identity_key`) within or across parts; the first one is kept."""
     seen: set[str] = set()
     kept: list[list[Record]] = []
     for part in parts:
@@ -80,10 +83,16 @@ def drop_repeats(parts: Sequence[Sequence[Record]]) -> list[list[Record]]:
 
 
 def mix_sources(parts: Sequence[list[Record]], weights: Sequence[float], seed: int) -> list[list[Record]]:
-    """How much of each part goes into the mixture; rule in `sources.load_records`."""
+    """Return the records of each part that belong to the mixture; `sources.load_records` states the rule.
+
+    Args:
+        parts: records of each source.
+        weights: relative share of each source.
+        seed: of the samples.
+    """
     if len(set(weights)) == 1:
         return list(parts)
-    # A part emptied by deduplication has nothing to give and must not scale the others down to nothing.
+    # A part that deduplication emptied is left out of the minimum; otherwise the total would be 0.
     total = min((len(part) / weight for part, weight in zip(parts, weights, strict=True) if part), default=0.0)
     counts = [min(len(part), max(1, int(weight * total + 1e-9))) for part, weight in zip(parts, weights, strict=True)]
     return [
@@ -95,26 +104,33 @@ def mix_sources(parts: Sequence[list[Record]], weights: Sequence[float], seed: i
 def split_records(
     records: Sequence[Record], fraction: float, seed: int
 ) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
-    """Train and validation records; no prompt, and no 'tree' or 'group', is on both sides.
+    """Split records into training and validation records so that no group (`group_keys`) is on both sides.
 
-    Groups are put in the order of a seeded hash of their smallest key and taken into validation while they fit into
-    round(fraction * records), so membership depends neither on file order nor on the number of processes. The order
-    of records is kept.
+    Groups are sorted by a seeded hash of their smallest key and taken into validation while they fit into
+    round(fraction * records), so the split depends neither on the order of the file nor on the number of processes.
+    The order of the records is kept.
 
     Args:
-        records: any one kind.
+        records: records of one kind.
         fraction: share of records for validation, in [0, 1); 0 gives an empty validation set.
-        seed: of the hash.
+        seed: seed of the hash.
+    Returns: training records, validation records.
     Raises: DataError if there is only one group, or fraction is outside [0, 1).
     """
     if not 0.0 <= fraction < 1.0:
-        raise DataError("the validation fraction must be in [0, 1)", found=str(fraction), where="split")
+        raise DataError(
+            "the validation fraction must be in [0, 1)",
+            found=str(fraction),
+            where="split",
+            do="set data.validation_fraction",
+        )
     if fraction == 0.0:
         return tuple(records), ()
     groups = _groups(records)
     if len(groups) < 2:
         raise DataError(
-            f"{len(records)} records form {len(groups)} group(s) of one prompt and cannot be split",
+            "the records cannot be split: all of them share one prompt",
+            found=f"{len(records)} records in {len(groups)} group(s)",
             where="split",
             do="name a file under data.validation, or set data.validation_fraction=0",
         )
@@ -130,7 +146,7 @@ def split_records(
 
 
 def _groups(records: Sequence[Record]) -> dict[str, list[int]]:
-    """Connected components of records that share any group key: smallest key -> indices."""
+    """Return the connected components of records that share a group key: smallest key -> indices of records."""
     parent: dict[str, str] = {}
 
     def root(key: str) -> str:
@@ -140,13 +156,13 @@ def _groups(records: Sequence[Record]) -> dict[str, list[int]]:
         return key
 
     keys = [group_keys(record) for record in records]
-    for several in keys:
-        for other in several:
-            low, high = sorted((root(several[0]), root(other)))
+    for record_keys in keys:
+        for other in record_keys:
+            low, high = sorted((root(record_keys[0]), root(other)))
             parent[high] = low
     groups: dict[str, list[int]] = {}
-    for i, several in enumerate(keys):
-        groups.setdefault(root(several[0]), []).append(i)
+    for i, record_keys in enumerate(keys):
+        groups.setdefault(root(record_keys[0]), []).append(i)
     return groups
 
 

@@ -1,4 +1,4 @@
-"""Records to token rows for a stage, with what was cut or dropped said as a share."""
+"""Tokenization of records for each stage, with a note about how many were truncated or dropped."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RecordT = TypeVar("RecordT")
 
 
 def tokenize_document(record: Text | Demonstration, renderer: Renderer) -> Rendered:
-    """A text, or a conversation of which every token counts."""
+    """Tokenize a text, or a conversation with loss on all tokens."""
     if isinstance(record, Text):
         return renderer.text(record.text, where=record.where)
     return renderer.conversation(record.messages, loss_on="all", where=record.where)
@@ -35,9 +35,15 @@ def tokenize_document(record: Text | Demonstration, renderer: Renderer) -> Rende
 def tokenize_demonstrations(
     records: Sequence[Demonstration], renderer: Renderer, data: Data, what: str, console: Console
 ) -> list[Rendered]:
-    """Demonstrations as rows whose mask says where loss is.
+    """Tokenize demonstrations; the mask of a row is True on tokens with loss.
 
-    Raises: DataError if a row cannot be rendered (unless bad rows are dropped) or none is left.
+    Args:
+        records: the demonstrations.
+        renderer: renderer of the model's tokenizer.
+        data: length limit, and what happens to long and bad rows.
+        what: what the records are called in notes and messages, e.g. "training".
+        console: where notes are printed.
+    Raises: DataError if a row cannot be rendered (unless bad rows are dropped), or if no record is left.
     """
     report = LengthReport()
 
@@ -45,17 +51,17 @@ def tokenize_demonstrations(
         row = renderer.conversation(record.messages, loss_on=data.loss_on, where=record.where)
         return fit_to_length(row, data.max_length, data.too_long, report, where=record.where)
 
-    rows = list(_each(records, one, data.on_bad_row, what, console))
-    _say(report, data.max_length, what, console)
-    return _some(rows, records, what)
+    rows = list(_tokenize_each(records, one, data.on_bad_row, what, console))
+    _note_lengths(report, data.max_length, what, console)
+    return _require_rows(rows, records, what)
 
 
 def tokenize_comparisons(
     records: Sequence[Comparison], renderer: Renderer, data: Data, what: str, console: Console
 ) -> list[dict[str, Any]]:
-    """Comparisons as chosen_ids, rejected_ids, preference (and margin if every record has one).
+    """Tokenize comparisons into chosen_ids, rejected_ids and preference (and margin if every record has one).
 
-    Raises: DataError as `conversations`.
+    Args and Raises: as `tokenize_demonstrations`.
     """
     report = LengthReport()
     margins = bool(records) and all(r.margin is not None for r in records)
@@ -72,9 +78,9 @@ def tokenize_comparisons(
         pair = {"chosen_ids": fitted[0].ids, "rejected_ids": fitted[1].ids, "preference": record.preference}
         return pair | ({"margin": record.margin} if margins else {})
 
-    rows = list(_each(records, one, data.on_bad_row, what, console))
-    _say(report, data.max_length, what, console)
-    return _some(rows, records, what)
+    rows = list(_tokenize_each(records, one, data.on_bad_row, what, console))
+    _note_lengths(report, data.max_length, what, console)
+    return _require_rows(rows, records, what)
 
 
 def tokenize_labelled(
@@ -82,27 +88,32 @@ def tokenize_labelled(
     renderer: Renderer,
     data: Data,
     labels: Sequence[str],
-    several: bool,
+    multi_label: bool,
     what: str,
     console: Console,
 ) -> list[dict[str, Any]]:
-    """Labelled records as input_ids and target, P(label holds) in the order of `labels`.
+    """Tokenize labelled records into input_ids and target, the probabilities of the labels in the order of `labels`.
 
-    A conversation is read at its last turn's end; one that ends with the user, where a response would begin.
+    A conversation ends with the end token of its last turn, or with the generation prompt if the user speaks last; the
+    classifier reads the last token.
 
-    Raises: DataError as `conversations`, and if labels exclude each other but a record's do not sum to 1.
+    Args: as `tokenize_demonstrations`, and
+        labels: names of the labels.
+        multi_label: any number of labels may hold at once.
+    Raises: DataError as `tokenize_demonstrations`, and if labels exclude each other but a record's probabilities do not
+        sum to 1.
     """
     report = LengthReport()
 
     def one(record: Labelled) -> dict[str, Any] | None:
         target = [float(record.labels.get(name, 0.0)) for name in labels]
-        if not several and abs(sum(target) - 1.0) > 1e-4:
+        if not multi_label and abs(sum(target) - 1.0) > 1e-4:
             raise BadRow(
                 "not one label",
                 "a record must have exactly one label, or probabilities that sum to 1",
                 found=", ".join(f"{k} {v:g}" for k, v in record.labels.items()) or "none",
                 where=record.where,
-                do="set several=true if any number may hold",
+                do="set multi_label=true if any number of labels may hold",
             )
         ids = content_ids(record, renderer)
         fitted = fit_to_length(
@@ -110,13 +121,13 @@ def tokenize_labelled(
         )
         return None if fitted is None else {"input_ids": fitted.ids, "target": target}
 
-    rows = list(_each(records, one, data.on_bad_row, what, console))
-    _say(report, data.max_length, what, console)
-    return _some(rows, records, what)
+    rows = list(_tokenize_each(records, one, data.on_bad_row, what, console))
+    _note_lengths(report, data.max_length, what, console)
+    return _require_rows(rows, records, what)
 
 
 def content_ids(record: Labelled, renderer: Renderer) -> list[int]:
-    """Ids of what the labels of a record are about."""
+    """Return the token ids of a labelled record's text or conversation."""
     if isinstance(record.content, str):
         return renderer.text(record.content, where=record.where).ids
     *before, last = record.content
@@ -133,7 +144,7 @@ def tokenize_prompts(
     on_bad_row: OnBadRow,
     console: Console,
 ) -> list[list[int]]:
-    """As `prompts_with_records`, the ids alone."""
+    """Tokenize prompts as `tokenize_prompts_with_records` does; return the token ids alone."""
     return tokenize_prompts_with_records(records, renderer, max_tokens, too_long, on_bad_row, console)[0]
 
 
@@ -145,9 +156,10 @@ def tokenize_prompts_with_records(
     on_bad_row: OnBadRow,
     console: Console,
 ) -> tuple[list[list[int]], list[Prompt]]:
-    """Prompts as ids that end where a response begins, and the records that they were made from.
+    """Tokenize prompts; return token ids that end with the generation prompt, and the record of each.
 
-    Raises: DataError on a prompt of more than `max_tokens` tokens with too_long="error".
+    Raises: DataError if a prompt is longer than `max_tokens` tokens and too_long is "error", if a row cannot be
+        rendered (unless bad rows are dropped), or if no prompt is left.
     """
     report = LengthReport()
 
@@ -163,13 +175,13 @@ def tokenize_prompts_with_records(
         fitted = fit_to_length(Rendered(ids, [True] * len(ids)), max_tokens, too_long, report, where=record.where)
         return None if fitted is None else (fitted.ids, record)
 
-    rows = list(_each(records, one, on_bad_row, "prompts", console))
-    _say(report, max_tokens, "prompts", console)
-    kept = _some(rows, records, "prompts")
+    rows = list(_tokenize_each(records, one, on_bad_row, "prompts", console))
+    _note_lengths(report, max_tokens, "prompts", console)
+    kept = _require_rows(rows, records, "prompts")
     return [ids for ids, _ in kept], [record for _, record in kept]
 
 
-def _each(
+def _tokenize_each(
     records: Sequence[Any], one: Callable[[Any], RecordT | None], on_bad_row: OnBadRow, what: str, console: Console
 ) -> Iterator[RecordT]:
     bad: list[BadRow] = []
@@ -188,14 +200,16 @@ def _each(
         console.note(f"{what}: {len(bad)} of {len(records)} records dropped ({count_reasons(bad)})")
 
 
-def _say(report: LengthReport, limit: int, what: str, console: Console) -> None:
+def _note_lengths(report: LengthReport, limit: int, what: str, console: Console) -> None:
     if report.too_long:
         console.note(f"{what}: {report.text(limit)}")
 
 
-def _some(rows: list[RecordT], records: Sequence[Any], what: str) -> list[RecordT]:
+def _require_rows(rows: list[RecordT], records: Sequence[Any], what: str) -> list[RecordT]:
     if records and not rows:
         raise DataError(
-            f"no {what} record is left", found=f"{len(records)} before rendering", do="raise data.max_length"
+            f"no {what} record is left",
+            found=f"{len(records)} before tokenization",
+            do="raise data.max_length (for prompts, max_prompt_tokens)",
         )
     return rows

@@ -1,4 +1,4 @@
-"""Writing a data file: all of it or nothing, and never over another."""
+"""Writing of data files: a file is written completely or not at all, and never replaces another."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from rlhf.errors import ConfigError
 
 
 def refuse_existing_output(output: Path) -> None:
-    """Raises: ConfigError if the file exists or its folder does not."""
+    """Refuse an output path that cannot be written. Raises: ConfigError if the file exists or its folder does not."""
     if output.exists():
         raise ConfigError("the output file exists", where=str(output), do="choose another name")
     if not output.parent.is_dir():
-        raise ConfigError("no such folder to write into", where=str(output.parent), do="make it first")
+        raise ConfigError("no such folder to write into", where=str(output.parent), do="create it first")
 
 
 def write_jsonl(output: Path, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Write one JSON object a line; returns how many. If it fails, or is interrupted, nothing is left.
+    """Write one JSON object per line and return their number. If it fails or is interrupted, no file is left.
 
-    Raises: ConfigError as `refuse_existing`.
+    Raises: ConfigError as `refuse_existing_output`.
     """
     refuse_existing_output(output)
     temporary, count = output.with_name(output.name + ".tmp"), 0

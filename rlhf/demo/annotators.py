@@ -1,5 +1,5 @@
-"""Data for an experiment with weak labels: pairs on which six simulated annotators of different skill vote. They know
-the gold order and err at random, whatever the pair. Same seed, same bytes."""
+"""Data for an experiment with weak labels: pairs with the votes of six simulated annotators of different accuracy. They
+know the gold order and make random mistakes, independent of the pair. The same seed gives the same bytes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def generate_annotators(out_dir: Path, seed: int = 0, scale: float = 1.0) -> dic
     seen = {prompt_key(prompt) for pairs in maker._drawn().values() for prompt, *_ in pairs}
     for name, size in PAIRS.items():
         name_ = f"annotators:{name}"
-        # Of equal replies neither is better; a few more are drawn for those.
+        # Pairs of equally good replies have no true order; a few more pairs are drawn to replace them.
         maker.sizes[name_] = max(20, round(1.5 * size * scale))
         drawn = [
             (prompt, a, b, maker.judge(a, ask.task) - maker.judge(b, ask.task))
@@ -42,8 +42,8 @@ def generate_annotators(out_dir: Path, seed: int = 0, scale: float = 1.0) -> dic
 
 
 def _voted(rng: random.Random, row: DemoRow) -> DemoRow:
-    """The pair with votes and the truth instead of its label. The two replies are exchangeable, so that which of them
-    stands under `chosen` says nothing."""
+    """Return the pair with votes and the truth instead of its label. The two replies are exchangeable: which of them is
+    called `chosen` carries no information."""
     truth, other = ("chosen", "rejected") if row["preference"] else ("rejected", "chosen")
     votes = {
         name: truth if rng.random() < skill else other for name, skill in SKILLS.items() if rng.random() < COVERAGE

@@ -42,7 +42,7 @@ class Context:
     turn: int = 0
 
     def advance(self, ask: Ask) -> None:
-        """Take note of a turn."""
+        """Update the state with a turn."""
         self.entity, self.plural = ask.entity, ask.plural
         self.told |= dict(ask.told)
         self.asked.add((ask.task["about"], ask.task.get("attribute", "")))
@@ -50,38 +50,38 @@ class Context:
 
 
 def normalise(text: str) -> str:
-    """Lower case, words only: the form in which prompts are compared."""
+    """Return the text in lower case without punctuation, the form in which prompts are compared."""
     return " ".join(re.findall(r"[a-z0-9-]+", text.lower()))
 
 
 def percent(text: str) -> int:
-    """A number from 0 to 99 that depends on the text alone."""
+    """Return a number from 0 to 99 that depends on the text alone."""
     return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) % 100
 
 
 def held_out(question: str) -> bool:
-    """Whether a question string is set aside for evaluation: training files never contain it as a user turn."""
+    """Return whether a question string is set aside for evaluation: training files never contain it as a user turn."""
     return percent("question:" + normalise(question)) < HELD_OUT_PERCENT
 
 
 def reserved_combo(entity: str, attribute: str) -> bool:
-    """Whether an (entity, attribute) pair is never asked about in training."""
+    """Return whether an (entity, attribute) pair is never asked about in training."""
     return percent(f"combo:{entity}:{attribute}") < RESERVED_COMBO_PERCENT
 
 
 def split_wordings(wordings: tuple[str, ...], ood: bool) -> tuple[str, ...]:
-    """The last wording of a list is the reserved one."""
+    """Return the reserved wordings (the last of the list) or the others."""
     return wordings[-1:] if ood else wordings[:-1]
 
 
 def predicate(attribute: str, value: str) -> str:
-    """The plain predicate of a fact, for "animals that ..."."""
+    """Return the plain predicate of a fact, for "animals that ..."."""
     row = ATTRIBUTES[attribute]
     return row.negations[0] if value == "no" and row.yes_no else row.predicates[0]
 
 
 def compare_true(relation: str, a: str, b: str) -> bool:
-    """Whether "a is `relation` than b" holds; False also when the two cannot be told apart."""
+    """Return whether "a is `relation` than b" holds; False also when the two cannot be told apart."""
     if relation in ("bigger", "smaller"):
         bigger = world().bigger(a, b)
         return bigger is not None and bigger == (relation == "bigger")

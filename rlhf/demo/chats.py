@@ -1,8 +1,8 @@
 """Conversations: prompts with history, demonstrations, and pretraining transcripts with reacting users.
 
-In the transcripts the next user turn often reacts to the quality of the reply before it. That is what makes a language
-model carry the quality of a reply past its end: without it nothing after the reply depends on how good the reply was,
-and a reward model that reads the last position starts from features that were never trained.
+In the transcripts the next user turn often reacts to the quality of the reply before it. This makes a language model
+represent the quality of a reply at its end. Otherwise nothing after the reply would depend on how good the reply was,
+and a reward model, which reads the last position, would start from features that were never trained.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _VERDICT = {"right": "right", "wrong": "wrong", "evasive": "missing", "off": "mi
 
 
 def words_in(messages: list[Message]) -> int:
-    """Words of all turns together."""
+    """Return the number of words of all turns together."""
     return sum(len(message["content"].split()) for message in messages)
 
 
@@ -31,14 +31,14 @@ class Chats:
     """Draws conversations from one random generator."""
 
     def __init__(self, rng: random.Random) -> None:
-        """`rng` is shared by questions, manners and replies."""
+        """Create writers of questions and replies that share the random generator `rng`."""
         self.rng = rng
         self.writer = Writer(rng)
         self.usual = Questions(rng)
         self.novel = Questions(rng, ood=True)
 
     def _training_ask(self, context: Context) -> Ask:
-        """A question that is not set aside for evaluation."""
+        """Return a question that is not set aside for evaluation."""
         while True:
             ask = self.usual.tell(context) if self._tells(context) else self.usual.ask(context)
             if not held_out(ask.text):
@@ -48,7 +48,7 @@ class Chats:
         return not context.told and self.rng.random() < 0.08
 
     def _history(self, turns: int) -> tuple[list[Message], Context]:
-        """Earlier exchanges, answered in the manner of the demonstrations."""
+        """Return earlier exchanges, answered in the manner of the demonstrations."""
         messages: list[Message] = []
         context = Context()
         for _ in range(turns):
@@ -59,7 +59,7 @@ class Chats:
         return messages, context
 
     def prompt(self, *, kind: str = "train") -> tuple[list[Message], Ask]:
-        """A prompt and its last question. kind: train, heldout (set-aside strings) or ood (reserved wordings)."""
+        """Return a prompt and its last question; kind: train, heldout (set-aside strings), ood (reserved wordings)."""
         while True:
             turns = self.rng.choices((0, 1, 2), (0.70, 0.26, 0.04))[0]
             messages, context = self._history(turns)
@@ -81,12 +81,12 @@ class Chats:
                 return messages, ask
 
     def demonstration(self) -> list[Message]:
-        """A prompt followed by a reply of the demonstration writers."""
+        """Return a prompt followed by a reply of the demonstration writers."""
         messages, ask = self.prompt()
         return [*messages, {"role": "assistant", "content": self.writer.reply(ask.task, SFT.draw(self.rng))}]
 
     def transcript(self) -> list[Message]:
-        """A quiz, or two to four exchanges with one persona and a user who reacts."""
+        """Return a quiz, or two to four exchanges with one persona and a user who reacts."""
         if self.rng.random() < QUIZZES:
             return self.quiz()
         rng, context, messages = self.rng, Context(), list[Message]()
@@ -106,8 +106,8 @@ class Chats:
         return messages
 
     def quiz(self) -> list[Message]:
-        """Four to six questions; the user marks every answer. Whether it is true decides the next word, so a language
-        model has a reason to find out, and to carry the verdict past the end of the reply."""
+        """Return four to six questions whose answers the user marks. Whether an answer is true decides the next word,
+        so a language model learns to judge it, and to carry the judgement past the end of the reply."""
         rng, context, messages = self.rng, Context(), list[Message]()
         mark = ""
         for _ in range(rng.randint(4, 6)):
@@ -126,10 +126,10 @@ class Chats:
         return messages
 
     def react(self, task: dict[str, Any], manner: Manner) -> str:
-        """What the user says about a reply before going on: first whether it answers, then what else was striking.
+        """Return what the user says about a reply: first whether it answers, then what else was striking.
 
-        The verdict is always the first word, and it depends on the reply alone: that is what makes the last token of a
-        reply worth reading."""
+        The verdict is always the first word and depends on the reply alone, so that the hidden state of the reply's
+        last token learns to represent its quality."""
         rng = self.rng
         kind = task["type"] if task["type"] in ("talk", "unknown") else "fact"
         said = [rng.choice(phrases.VERDICTS[f"{_VERDICT[manner.answer]} {kind}"])]

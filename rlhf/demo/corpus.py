@@ -25,7 +25,7 @@ class Corpus:
     """Draws paragraphs from one random generator."""
 
     def __init__(self, rng: random.Random) -> None:
-        """See the class."""
+        """Keep the random generator, which the caller owns."""
         self.rng, self.world, self._many = rng, world(), False
         self.writer, self.questions = Writer(rng), Questions(rng)
         self.names = list(self.world.entities)
@@ -44,7 +44,7 @@ class Corpus:
         ]
 
     def paragraph(self) -> str:
-        """One paragraph of two to seven sentences."""
+        """Return one paragraph of two to seven sentences."""
         makers, weights = zip(*self._makers, strict=True)
         while True:
             text = self.rng.choices(makers, weights)[0]()
@@ -52,7 +52,7 @@ class Corpus:
                 return text
 
     def _fact(self, entity: Entity, attribute: str, *, pronoun: float = 0.0) -> str:
-        """One statement; a pronoun agrees with the last subject that was not one."""
+        """Return one statement; a pronoun agrees with the last subject that was not one."""
         subject, plural = pick_subject(self.rng, entity, pronoun=pronoun, many=self._many)
         self._many = plural
         return state(self.rng, attribute, self._value(entity, attribute), subject, plural)
@@ -64,7 +64,7 @@ class Corpus:
         return self.rng.choice(values)
 
     def _describe(self) -> str:
-        """Several facts about one entity."""
+        """Return several facts about one entity."""
         rng = self.rng
         entity = self.world.entities[rng.choice(self.names)]
         known = rng.sample(sorted(entity.main), min(len(entity.main), rng.randint(3, 6)))
@@ -79,7 +79,7 @@ class Corpus:
         return " ".join(sentences)
 
     def _and_also(self, entity: Entity, attribute: str, text: str) -> str:
-        """ " and lives on a farm", in agreement with the subject of `text`."""
+        """Return a continuation such as " and lives on a farm" that agrees with the subject of `text`."""
         value = self._value(entity, attribute)
         subjects = (f"the {entity.name} ", f"{entity.one} ", f"{entity.plural or entity.one} ", "it ", "they ")
         if text.startswith(subjects):
@@ -87,7 +87,7 @@ class Corpus:
         return ", and " + self._fact(entity, attribute)
 
     def _contrast(self) -> str:
-        """Two entities of a kind: which is bigger, what they share, where they differ."""
+        """Return a paragraph on two entities of a kind: which is bigger, what they share, where they differ."""
         rng = self.rng
         first = self.world.entities[rng.choice(self.names)] if rng.random() < 0.4 else rng.choice(self.animals)
         others = [e for e in self.world.entities.values() if e.kind == first.kind and e is not first]
@@ -105,7 +105,7 @@ class Corpus:
         return " ".join(sentence(text) for text in chosen) if len(chosen) > 1 else ""
 
     def _pair(self, first: Entity, second: Entity, attribute: str) -> str:
-        """One sentence that relates both entities through an attribute."""
+        """Return one sentence that relates both entities through an attribute."""
         rng = self.rng
         a, b = rng.choice(first.main[attribute]), rng.choice(second.main[attribute])
         if a == b:
@@ -120,7 +120,7 @@ class Corpus:
         return f"{left}, {rng.choice(('but', 'and', 'while'))} {right}"
 
     def _group(self) -> str:
-        """Who shares a value, and perhaps one that does not."""
+        """Return a paragraph on entities that share a value, and perhaps one that does not."""
         rng = self.rng
         name, attribute = rng.choice(self.world.combos)
         kind = self.world.entities[name].kind
@@ -153,7 +153,7 @@ class Corpus:
         return sentence(f"the {KIND_NAMES[kind][0]} that {that} is {self.world.entities[name].one}")
 
     def _counting(self) -> str:
-        """Legs and wheels of several, and small sums."""
+        """Return a paragraph that counts legs or wheels, or adds small numbers."""
         rng = self.rng
         if rng.random() < 0.4:
             pairs = [(rng.randint(1, 9), rng.randint(1, 9)) for _ in range(3)]
@@ -174,10 +174,10 @@ class Corpus:
         return " ".join(sentences)
 
     def _true_or_false(self) -> str:
-        """A game: statements, each followed by whether it is true, or yes-no questions, each followed by its answer.
+        """Return a game: statements followed by whether they are true, or yes-no questions followed by their answers.
 
-        Nothing else puts so many facts to the test in so few words: what a model states it learns elsewhere, what it
-        can check it learns here.
+        Nothing else tests so many facts in so few words: a model learns to state facts elsewhere and to check them
+        here.
         """
         rng = self.rng
         ask = rng.random() < 0.4
@@ -193,7 +193,7 @@ class Corpus:
         )
 
     def _claim(self, true: bool) -> str:
-        """A true or false statement about one entity, sometimes worded as a denial."""
+        """Return a true or false statement about one entity, sometimes worded as a denial."""
         rng = self.rng
         name, attribute = rng.choice(self.world.combos)
         entity, wrong = self.world.entities[name], self.world.false_values(name, attribute)
@@ -207,7 +207,7 @@ class Corpus:
         return "" if deny else state(rng, attribute, value, subject, plural)
 
     def _checked(self, true: bool) -> str:
-        """A yes-no question about one entity that no evaluation prompt asks."""
+        """Return a yes-no question about one entity that no evaluation prompt asks."""
         rng = self.rng
         name, attribute = rng.choice(self.world.combos)
         entity, wrong = self.world.entities[name], self.world.false_values(name, attribute)
@@ -219,7 +219,7 @@ class Corpus:
         return "" if held_out(text) or value.startswith("no ") else text
 
     def _compared(self, true: bool) -> str:
-        """A true or false comparison of two animals."""
+        """Return a true or false comparison of two animals."""
         first, second = self.rng.sample(self.animals, 2)
         bigger = self.world.bigger(first.name, second.name)
         if bigger is None:
@@ -228,7 +228,7 @@ class Corpus:
         return self.writer.compared(relation, first.name, second.name)
 
     def _belief(self) -> str:
-        """A false belief and its correction."""
+        """Return a false belief and its correction."""
         rng = self.rng
         name, attribute = rng.choice(self.world.combos)
         entity, wrong = self.world.entities[name], self.world.false_values(name, attribute)
@@ -246,7 +246,7 @@ class Corpus:
         return " ".join(sentences)
 
     def _lesson(self) -> str:
-        """Somebody asks, somebody answers."""
+        """Return a paragraph in which somebody asks and somebody answers."""
         rng = self.rng
         found: list[str] = []
         context = Context(turn=1)
@@ -261,7 +261,7 @@ class Corpus:
         return " ".join(found)
 
     def _visit(self) -> str:
-        """A walk or a visit during which things are seen and facts remembered."""
+        """Return a walk or a visit during which things are seen and facts remembered."""
         rng = self.rng
         person = rng.choice(NAMES)
         he = "she" if person in _GIRLS else "he"
@@ -287,7 +287,7 @@ class Corpus:
         return " ".join(sentences)
 
     def _person(self) -> str:
-        """Who somebody is: name, age, home, pet, favourite things."""
+        """Return a paragraph that introduces a person: name, age, home, pet, favourite things."""
         rng = self.rng
         person = rng.choice(NAMES)
         he, his = ("she", "her") if person in _GIRLS else ("he", "his")
@@ -307,7 +307,7 @@ class Corpus:
         return " ".join([f"My friend is called {person}.", *(sentence(text) for text in chosen)])
 
     def _mood(self) -> str:
-        """Somebody says how things are, and a friend answers kindly."""
+        """Return a paragraph in which somebody says how things are, and a friend answers kindly."""
         rng = self.rng
         topic = rng.choice([topic for topic in TOPICS.values() if topic.says and topic.name != "self"])
         said = rng.choice(topic.says).replace(" {T}", rng.choice(("", " today", " now")))

@@ -13,7 +13,7 @@ class Dressing:
     """Wording shared by all question families; `ood` selects the reserved wordings."""
 
     def __init__(self, rng: random.Random, *, ood: bool = False) -> None:
-        """`rng` is owned by the caller; the same state gives the same questions."""
+        """Keep the random generator, which the caller owns; the same state gives the same questions."""
         self.rng, self.ood, self.world = rng, ood, world()
 
     def _dress(self, core: str, context: Context, *, after: bool = True) -> str:
@@ -30,14 +30,14 @@ class Dressing:
         return " ".join(parts)
 
     def _wrap(self, clause: str) -> str:
-        """An indirect question; "I wonder" takes "about" before a noun."""
+        """Return an indirect question; "I wonder" takes "about" before a noun."""
         text = self.rng.choice(phrases.WRAPPERS_OOD if self.ood else phrases.WRAPPERS)
         return (
             text.format(C=clause).replace("wonder the ", "wonder about the ").replace("wonder my ", "wonder about my ")
         )
 
     def _subject(self, entity: Entity, context: Context) -> tuple[str, bool]:
-        """Subject of a question: a pronoun if the entity was the last one spoken of, else singular or plural."""
+        """Return the subject of a question: a pronoun for the entity spoken of last, else singular or plural."""
         if context.entity == entity.name and self.rng.random() < 0.85:
             return ("they", True) if context.plural else ("it", False)
         if entity.plural and self.rng.random() < 0.35:
@@ -54,7 +54,7 @@ class Dressing:
         return self.rng.choice(combos)
 
     def _core(self, wordings: tuple[str, ...], clauses: tuple[str, ...], subject: str, plural: bool) -> str:
-        """A direct question or a wrapped clause."""
+        """Return a direct question or a wrapped clause."""
         direct = list(split_wordings(wordings, self.ood))
         if subject in ("it", "they"):
             direct = [text for text in direct if "of {S}" not in text]
@@ -64,7 +64,7 @@ class Dressing:
         return self._wrap(fill(self.rng.choice(clauses), subject, plural))
 
     def _follow(self, core: str, subject: str, context: Context) -> str:
-        """Half of the pronoun questions start with "And"."""
+        """Begin half of the pronoun questions with "And"."""
         if subject in ("it", "they") and context.turn and self.rng.random() < 0.5:
             core = "And " + core[0].lower() + core[1:] if not core.startswith("I ") else "And " + core
         return self._dress(core, context)

@@ -49,7 +49,7 @@ STOCK = (
 
 
 def traits(reply: str, task: Task) -> list[str]:
-    """Which of `TRAITS` a reply has."""
+    """Return which of `TRAITS` a reply has."""
     found = explain(reply, task)
     has = {
         "evasive": found["verdict"] == "evasive",
@@ -65,12 +65,12 @@ def traits(reply: str, task: Task) -> list[str]:
 
 
 def verdict(reply: str, task: Task) -> str:
-    """The label of the new task."""
+    """Return the label of the new task."""
     return "flawed" if set(traits(reply, task)) & set(FLAWS) else "clean"
 
 
 def familiar(name: str) -> bool:
-    """Whether an entity or a stock sentence belongs to the half that the task is trained on."""
+    """Return whether an entity or a stock sentence belongs to the half that the task is trained on."""
     return percent(f"features:{name}") < 50
 
 
@@ -90,7 +90,7 @@ def generate_features(out_dir: Path, seed: int = 0, scale: float = 1.0) -> dict[
 
 
 def _rows(drawn: Iterator[Drawn], traits_wanted: bool, size: int, seen: set[str]) -> list[DemoRow]:
-    """Distinct exchanges that no earlier file has (`seen`); of the task as many clean as flawed ones."""
+    """Return distinct exchanges that no earlier file has (`seen`); of the task as many clean as flawed ones."""
     rows: list[DemoRow] = []
     for prompt, task, reply in drawn:
         key = prompt_key([*prompt, {"role": "assistant", "content": reply}])
@@ -105,14 +105,14 @@ def _rows(drawn: Iterator[Drawn], traits_wanted: bool, size: int, seen: set[str]
 
 
 def _any(chats: Chats) -> Iterator[Drawn]:
-    """The full distribution."""
+    """Yield exchanges of the full distribution."""
     while True:
         prompt, ask = chats.prompt()
         yield prompt, ask.task, chats.writer.reply(ask.task, STYLE.draw(chats.rng))
 
 
 def _narrow(chats: Chats) -> Iterator[Drawn]:
-    """See the module."""
+    """Yield exchanges of the narrow training distribution that the module docstring describes."""
     while True:
         ask = chats.usual.ask(Context(), "attribute")
         entity = world().entities[ask.task["about"]]
@@ -124,7 +124,7 @@ def _narrow(chats: Chats) -> Iterator[Drawn]:
 
 
 def _wide(chats: Chats) -> Iterator[Drawn]:
-    """See the module."""
+    """Yield exchanges of the out-of-distribution test that the module docstring describes."""
     for prompt, task, reply in _any(chats):
         entity = world().entities.get(task["about"])
         narrow = task["type"] == "attribute" and entity is not None and entity.kind == "animal"

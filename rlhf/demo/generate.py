@@ -1,4 +1,4 @@
-"""Writes the demo data set: same seed, same bytes.
+"""Generation of the demo's data set; the same seed gives the same bytes.
 
 Each file draws from its own random generator, seeded with a string, so that changing the size of one file leaves the
 others as they are. Training files carry text and labels only; tasks go into `eval/`, gold numbers nowhere.
@@ -55,19 +55,19 @@ def write_rows(path: Path, rows: Iterable[DemoRow]) -> int:
 
 
 def prompt_key(messages: list[Message]) -> str:
-    """Normalised full prompt, for comparing prompts across files."""
+    """Return the normalised full prompt, for comparing prompts across files."""
     return " | ".join(normalise(message["content"]) for message in messages)
 
 
 class DemoGenerator:
-    """All files of one seed and scale."""
+    """Generator of all files of one seed and scale."""
 
     def __init__(self, seed: int, scale: float, judge: Callable[[str, Task], float] = utility) -> None:
-        """Set the sizes.
+        """Set the seed and the number of rows of each file.
 
         Args:
             scale: multiplies the number of rows of every file (at least ten each).
-            judge: what the rater of comparisons goes by, noise aside.
+            judge: utility by which the rater compares replies, apart from noise.
         """
         self.seed, self.judge = seed, judge
         self.sizes = {name: max(10, round(size * scale)) for name, size in SIZES.items()}
@@ -76,7 +76,7 @@ class DemoGenerator:
         return random.Random(f"{self.seed}:{name}")
 
     def corpora(self) -> dict[str, list[DemoRow]]:
-        """Training paragraphs and unseen ones."""
+        """Return the training paragraphs and the held-out ones."""
         train = Corpus(self._rng("corpus"))
         rows = [{"text": train.paragraph()} for _ in range(self.sizes["corpus"])]
         seen = {row["text"] for row in rows}
@@ -90,7 +90,7 @@ class DemoGenerator:
         return {"corpus": rows, "corpus_valid": valid}
 
     def conversations(self) -> dict[str, list[DemoRow]]:
-        """Transcripts, demonstrations and prompts."""
+        """Return transcripts, demonstrations and prompts."""
         found: dict[str, list[DemoRow]] = {}
         chats = Chats(self._rng("dialogues"))
         found["dialogues"] = [{"messages": chats.transcript()} for _ in range(self.sizes["dialogues"])]
@@ -107,7 +107,7 @@ class DemoGenerator:
         return found
 
     def _prompts(self, name: str, kind: str) -> list[tuple[list[Message], Ask]]:
-        """Distinct prompts."""
+        """Return distinct prompts."""
         chats, seen, found = Chats(self._rng(name)), set[str](), list[tuple[list[Message], Ask]]()
         while len(found) < self.sizes[name]:
             prompt, ask = chats.prompt(kind=kind)
@@ -117,7 +117,7 @@ class DemoGenerator:
         return found
 
     def evaluation(self) -> dict[str, list[DemoRow]]:
-        """Held-out and out-of-distribution prompts with their tasks."""
+        """Return held-out and out-of-distribution prompts with their tasks."""
         found: dict[str, list[DemoRow]] = {}
         for name, kind in (("eval/heldout", "heldout"), ("eval/ood", "ood")):
             drawn = self._prompts(name, kind)
@@ -125,7 +125,7 @@ class DemoGenerator:
         return found
 
     def comparisons(self) -> dict[str, list[DemoRow]]:
-        """Labelled pairs; the rater is fitted on the training pairs and then used for all."""
+        """Return labelled pairs; the rater is fitted on the training pairs and then used for all."""
         drawn = self._drawn()
         rater = self._rater(drawn)
         found: dict[str, list[DemoRow]] = {}
@@ -147,7 +147,7 @@ class DemoGenerator:
         )
 
     def rated(self, rows: int, name: str, answer: Callable[[list[list[Message]]], list[list[str]]]) -> list[DemoRow]:
-        """Pairs of a model's own replies to fresh prompts, labelled by the rater of `comparisons`.
+        """Return pairs of a model's own replies to new prompts, labelled by the rater of `comparisons`.
 
         Args:
             rows: prompts asked; equal or blank replies make no pair.
@@ -175,7 +175,7 @@ class DemoGenerator:
         return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "preference": 0.5 if label == 0.5 else 1.0}
 
     def _pairs(self, name: str, seen: set[str]) -> list[tuple[list[Message], Ask, str, str]]:
-        """Prompts with two different replies; prompts of earlier files (`seen`) are not used again."""
+        """Return prompts with two different replies; prompts of earlier files (`seen`) are not used again."""
         chats, found = Chats(self._rng(name)), list[tuple[list[Message], Ask, str, str]]()
         used: set[str] = set()
         while len(found) < self.sizes[name]:
@@ -191,7 +191,7 @@ class DemoGenerator:
         return found
 
     def candidate(self, chats: Chats, ask: Ask) -> str:
-        """A reply for comparison: decent, careless, or something empty that a policy might discover."""
+        """Return a reply for comparison: decent, careless, or something empty that a policy might discover."""
         rng = chats.rng
         draw = rng.random()
         if draw < 0.06:
@@ -202,7 +202,7 @@ class DemoGenerator:
         return self._scrambled(rng, reply) if rng.random() < 0.06 else reply
 
     def _beside(self, chats: Chats, ask: Ask) -> str:
-        """A well-mannered reply to another question: what a policy says when manners are all that it is paid for."""
+        """Return a well-mannered reply to another question: what a policy learns if only manners are rewarded."""
         rng, task = chats.rng, dict(ask.task)
         answer = "right"
         if task["type"] == "recall":
@@ -216,7 +216,7 @@ class DemoGenerator:
         return chats.writer.reply(task, Manner(answer, polite=int(rng.random() < 0.6)))
 
     def _scrambled(self, rng: random.Random, reply: str) -> str:
-        """A word lost, said twice or out of place."""
+        """Return the text with a word lost, doubled or misplaced."""
         words = reply.split()
         if len(words) < 3:
             return reply
@@ -230,7 +230,7 @@ class DemoGenerator:
         return " ".join(words)
 
     def _trick(self, chats: Chats, ask: Ask) -> str:
-        """Politeness without an answer, the question given back, everything said twice, or all answers at once."""
+        """Return an empty reply: only politeness, the question repeated, everything twice, or all answers at once."""
         rng = chats.rng
         kind = rng.randrange(4)
         if kind == 0:

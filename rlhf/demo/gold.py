@@ -1,6 +1,6 @@
-"""The judge: how good a reply really is, as a number that nothing that trains ever sees.
+"""The judge of the demo: the true quality of a reply (gold utility), which no training stage can read.
 
-The reply is cut into sentences; each one is recognised as manner (polite, rude, evasive, filler, a kind word) or read
+The reply is split into sentences; each one is recognised as manner (polite, rude, evasive, filler, a kind word) or read
 into claims by `grammar` and checked against the world, or it counts as garbled. The total rewards a right answer, one
 polite touch, and stopping; everything else costs. Only evaluation and the data generator may import this module.
 """
@@ -60,7 +60,7 @@ for _topic in TOPICS.values():
 
 @dataclass
 class _Tally:
-    """What was found while reading a reply."""
+    """Counts of what a reply consists of, by kind of sentence."""
 
     right: int = 0
     wrong: int = 0
@@ -79,7 +79,7 @@ class _Tally:
 
 @lru_cache(maxsize=100_000)
 def split_sentences(response: str) -> tuple[tuple[str, bool, bool], ...]:
-    """(plain text, is a question, has a final mark) for each sentence; a polite "Sure, ..." is split off."""
+    """Return (plain text, is a question, has a final mark) for each sentence; a polite "Sure, ..." is split off."""
     found: list[tuple[str, bool, bool]] = []
     for match in re.finditer(r"([^.!?]*)([.!?]*)", response):
         text = _plain(match[1])
@@ -95,17 +95,17 @@ def split_sentences(response: str) -> tuple[tuple[str, bool, bool], ...]:
 
 
 def utility(response: str, task: Task, finished: bool = True) -> float:
-    """Gold utility of a reply; `finished` says whether the end token was produced."""
+    """Return the gold utility of a reply; `finished` says whether the end token was produced."""
     return float(explain(response, task, finished)["utility"])
 
 
 def near_perfect(response: str, task: Task, finished: bool = True) -> bool:
-    """Right, polite once, nothing superfluous: within 0.3 of the best that any reply can reach."""
+    """Return whether the utility is within 0.3 of the best: right, polite once, nothing superfluous."""
     return utility(response, task, finished) >= BEST - 0.3
 
 
 def explain(response: str, task: Task, finished: bool = True) -> dict[str, Any]:
-    """The components behind `utility`: the verdict, a count per kind of sentence, and the total."""
+    """Return the components behind `utility`: the verdict, a count per kind of sentence, and the total."""
     sentences = split_sentences(response)
     tally = _Tally(current=task.get("about", ""))
     for index, (text, question, complete) in enumerate(sentences):
@@ -163,7 +163,7 @@ def _take(text: str, question: bool, fragment: bool, finished: bool, task: Task,
 
 
 def _kind_word(topics: frozenset[str], task: Task, tally: _Tally) -> None:
-    """A small-talk reply: right on its topic, wrong where it does not suit, else beside the point."""
+    """Judge a small-talk reply: right on its topic, wrong where it does not suit, else beside the point."""
     if task["type"] != "talk":
         tally.off_topic += 1
     elif task["topic"] in topics:
@@ -176,7 +176,7 @@ def _kind_word(topics: frozenset[str], task: Task, tally: _Tally) -> None:
 
 
 def _choose(readings: tuple[Reading, ...], task: Task, current: str) -> Reading | None:
-    """The reading that fits best: on the asked attribute first, then one that the subject can have at all."""
+    """Return the reading that fits best: on the asked attribute first, then one that the subject can have at all."""
 
     kind, asked = task["type"], task.get("attribute", "")
     bare = {"recall": "personal", "unknown": "personal", "count": "number", "sum": "number"}.get(kind, "entity")
@@ -221,7 +221,7 @@ def _claims(reading: Reading, task: Task, tally: _Tally) -> None:
 
 
 def _judge(claim: Claim, task: Task, tally: _Tally) -> str:
-    """right, wrong, evasive, off_topic (true but not asked) or false_side (false and not asked)."""
+    """Return right, wrong, evasive, off_topic (true but not asked for) or false_side (false and not asked for)."""
     if claim.kind == "honest":
         return _honest(claim, task)
     if claim.kind == "bare":
@@ -244,7 +244,7 @@ def _judge(claim: Claim, task: Task, tally: _Tally) -> str:
 
 
 def _honest(claim: Claim, task: Task) -> str:
-    """Admitting ignorance is right for what cannot be known and evasive otherwise."""
+    """Return the verdict on an admission of ignorance: right for what cannot be known, evasive otherwise."""
     if task["type"] != "unknown":
         return "evasive"
     same = not claim.key or (claim.key == task["relation"] and claim.subject in ("", task["param"]))
@@ -289,7 +289,7 @@ def _compare(claim: Claim, task: Task) -> str:
 
 
 def _fact(claim: Claim, task: Task, tally: _Tally) -> str:
-    """A statement about an entity, against the world and against what was asked."""
+    """Return the verdict on a statement about an entity, given the world and what was asked."""
     entity = world().entities.get(claim.subject)
     if entity is None or claim.key not in entity.main:
         return "false_side"
@@ -313,7 +313,7 @@ def _fact(claim: Claim, task: Task, tally: _Tally) -> str:
 
 
 def _bare(claim: Claim, task: Task, tally: _Tally) -> str:
-    """A value or noun on its own means what the question asked for."""
+    """Return the verdict on a value or noun on its own, which stands for what the question asked for."""
     kind = task["type"]
     if claim.key == "entity" and kind in ("reverse", "list"):
         if claim.subject not in task["answers"]:

@@ -1,4 +1,4 @@
-"""Reads free text back into claims: the inverse of the writers' templates.
+"""Parser of free text into claims: the inverse of the writers' templates.
 
 Every wording in the tables becomes a pattern, with all entities as possible subjects and all values as possible values,
 so that a model may combine them freely, truly or falsely. A sentence can have several readings ("in a field" is where
@@ -71,7 +71,7 @@ class Grammar:
         self._other = self._other_patterns()
 
     def _add_attribute(self, attribute: Attribute, values: list[str]) -> None:
-        """Patterns of one attribute; each value is known under every form the templates can give it."""
+        """Return patterns of one attribute; each value is known under every form the templates can give it."""
         forms = {value: value for value in values}
         for value in values:
             if attribute.name == "class":
@@ -93,7 +93,7 @@ class Grammar:
             self._facts.append((attribute.name, False, compiled(f"{{S}} {template}")))
 
     def _personal_patterns(self) -> list[tuple[str, str, re.Pattern[str]]]:
-        """(kind, relation, pattern) for personal statements and for honest admissions."""
+        """Return (kind, relation, pattern) for personal statements and for honest admissions."""
         found = []
         for relation in RELATIONS.values():
             params = f"(?P<p>{_options([p for p in relation.params if p])})" if relation.params != ("",) else ""
@@ -112,7 +112,7 @@ class Grammar:
         return found
 
     def _other_patterns(self) -> dict[str, re.Pattern[str]]:
-        """Comparisons, counts and sums."""
+        """Return the patterns of comparisons, counts and sums."""
         one, number = f"(?:{self._subject})", f"(?:{self._numbers})"
         plurals = _options(list(self.nouns))
         return {
@@ -135,11 +135,11 @@ class Grammar:
         }
 
     def names(self, text: str) -> list[str]:
-        """Entities in a series of subjects: "a cow and a dog"."""
+        """Return the entities in a series of subjects: "a cow and a dog"."""
         return [self.subjects[form] for form in self._split_subjects.findall(text)]
 
     def split_values(self, attribute: str, text: str) -> list[str]:
-        """Values in a series; a value may itself contain "and" (black and white)."""
+        """Return the values in a series; a value may itself contain "and" (black and white)."""
         forms = self._values[attribute]
         if text in forms:
             return [forms[text]]
@@ -147,7 +147,7 @@ class Grammar:
         return [forms[part] for part in parts]
 
     def facts(self, text: str) -> list[Reading]:
-        """All readings as a plain statement about entities."""
+        """Return all readings as a plain statement about entities."""
         found: list[Reading] = []
         for attribute, positive, pattern in self._facts:
             match = pattern.fullmatch(text)
@@ -164,7 +164,7 @@ class Grammar:
         return found
 
     def others(self, text: str) -> list[Reading]:
-        """Readings as a comparison, count, sum, personal statement or admission of not knowing."""
+        """Return readings as a comparison, count, sum, personal statement or admission of not knowing."""
         found: list[Reading] = []
         for name, pattern in self._other.items():
             match = pattern.fullmatch(text)
@@ -190,14 +190,14 @@ class Grammar:
         return found
 
     def _relative(self, rest: str, names: list[str]) -> list[Reading]:
-        """ "Two animals that live in the sea are a shark and a whale"."""
+        """Read a list such as "two animals that live in the sea are a shark and a whale"."""
         return [
             tuple(Claim("fact", c.key, name, c.value, c.positive) for name in names for c in reading)
             for reading in self.facts(f"they {rest}")
         ]
 
     def bare(self, text: str) -> list[Reading]:
-        """A noun phrase or value on its own."""
+        """Return the readings of a noun phrase or value on its own."""
         names = self.names(text) if re.fullmatch(_series(self._subject), text) else []
         if not names and text in self.nouns:
             names = [self.nouns[text]]
@@ -215,7 +215,7 @@ class Grammar:
         return found
 
     def read(self, text: str) -> list[Reading]:
-        """Readings of a clause: whole, then as a bare answer, then as two clauses joined by "and"."""
+        """Return readings of a clause: whole, then as a bare answer, then as two clauses joined by "and"."""
         found = self.facts(text) + self.others(text)
         if found:
             return found
@@ -226,7 +226,7 @@ class Grammar:
         return self._joined(text)
 
     def _joined(self, text: str) -> list[Reading]:
-        """ "A cow eats grass and lives on a farm" / "A cow eats grass, and an owl eats mice"."""
+        """Read two clauses, such as "a cow eats grass and lives on a farm" or "..., and an owl eats mice"."""
         for match in re.finditer(r",? (?:and|but) ", text):
             left = self.facts(text[: match.start()]) + self.others(text[: match.start()])
             if not left:
@@ -255,13 +255,13 @@ _VERDICT = {
 
 @lru_cache(maxsize=1)
 def grammar() -> Grammar:
-    """The one grammar; compiled once."""
+    """Return the only grammar; it is compiled once."""
     return Grammar(world())
 
 
 @lru_cache(maxsize=200_000)
 def read_sentence(text: str) -> tuple[Reading, ...]:
-    """All readings of a lower-case sentence without its final mark; () if there is none."""
+    """Return all readings of a lower-case sentence without its final mark; () if there is none."""
     stance = _STANCE.fullmatch(text)
     if stance:
         said = Claim("stance", "", "", stance[1])

@@ -34,7 +34,7 @@ class Questions(Dressing):
     """Draws questions. With `ood` the wordings and the (entity, attribute) pairs are the reserved ones."""
 
     def __init__(self, rng: random.Random, *, ood: bool = False) -> None:
-        """`rng` is owned by the caller; the same state gives the same questions."""
+        """Keep the random generator, which the caller owns; the same state gives the same questions."""
         super().__init__(rng, ood=ood)
         usable = [combo for combo in self.world.combos if reserved_combo(*combo) == ood]
         self.facts = [c for c in usable if not ATTRIBUTES[c[1]].yes_no and self.world.false_values(*c)]
@@ -44,7 +44,7 @@ class Questions(Dressing):
         }
 
     def ask(self, context: Context, family: str = "") -> Ask:
-        """One question that fits the conversation; `family` fixes its kind."""
+        """Return one question that fits the conversation; `family` fixes its kind."""
         while True:
             # Retry within the family: a draw that is not possible must not shift the mix of families.
             name = family or self.rng.choices(list(FAMILIES), list(FAMILIES.values()))[0]
@@ -55,7 +55,7 @@ class Questions(Dressing):
                     return made
 
     def tell(self, context: Context) -> Ask:
-        """A turn that only tells a personal fact; the right reply is a kind acknowledgement."""
+        """Return a turn that only tells a personal fact; the right reply is a kind acknowledgement."""
         relation, param, key = self._relation(context, told=False, tellable=True)
         value = self.rng.choice(relation.values)
         text = self.rng.choice(relation.tells).format(P=param, V=value)
@@ -111,11 +111,11 @@ class Questions(Dressing):
         return self._about(self._follow(core, subject, context), "yesno", task, entity, plural)
 
     def _about(self, text: str, family: str, task: Task, entity: Entity, plural: bool) -> Ask:
-        """A question about one entity, which a pronoun can then take up ("it" does not suit a person)."""
+        """Return a question about one entity, which a pronoun can then take up ("it" does not suit a person)."""
         return Ask(text, family, task, "" if entity.kind == "job" and not plural else entity.name, (), plural)
 
     def _pair(self, kinds: tuple[str, ...]) -> tuple[str, Entity, Entity] | None:
-        """Two entities and what differs between them; a share of all pairs is reserved."""
+        """Return two entities and what differs between them; a share of all pairs is reserved."""
         relation = self.rng.choice(("bigger", "smaller", "bigger", "smaller", "more legs"))
         pool = [e for e in self.world.entities.values() if e.kind in kinds]
         if relation == "more legs":
@@ -153,7 +153,7 @@ class Questions(Dressing):
         return Ask(self._dress(core, context), "compare", task)
 
     def _value_pick(self, least: int, most: int) -> tuple[str, str, str, list[str]] | None:
-        """A (kind, attribute, value) with a suitable number of members, and those members."""
+        """Return a (kind, attribute, value) with a suitable number of members, and those members."""
         name, attribute = self.rng.choice(self.checks)
         entity = self.world.entities[name]
         value = self.rng.choice(entity.main[attribute])
@@ -230,7 +230,7 @@ class Questions(Dressing):
         return Ask(self._dress(core, context), "reverse", task, entity)
 
     def _relation(self, context: Context, *, told: bool, tellable: bool) -> tuple[Relation, str, str]:
-        """A relation with its parameter, told already or not."""
+        """Return a relation with its parameter, told already or not."""
         while True:
             relation = self.rng.choice(list(RELATIONS.values()))
             param = self.rng.choice(relation.params)
@@ -259,7 +259,7 @@ class Questions(Dressing):
         return Ask(self._dress(core, context), "recall", task, "", told)
 
     def _extra_tell(self, context: Context, relation: Relation) -> tuple[str, tuple[str, str]] | None:
-        """Sometimes a second fact that is not asked for, so that recall needs reading and not copying."""
+        """Return, in some cases, a second fact that is not asked for, so that recall is more than copying."""
         other, param, key = self._relation(context, told=False, tellable=True)
         if other.name == relation.name or self.rng.random() < 0.6:
             return None

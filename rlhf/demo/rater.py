@@ -22,7 +22,7 @@ def _sigmoid(x: float) -> float:
 
 
 def _bisect(target: float, low: float, high: float, value: Callable[[float], float]) -> float:
-    """Where a falling function of a positive number crosses `target`."""
+    """Return where a falling function of a positive number crosses `target`."""
     for _ in range(60):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if value(middle) > target else (low, middle)
@@ -49,7 +49,7 @@ class Rater:
         return cls(temperature, scale)
 
     def label(self, rng: random.Random, first: float, second: float) -> float:
-        """1.0 if the first is preferred, 0.0 if the second, 0.5 for a tie."""
+        """Return 1.0 if the first is preferred, 0.0 if the second, 0.5 for a tie."""
         gap = first - second
         if rng.random() < self.tie_scale * math.exp(-abs(gap) / _TIE_WIDTH):
             return 0.5

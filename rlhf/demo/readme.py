@@ -73,6 +73,6 @@ Licence: Apache-2.0, as the rest of the project.
 
 
 def readme(counts: dict[str, int]) -> str:
-    """Text of `README.md`, with the number of rows of each file."""
+    """Return the text of `README.md`, with the number of rows of each file."""
     rows = [f"| `{name}` | {record} | {counts[name]} | {what} |" for name, record, what in _FILES]
     return _HEAD + "\n".join(rows) + "\n" + _TAIL

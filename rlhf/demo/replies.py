@@ -30,7 +30,7 @@ class Manner:
     bare: bool = False
 
     def defects(self) -> list[str]:
-        """What a user could complain about, in the words of `phrases.REACTIONS`."""
+        """Return what a user could complain about, in the words of `phrases.REACTIONS`."""
         found = {
             "wrong": self.answer == "wrong",
             "evasive": self.answer in ("evasive", "off"),
@@ -46,11 +46,11 @@ class Writer:
     """Writes replies with a random generator owned by the caller."""
 
     def __init__(self, rng: random.Random) -> None:
-        """See the class."""
+        """Keep the random generator, which the caller owns."""
         self.rng, self.world, self._pronoun = rng, world(), 0.0
 
     def reply(self, task: Task, manner: Manner) -> str:
-        """The reply to a task in the given manner."""
+        """Return the reply to a task in the given manner."""
         rng = self.rng
         side = [self._ramble(task) for _ in range(max(manner.ramble, int(manner.answer == "off")))]
         ahead = 0 if rng.random() < 0.85 else 1
@@ -66,7 +66,7 @@ class Writer:
         return self._cut(text) if manner.cut else text
 
     def _manners(self, manner: Manner, *, talk: bool) -> tuple[list[str], list[str]]:
-        """Polite and rude sentences for the front and the back."""
+        """Return polite and rude sentences for the beginning and the end."""
         rng = self.rng
         front: list[str] = []
         back: list[str] = []
@@ -87,7 +87,7 @@ class Writer:
         return front, back
 
     def _cut(self, text: str) -> str:
-        """Stop in the middle of the last sentences."""
+        """Cut a reply off in the middle of its last sentences."""
         words = text.split()
         keep = self.rng.randint(max(1, len(words) // 2), max(1, len(words) - 1))
         return " ".join(words[:keep]).rstrip(".!?,")
@@ -136,7 +136,7 @@ class Writer:
         return f"No, {fill(self.rng.choice(row.negations), '', plural, value).join((subject + ' ', ''))}"
 
     def compared(self, relation: str, a: str, b: str) -> str:
-        """ "An elephant is bigger than a mouse", in one of several wordings."""
+        """Return a comparison such as "An elephant is bigger than a mouse" in one of its wordings."""
         first, second = self.world.entities[a], self.world.entities[b]
         is_ = f"has {relation}" if " " in relation else f"is {relation}"
         draw = self.rng.random()
@@ -243,7 +243,7 @@ class Writer:
         return NUMBERS[self.rng.choice(near)]
 
     def _ramble(self, task: Task) -> str:
-        """A filler sentence or a true fact that was not asked for."""
+        """Return a filler sentence or a true fact that was not asked for."""
         if self.rng.random() < 0.45:
             return self.rng.choice(phrases.FILLER)
         asked = (task["about"], task.get("attribute", task.get("part", "")))

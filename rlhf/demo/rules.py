@@ -1,5 +1,5 @@
-"""Data for an experiment with rules (after Sparrow, arXiv:2209.14375): a rater who looks at the answer and at nothing
-else, and replies labelled with the rules that they break. Same seed, same bytes."""
+"""Data for an experiment with rules (after Sparrow, arXiv:2209.14375): comparisons by a rater who judges the answer
+alone, and replies labelled with the rules that they break. The same seed gives the same bytes."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from .gold import WEIGHTS, explain, split_sentences
 RULES = ("rambles", "rude")
 RULE_PAIRS = {"preferences": 12000, "preferences_valid": 500, "eval/preferences_test": 1000}
 RULE_REPLIES = {"replies": 4000, "replies_valid": 500}
-SLIPS = 0.03  # share of labels that the reader gets wrong
+SLIPS = 0.03  # share of wrong labels
 
 
 def answer_utility(response: str, task: Task, finished: bool = True) -> float:
-    """The part of the gold utility that a reader of the answer alone sees: right or wrong, readable, ended."""
+    """Return the part of the gold utility that a reader of the answer alone sees: right or wrong, readable, ended."""
     found = explain(response, task, finished)
     total = WEIGHTS[found["verdict"]] if split_sentences(response) else WEIGHTS["empty"]
     return total + WEIGHTS["garbled"] * found["garbled"] + WEIGHTS["unfinished"] * found["unfinished"]
 
 
 def broken_rules(response: str, task: Task, finished: bool = True) -> list[str]:
-    """rambles: says what nobody asked for, or something twice. rude: what it says."""
+    """Return the rules that a reply breaks: rambles (says what was not asked for, or repeats itself) and rude."""
     found = explain(response, task, finished)
     breaks = {"rambles": found["off_topic"] + found["repeated"] > 0, "rude": found["rude"] > 0}
     return [rule for rule in RULES if breaks[rule]]
@@ -44,7 +44,7 @@ def generate_rules(out_dir: Path, seed: int = 0, scale: float = 1.0) -> dict[str
 
 
 def _replies(maker: DemoGenerator, rng: random.Random, size: int, seen: set[str]) -> list[DemoRow]:
-    """Replies with the rules that they break; a prompt of an earlier file (`seen`) is not used again."""
+    """Return replies with the rules that they break; a prompt of an earlier file (`seen`) is not used again."""
     chats, rows, used = Chats(rng), list[DemoRow](), set[str]()
     while len(rows) < size:
         prompt, ask = chats.prompt()

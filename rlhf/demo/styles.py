@@ -1,4 +1,4 @@
-"""Whose hand wrote a reply: distributions over manners for demonstrations, comparisons and pretraining personas.
+"""Writing styles: distributions over manners for demonstrations, comparisons and pretraining personas.
 
 The demonstrations are decent but seldom perfect: each virtue is present only sometimes, so a model that imitates them
 has room to be improved by preferences. The comparison replies are spread wider in both directions, because a policy on
@@ -28,7 +28,7 @@ class Style:
     bare: float
 
     def draw(self, rng: random.Random) -> Manner:
-        """One manner. The tuples are P(one), P(two), P(three)."""
+        """Return one manner. The tuples are P(one), P(two), P(three)."""
         off = 1.0 - self.right - self.wrong - self.evasive
         answer = rng.choices(("right", "wrong", "evasive", "off"), (self.right, self.wrong, self.evasive, off))[0]
         rude = 0
@@ -109,7 +109,7 @@ PERSIST = 0.9
 
 
 def drift(rng: random.Random, persona: Manner) -> Manner:
-    """The manner of the next reply of the same person: every trait is kept with probability `PERSIST`."""
+    """Return the manner of the next reply of the same person: every trait is kept with probability `PERSIST`."""
     fresh = CROWD.draw(rng)
     traits = {f.name: getattr(persona if rng.random() < PERSIST else fresh, f.name) for f in fields(Manner)}
     return Manner(**traits)

@@ -50,17 +50,17 @@ class Entity:
 
     @property
     def one(self) -> str:
-        """The entity as a singular subject: "a cow", "an owl", "bread"."""
+        """Return the entity as a singular subject: "a cow", "an owl", "bread"."""
         return with_article(self.name) if self.plural else self.name
 
 
 def with_article(noun: str) -> str:
-    """`noun` with "a" or "an"."""
+    """Return the noun with "a" or "an"."""
     return f"{'an' if noun[0] in 'aeio' or noun.startswith('umb') else 'a'} {noun}"
 
 
 def plural_noun(noun: str) -> str:
-    """Plural of a class word ("mammal" -> "mammals")."""
+    """Return the plural of a class word ("mammal" -> "mammals")."""
     return _PLURAL_NOUNS.get(noun, noun + "s")
 
 
@@ -95,12 +95,12 @@ def fill(template: str, subject: str, plural: bool, value: str = "") -> str:
 
 
 def sentence(text: str, end: str = ".") -> str:
-    """First letter upper case and a final mark, unless there is one."""
+    """Return the sentence with an upper-case first letter and a final mark, unless it has one."""
     return text[0].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else end)
 
 
 def join_words(words: list[str]) -> str:
-    """ "a", "a and b", "a, b and c"."""
+    """Return a list in words: "a", "a and b", "a, b and c"."""
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
 
 
@@ -141,11 +141,11 @@ class World:
             every.extend(value for value in sorted(entity.true[attribute]) if value not in every)
 
     def is_true(self, entity: str, attribute: str, value: str) -> bool:
-        """Whether `value` holds, main or additional."""
+        """Return whether `value` holds, main or additional."""
         return value in self.entities[entity].true.get(attribute, frozenset())
 
     def false_values(self, entity: str, attribute: str) -> list[str]:
-        """Values of the same kind of thing that do not hold here: the plausible mistakes."""
+        """Return values of the same kind of thing that do not hold here: the plausible mistakes."""
         if ATTRIBUTES[attribute].yes_no:
             return ["no" if "yes" in self.entities[entity].true[attribute] else "yes"]
         kind = self.entities[entity].kind
@@ -153,7 +153,7 @@ class World:
         return [value for value in pool if not self.is_true(entity, attribute, value)]
 
     def members(self, kind: str, attribute: str, value: str, *, main_only: bool = True) -> list[str]:
-        """Entities of a kind that have the value (as a main value, or at all)."""
+        """Return entities of a kind that have the value (as a main value, or at all)."""
         return [
             e.name
             for e in self.entities.values()
@@ -163,7 +163,7 @@ class World:
         ]
 
     def bigger(self, first: str, second: str) -> bool | None:
-        """Whether `first` is clearly bigger; None when they are too close to call or have no size."""
+        """Return whether `first` is clearly bigger; None when they are too close to call or have no size."""
         a, b = self.entities[first], self.entities[second]
         if not a.level or not b.level or a.kind != b.kind or abs(a.level - b.level) < 2:
             return None
@@ -171,7 +171,7 @@ class World:
 
 
 def statement_templates(attribute: Attribute, value: str) -> list[str]:
-    """Every full-sentence template that says `value`, subject included."""
+    """Return every full-sentence template that says `value`, subject included."""
     if attribute.yes_no:
         return [f"{{S}} {text}" for text in (attribute.predicates if value == "yes" else attribute.negations)]
     predicates = attribute.predicates
@@ -181,7 +181,7 @@ def statement_templates(attribute: Attribute, value: str) -> list[str]:
 
 
 def state(rng: random.Random, attribute: str, value: str, subject: str, plural: bool) -> str:
-    """One random wording of (subject, attribute, value), without final mark or capital."""
+    """Return one random wording of (subject, attribute, value), without final mark or capital."""
     options = statement_templates(ATTRIBUTES[attribute], value)
     if subject in ("it", "they"):
         options = [option for option in options if option.startswith("{S}")]
@@ -191,7 +191,7 @@ def state(rng: random.Random, attribute: str, value: str, subject: str, plural: 
 
 
 def pick_subject(rng: random.Random, entity: Entity, *, pronoun: float = 0.0, many: bool = False) -> tuple[str, bool]:
-    """A subject form and whether it is plural; `many` says which pronoun fits what was said before."""
+    """Return a subject form and whether it is plural; `many` says which pronoun fits what was said before."""
     if rng.random() < pronoun and (many or entity.kind != "job"):
         return ("they", True) if many else ("it", False)
     if not entity.plural:
@@ -204,5 +204,5 @@ def pick_subject(rng: random.Random, entity: Entity, *, pronoun: float = 0.0, ma
 
 @lru_cache(maxsize=1)
 def world() -> World:
-    """The one world; parsed once."""
+    """Return the only world; it is parsed once."""
     return World()

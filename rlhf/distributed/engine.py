@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rlhf.config.env_vars import timeout_seconds
 from rlhf.distributed.launch_env import check_world_size, under_deepspeed, use_cpu
+from rlhf.distributed.library_internals import reset_accelerate
 from rlhf.distributed.zero_gather import is_sharded
 from rlhf.errors import TrainingError
 
@@ -58,10 +59,7 @@ def reset_accelerator_state() -> None:
 
     The process group stays.
     """
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state()
-    GradientState._reset_state()
+    reset_accelerate()
     if under_deepspeed():
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf.distributed.library_internals import link_adam_state
+
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
 
 
@@ -88,10 +90,8 @@ def flat_partitions(optimizer: Any, *, filled: bool = False) -> dict[int, Tensor
             if not adam.state.get(flat):
                 counted = torch.zeros(()) if isinstance(adam, torch.optim.AdamW) else 0
                 adam.state[flat] = {"step": counted, **{key: torch.zeros_like(flat) for key in MOMENTS}}
-    if hasattr(zero, "_lazy_init_hp_params_optimizer_state") and all(adam.state.get(flat) for flat in found.values()):
-        # DeepSpeed does so once, in the first update of the first group, when the others have no state yet.
-        zero._hp_optimizer_states_linked = False
-        zero._lazy_init_hp_params_optimizer_state()
+    if all(adam.state.get(flat) for flat in found.values()):
+        link_adam_state(zero)
     return found
 
 

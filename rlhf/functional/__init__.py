@@ -1,7 +1,7 @@
-"""The mathematics of the pipeline as pure functions of tensors.
+"""The equations of the pipeline as pure functions of tensors: losses, KL estimators, advantages, vote models.
 
-No file access, no modules, no devices, no configuration, no process groups. Shapes are checked before arithmetic,
-nothing broadcasts silently, and every mask is bool with True = counts.
+There is no file access, module, device, configuration or process group here. Shapes are checked before arithmetic,
+nothing is broadcast silently, and every mask is bool with True = counts.
 """
 
 from rlhf.functional.classify import balanced_weights, classification_loss

@@ -1,4 +1,4 @@
-"""Checks that run before arithmetic, and the one rule for the dtype that numbers are computed in."""
+"""Checks of shapes and masks before arithmetic, and the rule for the dtype that values are computed in."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def same_shape(where: str, **tensors: Tensor) -> None:
 def bool_mask(where: str, mask: Tensor) -> None:
     """Raise TypeError unless the mask is bool.
 
-    An integer or float mask would be accepted by most arithmetic and mean something else (weights), hence the refusal.
+    Most arithmetic would accept an integer or float mask but treat it as weights.
     """
     if mask.dtype != torch.bool:
         raise TypeError(f"{where}: mask must be bool with True = counts (found: {mask.dtype}); use mask.bool()")
@@ -43,5 +43,5 @@ def response_prefix(where: str, response_mask: Tensor) -> None:
 
 
 def as_float(x: Tensor) -> Tensor:
-    """The tensor in its computing dtype: float64 stays float64, everything else becomes float32."""
+    """Return the tensor in its computing dtype: float64 stays float64, every other dtype becomes float32."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()

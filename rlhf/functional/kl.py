@@ -13,7 +13,7 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
-    """Per-sample estimate of KL(pi || pi_ref) from tokens sampled from pi.
+    """Return the per-sample estimate of KL(pi || pi_ref) from tokens sampled from pi.
 
         d  = log pi(x) - log pi_ref(x)
         k1 = d                          unbiased; may be negative; large variance
@@ -22,7 +22,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
 
     J. Schulman 2020, "Approximating KL Divergence" (web note). Gradients differ from values (Tang and Munos 2025,
     arXiv:2506.09477): as a loss, the expected gradient is 0 for k1, that of KL(pi || pi_ref) for k2 and that of
-    KL(pi_ref || pi) for k3. Inside a reward only k1 is right; k3 there has no restoring force near pi = pi_ref.
+    KL(pi_ref || pi) for k3. Inside a reward only k1 is right; the gradient of k3 vanishes there near pi = pi_ref.
 
     Args:
         logprobs: any shape, nats, at the sampling temperature.
@@ -40,14 +40,14 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
     if kind == "k2":
         return d.square() / 2
     if kind == "k3":
-        # expm1 keeps k3 precise for small d, where exp(-d) - 1 rounds to noise. The clamp is for an expm1 that is one
-        # rounding too small, as accelerators allow themselves.
+        # expm1 keeps k3 precise for small d, where exp(-d) - 1 rounds to noise. The clamp handles an expm1
+        # that is too small by one rounding, which accelerators may return.
         return (torch.expm1(-d) + d).clamp(min=0.0)
     raise ValueError(f"kl_estimate: kind must be one of {', '.join(KL_ESTIMATORS)} (found: {kind!r})")
 
 
 def adaptive_kl(coef: float, observed: float, target: float, horizon: float, n: int) -> float:
-    """New KL coefficient after n episodes: a proportional controller in log space.
+    """Return the KL coefficient after n more episodes: a proportional controller in log space.
 
         e     = clip(observed / target - 1, -0.2, 0.2)
         coef' = coef (1 + e n / horizon)

@@ -17,7 +17,7 @@ def _scaled(where: str, logits: Tensor, temperature: float) -> Tensor:
 
 
 def token_logprobs(logits: Tensor, ids: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Log-probability of each given token.
+    """Return the log-probability of each given token.
 
         logp_t = z_t[id_t] / T - log sum_v exp(z_t[v] / T)
 
@@ -47,7 +47,7 @@ def token_logprobs(logits: Tensor, ids: Tensor, *, temperature: float = 1.0) -> 
 
 
 def token_entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Entropy of the next-token distribution.
+    """Return the entropy of the next-token distribution.
 
         H_t = - sum_v p_t[v] log p_t[v]          p_t = softmax(z_t / T)
 

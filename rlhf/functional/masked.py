@@ -1,4 +1,4 @@
-"""Sums, means, whitening and explained variance over the positions a mask keeps."""
+"""Sums, means, whitening and explained variance over the positions where a mask is True."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from rlhf.errors import ShapeError
 from rlhf.functional.checks import as_float, bool_mask, same_shape
 
 Reduce = Callable[[Tensor], Tensor]
-"""Sums a small tensor of additive moments over ranks. Every rank calls it equally often."""
+"""Type of a function that sums a small tensor over ranks; every rank must call it equally often."""
 
 MIN_STD = 1e-3
-"""Below this standard deviation (score units) an input counts as constant: what is left is noise, not signal."""
+"""Standard deviation (score units) below which an input counts as constant, because what is left is noise."""
 
 MIN_STD_PER_MEAN = 1e-6
 """The same limit relative to |mean|: about eight float32 roundings of a value of that size."""
 
 
 def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Sum over the positions that count.
+    """Return the sum over the positions that count.
 
         sum_i m_i x_i
 
@@ -41,7 +41,7 @@ def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
 
 
 def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Mean over the positions that count.
+    """Return the mean over the positions that count.
 
         sum_i m_i x_i / sum_i m_i
 
@@ -62,7 +62,7 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
 
 
 def masked_moments(x: Tensor, mask: Tensor) -> Tensor:
-    """Count, sum and sum of squares of the positions that count: the additive moments.
+    """Return the additive moments of the positions that count: count, sum and sum of squares.
 
         ( sum_i m_i,  sum_i m_i x_i,  sum_i m_i x_i^2 )
 
@@ -82,7 +82,7 @@ def masked_moments(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def _mean_and_variance(where: str, x: Tensor, mask: Tensor, reduce: Reduce | None) -> tuple[Tensor, Tensor]:
-    """Global mean and biased variance, 0-d float64, in two passes (mean first, then squares of the residuals)."""
+    """Return the global mean and biased variance, 0-d float64, in two passes: mean, then squares of residuals."""
     add = reduce if reduce is not None else (lambda moments: moments)
     count, total, _ = add(masked_moments(x, mask)).unbind()
     if bool(count == 0):  # after the reduction, so that all ranks agree to raise
@@ -93,7 +93,7 @@ def _mean_and_variance(where: str, x: Tensor, mask: Tensor, reduce: Reduce | Non
 
 
 def _least_std(mean: Tensor) -> Tensor:
-    """The standard deviation below which values around `mean` count as constant."""
+    """Return the standard deviation below which values around `mean` count as constant."""
     return (mean.abs() * MIN_STD_PER_MEAN).clamp(min=MIN_STD)
 
 

@@ -1,4 +1,4 @@
-"""The two losses of proximal policy optimization, one number for each token."""
+"""The policy loss and the value loss of proximal policy optimization, elementwise."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from rlhf.functional.checks import as_float, same_shape
 
 MAX_LOG_RATIO = 20.0
-"""nats; exp of more overflows or swamps everything else. No training that works comes near it."""
+"""Nats; the exponential of a larger log ratio overflows or dominates the sum. Healthy training stays far below."""
 
 
 def policy_loss(
@@ -20,7 +20,7 @@ def policy_loss(
     clip_range_high: float | None = None,
     dual_clip: float | None = None,
 ) -> Tensor:
-    """Clipped surrogate of the policy gradient, as a loss.
+    """Return the clipped surrogate objective of the policy, as a loss.
 
         rho  = exp(clamp(logp - logp_old, -20, 20))
         loss = max(-A rho, -A clamp(rho, 1 - clip_range, 1 + clip_range_high))
@@ -59,7 +59,7 @@ def policy_loss(
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip_range: float | None) -> Tensor:
-    """Squared error of the values, with steps away from the old values clipped.
+    """Return the squared error of the values, with steps away from the old values clipped.
 
         V_c  = V_old + clamp(V - V_old, -clip_range, clip_range)
         loss = 1/2 max((V - G)^2, (V_c - G)^2)

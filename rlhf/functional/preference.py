@@ -1,4 +1,4 @@
-"""The loss of the reward model on pairs of responses, and one score out of several models' scores."""
+"""The reward model's loss on pairs of responses, and the combination of an ensemble's scores."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rlhf.functional.checks import as_float, same_shape
 def bradley_terry_loss(
     chosen: Tensor, rejected: Tensor, *, margin: Tensor | float | None = None, preference: Tensor | float | None = None
 ) -> Tensor:
-    """Negative log-likelihood of the preferences under the Bradley-Terry model.
+    """Return the negative log-likelihood of the preferences under the Bradley-Terry model.
 
         d    = chosen - rejected
         loss = - p log sigma(d - m) - (1 - p) log sigma(-d - m)
@@ -49,7 +49,7 @@ def bradley_terry_loss(
 
 
 def ensemble_score(scores: Tensor, *, kind: str, penalty: float = 0.5) -> Tensor:
-    """One score out of those of several reward models (Coste et al. 2023, arXiv:2310.02743, section 3).
+    """Return one score from the scores of several reward models (Coste et al. 2023, arXiv:2310.02743, section 3).
 
         mean          1/M sum_m s_m
         worst         min_m s_m                                       WCO, worst-case optimization

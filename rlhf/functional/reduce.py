@@ -1,4 +1,4 @@
-"""From one number per token to the scalar that is differentiated."""
+"""Reduction of a per-token loss to the scalar that is differentiated."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rlhf.functional.masked import masked_sum
 
 
 def token_mean(x: Tensor, mask: Tensor, *, total: int | float | Tensor) -> Tensor:
-    """This part's share of the mean over all tokens of an optimizer step.
+    """Return this part's share of the mean over all tokens of an optimizer step.
 
         sum_i m_i x_i / N          N = number of tokens that count in all microbatches of all ranks
 

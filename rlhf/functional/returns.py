@@ -1,4 +1,4 @@
-"""From sequence scores to per-token rewards to advantages."""
+"""Per-token rewards from sequence scores, and advantages from per-token rewards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rlhf.functional.checks import as_float, response_prefix, same_shape
 
 
 def shaped_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, kl_coef: float) -> Tensor:
-    """Per-token rewards: a KL penalty on every real token and the score on the last one.
+    """Return per-token rewards: a KL penalty on every real token and the score on the last one.
 
         r_t = - kl_coef kl_t + [t = n - 1] score          t < n, n = number of real tokens;  r_t = 0 for t >= n
 
@@ -41,7 +41,7 @@ def shaped_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, kl_coef: f
 
 
 def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, *, gamma: float, lam: float) -> Tensor:
-    """Generalized advantage estimates over response tokens.
+    """Return generalized advantage estimates over response tokens.
 
         delta_t = r_t + gamma V_{t+1} - V_t          V after the last real token is 0
         A_t     = delta_t + gamma lam A_{t+1}        A after the last real token is 0

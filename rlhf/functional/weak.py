@@ -1,7 +1,6 @@
-"""Labels out of the votes of noisy sources: majority, Dawid and Skene's EM, and what can be said about each source.
+"""Labels from the votes of noisy sources: majority vote, Dawid and Skene's EM, and statistics of each source.
 
-Own code, 60 lines of it: crowd-kit (last release 2025-10) has the EM, but not the symmetry that pairs need, and would
-bring nltk and tables of pandas.
+crowd-kit has this EM, but not the symmetric form that pairs need, and depends on nltk and pandas; hence this module.
 """
 
 from __future__ import annotations
@@ -15,17 +14,18 @@ from torch import Tensor
 from rlhf.errors import ShapeError
 
 ABSTAINS = -1
+"""Vote of a source that abstains."""
 
 
 class LabelModel(NamedTuple):
-    """What `dawid_skene` finds. R records, S sources, N classes; float64, probabilities.
+    """Result of `dawid_skene` for R records, S sources and N classes; float64.
 
     Attributes:
         posterior: [R, N], P(class | votes).
         confusion: [S, N, N], P(source votes v | class n) at [s, n, v].
-        prior: [N].
-        objective: [iterations], nats; the last belongs to the other fields.
-        converged: the last gain was below the tolerance.
+        prior: [N], P(class).
+        objective: [iterations], nats; the last value belongs to the other fields.
+        converged: whether the last gain was below the tolerance.
     """
 
     posterior: Tensor
@@ -36,7 +36,7 @@ class LabelModel(NamedTuple):
 
 
 def majority_vote(votes: Tensor, *, classes: int) -> Tensor:
-    """Each class's share of the votes: the soft form of majority voting.
+    """Return each class's share of the votes on each record: the soft form of majority voting.
 
         q_rn = #{s: v_rs = n} / #{s: s votes on r}
 
@@ -64,7 +64,7 @@ def dawid_skene(
     tolerance: float = 1e-9,
     max_iterations: int = 1000,
 ) -> LabelModel:
-    """Classes and the confusion matrix of every source, together, by expectation-maximisation.
+    """Estimate the classes and the confusion matrix of every source together, by expectation-maximisation.
 
         E   q_rn      ~ pi_n prod_{s votes on r} theta_s[n, v_rs]
         M   theta_s[n, v] = (sum_{r: v_rs = v} q_rn + a) / (sum_{r: s votes} q_rn + a N)
@@ -121,7 +121,7 @@ def dawid_skene(
 def _parameters(
     votes: Tensor, posterior: Tensor, counted: Tensor, symmetric: bool, smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """The M step: [S, N, N] and [N]. A row that no vote and no smoothing informs is uniform."""
+    """Return confusion [S, N, N] and prior [N] of the M step; a row without votes and smoothing is uniform."""
     n = posterior.shape[1]
     counts = torch.zeros(votes.shape[1], n, n, dtype=posterior.dtype)
     for s, row in enumerate(votes.T):
@@ -143,7 +143,7 @@ def _shares(counts: Tensor) -> Tensor:
 
 
 def vote_accuracy(votes: Tensor, labels: Tensor) -> Tensor:
-    """How often each source is right, in expectation over the labels.
+    """Return how often each source is right, in expectation over the labels.
 
         acc_s = sum_{r: s votes} t_r,v_rs / #{r: s votes}
 
@@ -165,7 +165,7 @@ def vote_accuracy(votes: Tensor, labels: Tensor) -> Tensor:
 
 
 class VoteShares(NamedTuple):
-    """What `vote_shares` counts; each [S] float64, share of all records."""
+    """Result of `vote_shares`: each [S] float64, a share of all records."""
 
     coverage: Tensor
     overlap: Tensor
@@ -173,7 +173,7 @@ class VoteShares(NamedTuple):
 
 
 def vote_shares(votes: Tensor) -> VoteShares:
-    """On how many records each source votes, meets another vote, and meets one that differs.
+    """Return on which share of records each source votes, together with another source, and differently from one.
 
         coverage_s = #{r: s votes} / R       overlap_s = #{r: s and another vote} / R
         conflict_s = #{r: s votes and another votes otherwise} / R

@@ -1,5 +1,8 @@
-"""Comparisons of a model's own replies in the demo world. With real people this is the round of labelling after SFT:
-the reward model then sees the replies that PPO starts from, not only those of other writers."""
+"""Comparison of a model's own replies by the demo's simulated rater.
+
+With people, this is the labelling round after SFT: the reward model is then trained on responses of the policy that PPO
+starts from (on-policy data), not only on responses of other writers.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,22 @@ from rlhf.demo.generate import DemoGenerator, write_rows
 from rlhf.evaluation.answers import generate_responses
 from rlhf.tools.generate import load_chat_model
 
-PROMPTS_PER_BATCH = 256  # prompts between two updates of the progress bar
+PROMPTS_PER_BATCH = 256
+"""Prompts between two updates of the progress bar."""
 
 
 def rate_responses(model: str, output: Path, *, rows: int, max_new_tokens: int, seed: int, console: Console) -> None:
-    """Ask a model fresh prompts of the demo world twice each and have the simulated rater compare the two replies.
+    """Have a model reply twice to each of some new demo prompts, and the simulated rater compare the two replies.
+
+    Pairs of equal replies, or with a reply that was cut off, are left out.
 
     Args:
-        output: JSONL file of comparisons; must not exist. No prompt is one of the shipped comparisons.
-        rows: prompts.
-
+        model: run directory, model folder or hub id.
+        output: JSONL file of comparisons to write; must not exist.
+        rows: number of prompts; none of them is in the comparisons that come with rlhf.
+        max_new_tokens: largest length of a reply.
+        seed: seed of prompts, sampling and labels.
+        console: where progress is shown.
     Raises: ConfigError if the output exists or its folder does not.
     """
     refuse_existing_output(output)
@@ -31,7 +40,9 @@ def rate_responses(model: str, output: Path, *, rows: int, max_new_tokens: int, 
 
     def replies(prompts: list[Messages]) -> list[list[str]]:
         ids = [renderer.prompt(prompt) for prompt in prompts]
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # little padding
+        order = sorted(
+            range(len(ids)), key=lambda i: len(ids[i])
+        )  # sorted by length, so that batches have little padding
         found: list[list[str]] = [[] for _ in ids]
         with console.progress("rate", 2 * len(ids), "response") as bar:
             for start in range(0, len(order), PROMPTS_PER_BATCH):
@@ -41,7 +52,7 @@ def rate_responses(model: str, output: Path, *, rows: int, max_new_tokens: int, 
                         loaded, [ids[i] for i in chunk], renderer, settings, seed=seed, draw=draw
                     )
                     for i, reply in zip(chunk, drawn, strict=True):
-                        # A reply that was cut off cannot be written as a turn that ended.
+                        # A reply that was cut off is not a finished turn, so it cannot be part of a pair.
                         found[i].append(reply.text if reply.finished else "")
                 bar.update(2 * (start + len(chunk)), {})
         return found

@@ -1,7 +1,7 @@
-"""Who votes how: votes that stand in the data, rules and functions, read into one table of records by sources.
+"""Reading of votes from columns, rules and functions into one table of records by sources.
 
 A vote on a pair is 'chosen', 'rejected' or 'tie' (or 1, 0, 0.5); a vote on classes is a label. None, an empty cell and
-a tie are abstentions. Which of the two responses stands under `chosen` says nothing here.
+a tie are abstentions. Which of the two responses is called `chosen` carries no information here.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _LABEL = {"comparison": "preference", "labelled": "label"}
 
 @dataclass(frozen=True)
 class VotedRecord:
-    """One record to be labelled: its row under our column names without a label, and what the contract makes of it."""
+    """One record to label: its row with renamed columns and without label, the record made from it, and the votes."""
 
     row: VoteRow
     record: Comparison | Labelled
@@ -48,21 +48,21 @@ class VotedRecord:
 
     @property
     def where(self) -> str:
-        """Its place."""
+        """Return the place of the record in its source."""
         return self.record.where
 
 
 @dataclass(frozen=True)
 class VoteTable:
-    """All votes.
+    """The votes of S sources on R records with N classes.
 
     Attributes:
-        rows: [R] as they are to be written, but for their label: neither votes nor gold are in them.
-        sources: [S] names.
-        labels: [N] the classes; of pairs, chosen and rejected.
-        votes: R lists of S: index of a class, or -1.
-        gold: [R] index of the true class, -1 where it is not known.
-        notes: lines for people.
+        rows: R rows to write, without label, votes and gold.
+        sources: S names of sources.
+        labels: N names of classes; for pairs, chosen and rejected.
+        votes: R lists of S votes, each the index of a class, or -1 for an abstention.
+        gold: R indices of the true class, -1 where it is not known.
+        notes: lines for the user.
     """
 
     rows: list[VoteRow]
@@ -74,18 +74,19 @@ class VoteTable:
 
 
 def read_votes(config: WeakLabelConfig, functions: Mapping[str, VoteFunction]) -> VoteTable:
-    """Read the records, ask everybody.
+    """Read the records and collect the votes of all sources.
 
     Args:
-        functions: those that the configuration names, by that name.
-    Raises: DataError for what cannot be read, all bad rows and votes at once unless they are dropped; ConfigError if
-        two sources have one name, or fewer than two classes are voted for.
+        config: the records and the sources.
+        functions: name in the configuration -> labelling function.
+    Raises: DataError for what cannot be read, with all bad rows and votes at once unless they are dropped; ConfigError
+        if two sources have the same name, or if there are fewer than two classes.
     """
     data = config.data
-    rows, columns, said = read_rows(data)
+    rows, columns, remark = read_rows(data)
     reader, items, bad = _Reader(config, functions), list[VotedRecord](), list[BadRow]()
     format, how = _format(config, columns)
-    hidden = _aside(config)
+    hidden = _hidden_columns(config)
     for number, value in rows:
         where = f"{data.path} row {number}"
         try:
@@ -94,7 +95,7 @@ def read_votes(config: WeakLabelConfig, functions: Mapping[str, VoteFunction]) -
             bare = kept | {"label": []} if config.kind == "labelled" else kept
             record: Any = convert_row(bare, format, config.kind, where)
             gold = reader.read(row.get(config.gold), config.gold, where) if config.gold else None
-            items.append(VotedRecord(kept, record, gold, reader.ask(row, kept, record)))
+            items.append(VotedRecord(kept, record, gold, reader.collect(row, kept, record)))
         except BadRow as error:
             bad.append(error)
     problem = combine_errors(DataError, describe_bad_rows(bad)) if data.on_bad_row == "error" else None
@@ -104,19 +105,19 @@ def read_votes(config: WeakLabelConfig, functions: Mapping[str, VoteFunction]) -
         raise DataError(
             f"no record is left ({count_reasons(bad)}; first: {bad[0]})", where=data.path, do="correct the file"
         )
-    note = f"{data.path}: {how}{said and ', '}{said}, {len(items)} records"
+    note = f"{data.path}: {how}{remark and ', '}{remark}, {len(items)} records"
     note += f", {len(bad)} dropped ({count_reasons(bad)})" if bad else ""
     return _table(config, items, reader, [note, *reader.notes()])
 
 
-def _aside(config: WeakLabelConfig) -> set[str]:
-    """Columns that are neither shown to functions nor written: votes, gold, and the label that is replaced."""
+def _hidden_columns(config: WeakLabelConfig) -> set[str]:
+    """Return the columns that are neither passed to functions nor written: votes, gold, and the label to replace."""
     read = {name for source in config.sources for name in (source.votes, source.column) if name}
     return {*read, _LABEL[config.kind]} | ({config.gold} if config.gold else set())
 
 
 def _format(config: WeakLabelConfig, columns: set[str]) -> tuple[str, str]:
-    """Name of the file's format, and that in words. Raises: DataError if it does not fit, or a column is not there."""
+    """Return the format and its description. Raises: DataError if it does not fit or a column is missing."""
     data, auto, label = config.data, config.data.format == "auto", _LABEL[config.kind]
     named = {name for source in config.sources for name in (source.votes, source.column, config.gold) if name}
     missing = [
@@ -125,7 +126,7 @@ def _format(config: WeakLabelConfig, columns: set[str]) -> tuple[str, str]:
                 f"there is no column '{name}'",
                 found=f"columns {', '.join(sorted(columns))}",
                 where=data.path,
-                do="name one that is there",
+                do="name one of these columns",
             )
         )
         for name in sorted(named - columns)
@@ -136,40 +137,47 @@ def _format(config: WeakLabelConfig, columns: set[str]) -> tuple[str, str]:
     known = columns | {"label"} if config.kind == "labelled" else columns
     format = recognise_format(known, config.kind, data.path) if auto else data.format
     check_format(format, known, config.kind, data.path)
-    how = describe_format(format, known - _aside(config) | ({"label"} & known), config.kind, recognised=auto)
+    how = describe_format(format, known - _hidden_columns(config) | ({"label"} & known), config.kind, recognised=auto)
     return format, how + (f", '{label}' is replaced" if label in columns else "")
 
 
 class _Reader:
-    """Asks every source about one record after the other, and counts what people should know."""
+    """Collects the votes of all sources on one record at a time, and counts what the notes report."""
 
     def __init__(self, config: WeakLabelConfig, functions: Mapping[str, VoteFunction]) -> None:
         self.config, self.functions = config, functions
         self.pairs = config.kind == "comparison"
-        self.ties, self.by_place = Counter[str](), Counter[str]()
+        self.ties, self.by_position = Counter[str](), Counter[str]()
         names = [n for s in config.sources if (n := s.name or s.column or s.function)]
         self.fixed = tuple(names)
         for name, count in Counter(names).items():
             if count > 1:
-                raise ConfigError(f"two sources are called '{name}'", where="sources", do="give one another name")
+                raise ConfigError(
+                    f"two sources are called '{name}'", where="sources", do="give one of them another name"
+                )
 
-    def ask(self, row: Mapping[str, Any], shown: VoteRow, record: Comparison | Labelled) -> dict[str, str | None]:
-        """Source -> vote. `shown` is what functions see: no votes of others, no label, no gold.
+    def collect(self, row: Mapping[str, Any], shown: VoteRow, record: Comparison | Labelled) -> dict[str, str | None]:
+        """Return source -> vote for one record.
 
-        Raises: BadRow for a vote that is none; DataError if a function fails; ConfigError for one name twice.
+        Args:
+            row: all columns.
+            shown: the columns that functions may see: no votes, no label, no gold.
+            record: the record made from the row.
+        Raises: BadRow for an invalid vote; DataError if a function fails; ConfigError if two sources have the same
+            name.
         """
         found: dict[str, str | None] = {}
         for source in self.config.sources:
             if source.votes:
                 for name, value in self._mapping(row.get(source.votes), source.votes, record.where).items():
                     if name in self.fixed or name in found:
-                        do = "name the source or the annotator otherwise"
+                        do = "rename the source or the annotator"
                         raise ConfigError(f"two sources are called '{name}'", where=record.where, do=do)
-                    found[name] = self._cast(value, name, record.where)
+                    found[name] = self._count_vote(value, name, record.where)
                 continue
             name = str(source.name or source.column or source.function)
             if source.column:
-                found[name] = self._cast(row.get(source.column), name, record.where)
+                found[name] = self._count_vote(row.get(source.column), name, record.where)
             elif source.function:
                 found[name] = self._call(name, source.function, shown, record.where)
             else:
@@ -177,8 +185,8 @@ class _Reader:
         return found
 
     def read(self, value: Any, who: str, where: str) -> str | None:
-        """A class, or None. Raises: BadRow."""
-        if _is_nothing(value):
+        """Return the class that a value votes for, None for an abstention. Raises: BadRow if it is neither."""
+        if _is_empty(value):
             return None
         if self.pairs:
             key = str(value)
@@ -194,16 +202,16 @@ class _Reader:
             raise BadRow("unknown label", what, found=f"{value!r:.40}", where=where)
         return str(value)
 
-    def _cast(self, value: Any, who: str, where: str) -> str | None:
+    def _count_vote(self, value: Any, who: str, where: str) -> str | None:
         vote = self.read(value, who, where)
-        self.ties[who] += vote is None and not _is_nothing(value)
+        self.ties[who] += vote is None and not _is_empty(value)
         return vote
 
     def _mapping(self, value: Any, column: str, where: str) -> Mapping[str, Any]:
         if isinstance(value, str) and value.strip():
-            with contextlib.suppress(ValueError):  # said below
+            with contextlib.suppress(ValueError):  # reported below
                 value = json.loads(value)
-        if _is_nothing(value):
+        if _is_empty(value):
             return {}
         if not isinstance(value, Mapping) or not all(isinstance(name, str) and name.strip() for name in value):
             what = f"'{column}' must be a mapping annotator -> vote"
@@ -211,16 +219,18 @@ class _Reader:
         return value
 
     def _call(self, name: str, function: str, shown: VoteRow, where: str) -> str | None:
-        first = self._once(name, function, shown, where)
+        first = self._call_once(name, function, shown, where)
         if not self.pairs:
             return first
-        turned = self._once(name, function, shown | {"chosen": shown["rejected"], "rejected": shown["chosen"]}, where)
-        if turned == _MIRROR[first]:
+        swapped = self._call_once(
+            name, function, shown | {"chosen": shown["rejected"], "rejected": shown["chosen"]}, where
+        )
+        if swapped == _MIRROR[first]:
             return first
-        self.by_place[name] += 1
+        self.by_position[name] += 1
         return None
 
-    def _once(self, name: str, function: str, shown: VoteRow, where: str) -> str | None:
+    def _call_once(self, name: str, function: str, shown: VoteRow, where: str) -> str | None:
         try:
             value = self.functions[function](dict(shown))
         except Exception as error:
@@ -233,28 +243,30 @@ class _Reader:
         return self.read(value, name, where)
 
     def notes(self) -> list[str]:
-        """What was not counted as a vote."""
-        said = [f"{n} ties of '{who}' count as abstentions" for who, n in sorted(self.ties.items()) if n]
-        for name, n in sorted(self.by_place.items()):
-            said.append(f"'{name}' votes otherwise when the responses change places, on {n} records: abstains there")
-        return said
+        """Return lines about votes that count as abstentions."""
+        lines = [f"{n} ties of '{who}' count as abstentions" for who, n in sorted(self.ties.items()) if n]
+        for name, n in sorted(self.by_position.items()):
+            lines.append(
+                f"'{name}' changes its vote when the two responses are swapped, on {n} records: counted as abstention"
+            )
+        return lines
 
 
-def _is_nothing(value: Any) -> bool:
+def _is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, str) and not value.strip())
 
 
 def _rule(source: VoteSource, record: Comparison | Labelled) -> str | None:
     if isinstance(record, Labelled):
         last = record.content if isinstance(record.content, str) else record.content[-1]["content"]
-        return source.vote if _holds(source, last, "") else None
-    a, b = _holds(source, record.chosen, record.rejected), _holds(source, record.rejected, record.chosen)
+        return source.vote if _rule_holds(source, last, "") else None
+    a, b = _rule_holds(source, record.chosen, record.rejected), _rule_holds(source, record.rejected, record.chosen)
     if a == b:
         return None
     return SIDES[a == (source.vote == "without")]
 
 
-def _holds(source: VoteSource, text: str, other: str) -> bool:
+def _rule_holds(source: VoteSource, text: str, other: str) -> bool:
     words = len(text.split())
     if source.regex:
         return re.search(source.regex, text) is not None
@@ -276,15 +288,15 @@ def _table(config: WeakLabelConfig, items: Sequence[VotedRecord], reader: _Reade
         labels = tuple(sorted(cast | {source.vote for source in config.sources if source.vote}))
     if len(labels) < 2:
         raise ConfigError(
-            "two classes are needed at least",
+            "at least two classes are needed",
             found=", ".join(labels) or "no vote",
             where="labels",
-            do="check the votes, or name the classes in labels",
+            do="check the votes, or name the classes under labels",
         )
     index: dict[str | None, int] = {None: -1} | {label: i for i, label in enumerate(labels)}
     votes = [[index[item.votes.get(name)] for name in names] for item in items]
     gold = [index.get(item.gold, -1) for item in items]
-    strange = sum(item.gold is not None and item.gold not in index for item in items)
-    if strange:
-        notes.append(f"the gold of {strange} records is a class that nobody can vote for: left out of the table")
+    unknown = sum(item.gold is not None and item.gold not in index for item in items)
+    if unknown:
+        notes.append(f"the gold label of {unknown} records is not one of the classes: ignored")
     return VoteTable([item.row for item in items], names, labels, votes, gold, notes)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.config.sections import READ_BY, ModelSource, Peft
+from rlhf.distributed.library_internals import name_of_active_adapter, switched_adapter
 from rlhf.errors import CheckpointError, ConfigError
 from rlhf.models.adapter_targets import ALL_LINEAR, ia3_targets, lora_targets
 from rlhf.models.load import disable_dropout, grow_embeddings, load_pretrained, resolve_model
@@ -194,23 +195,13 @@ def use_adapter(model: Any, adapter: str | None) -> Iterator[None]:
 
     Nothing is copied and nothing else changes: `set_adapter` of PEFT would also switch what is trainable.
     """
-    layers = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
-    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
-    for layer in layers:
-        layer._disable_adapters = adapter is None
-        if adapter is not None:
-            layer._active_adapter = [adapter]
-    try:
+    with switched_adapter(model, adapter):
         yield
-    finally:
-        for layer, (active, disabled) in zip(layers, before, strict=True):
-            layer._active_adapter, layer._disable_adapters = active, disabled
 
 
 def active_adapter(model: Any) -> str | None:
     """Name of the adapter that a PeftModel computes with now, or None."""
-    layer = next(module for module in model.modules() if hasattr(module, "_disable_adapters"))
-    return None if layer._disable_adapters else layer.active_adapters[0]
+    return name_of_active_adapter(model)
 
 
 def adapter_parameters(model: Any, adapter: str) -> dict[str, Any]:

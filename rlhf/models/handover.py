@@ -38,7 +38,7 @@ class Handover:
     score_mean: float | None = None  # of the reward model on held-out responses
     score_std: float | None = None
     labels: list[str] | None = None  # of a classifier, in the order of its outputs
-    several: bool | None = None  # whether they may hold at once
+    multi_label: bool | None = None  # whether they may hold at once
     reply_tokens: float | None = None  # mean length of what it has learnt to say, or of what it said last
 
     def write(self, folder: Path) -> None:
@@ -62,6 +62,8 @@ def read_handover(folder: str | Path) -> Handover | None:
         return None
     values = read_json(path)
     try:
+        if "several" in values:  # the name of `multi_label` in records of earlier releases
+            values["multi_label"] = values.pop("several")
         return Handover(**values)
     except TypeError as error:
         raise CheckpointError(

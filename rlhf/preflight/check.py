@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config.load import load_pipeline, load_stage_config
+from rlhf.config.run_plan import PPOPlan, SupervisedPlan, count_processes
 from rlhf.config.schema import STAGES, FineTuningStage, PPOConfig, StageConfig
-from rlhf.config.sections import Optim
 from rlhf.console import Console
 from rlhf.errors import CheckpointError, ConfigError, DataError, RLHFError, ShapeError
 from rlhf.launch.launcher import LaunchOptions, LaunchPlan, check_batch_shared, resolve_launch
@@ -248,46 +248,30 @@ def _load(config: Any, found: DataAudit | None) -> DataProfile:
     return DataProfile(len(found.kept), found.tokens, longest, loss / max(tokens, 1), lengths)
 
 
-def _some(processes: int) -> str:
-    return f"{processes} process{'es' if processes > 1 else ''}"
-
-
 def _run(config: Any, load: DataProfile, processes: int, console: Console) -> None:
     """Batch arithmetic, steps and tokens in words."""
     if isinstance(config, PPOConfig):
-        p = config.ppo
-        episodes = p.steps * p.rollout_size
+        plan = PPOPlan(config.ppo, processes)
+        console.text(f"{plan.describe()}, backward of {config.optim.microbatch_size} episodes at a time")
         console.text(
-            f"batch: {p.rollout_size} episodes a step = {_some(processes)} x {p.rollout_size // processes}; "
-            f"{p.epochs} epochs x {p.minibatches} minibatches of {p.rollout_size // p.minibatches} = "
-            f"{p.epochs * p.minibatches} updates a step, backward of {config.optim.microbatch_size} episodes at a time"
-        )
-        console.text(
-            f"run: {p.steps} steps = {episodes:,} episodes, {p.steps * p.epochs * p.minibatches:,} updates; at most "
-            f"{episodes * config.sampling.max_new_tokens:,} sampled tokens ({load.records:,} prompts, each "
-            f"{episodes / max(load.records, 1):.1f} times)"
+            f"run: {config.ppo.steps} steps = {plan.episodes:,} episodes, {plan.updates:,} updates; at most "
+            f"{plan.episodes * config.sampling.max_new_tokens:,} sampled tokens ({load.records:,} prompts, each "
+            f"{plan.episodes / max(load.records, 1):.1f} times)"
         )
         return
-    optim: Optim = config.optim
-    accumulation = optim.accumulation(processes)
-    micro = optim.batch_size // processes // accumulation
-    console.text(
-        f"batch: {_some(processes)} x {micro} rows x {accumulation} accumulation = {optim.batch_size} per update"
-    )
+    supervised = SupervisedPlan(config.optim, processes, load.rows(config) if load.records else 0)
+    console.text(supervised.describe())
     if not load.records:
         return
-    rows = load.rows(config)
-    per_epoch = math.ceil(rows / optim.batch_size)
+    rows, per_epoch = supervised.rows, supervised.updates_per_epoch
     phases = config.unfreeze if isinstance(config, FineTuningStage) else ()
     if any(phase.train == "top-down" for phase in phases):
         console.text(
             f"run: {per_epoch:,} updates an epoch; a phase from the top down repeats its length for each block"
         )
         return
-    lengths = [phase.updates or max(1, round(per_epoch * (phase.epochs or 0))) for phase in phases]
-    updates = sum(lengths) if phases else max(1, round(per_epoch * optim.epochs))
-    updates = min(updates, optim.max_updates) if optim.max_updates else updates
-    tokens, short = load.tokens * updates / per_epoch, per_epoch * optim.batch_size - rows
+    updates, short = supervised.updates(phases), supervised.filled_rows
+    tokens = load.tokens * updates / per_epoch
     packed = f" packed into {rows:,} sequences" if rows < load.records else ""
     filled = f", the last batch filled up with {short:,} of them" if short else ""
     console.text(
@@ -318,8 +302,9 @@ def _memory(checkup: PreflightReport, case: EstimateInput, replies: int | None, 
         rows.append(["peak if all responses grow to their limit", format_bytes(longest.peak), ""])
     s = case.sharding
     spread = f"ZeRO-{s.zero}" if s.deepspeed else "FSDP" if s.zero else "whole models"
+    passes = f"{'bfloat16' if case.bfloat16 else 'float32'} passes"
     checkup.console.table(
-        f"Memory of each {where} ({_some(s.processes)}, {spread}, {'bfloat16' if case.bfloat16 else 'float32'} passes)",
+        f"Memory of each {where} ({count_processes(s.processes)}, {spread}, {passes})",
         ["part", "bytes", ""],
         rows,
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from rlhf.config.run_plan import SupervisedPlan
 from rlhf.config.schema import PPOConfig, PretrainConfig, SFTConfig
 from rlhf.distributed.engine import cpu_has_bfloat16
 from rlhf.models.packed_batch import pack, packed_rows
@@ -91,8 +92,7 @@ def estimate_memory(case: EstimateInput) -> MemoryEstimate:
 def _trainer(case: EstimateInput, model: ModelShape) -> MemoryEstimate:
     """Of a stage on a transformers Trainer: the update is its largest phase."""
     config, s, load = case.config, case.sharding, case.load
-    accumulation = config.optim.accumulation(s.processes)
-    rows = config.optim.batch_size // s.processes // accumulation
+    rows = SupervisedPlan(config.optim, s.processes, 0).microbatch
     length, loss = load.longest, load.loss_tokens
     if isinstance(config, PretrainConfig) or (isinstance(config, SFTConfig) and config.packing):
         length = config.data.max_length

@@ -15,8 +15,10 @@ from typing import Any, cast
 
 import torch
 
+from rlhf.config.run_plan import SupervisedPlan
 from rlhf.config.schema import PPOConfig
 from rlhf.config.sections import ModelSource, Peft
+from rlhf.distributed.library_internals import set_attention
 from rlhf.errors import CheckpointError
 from rlhf.models import handover
 from rlhf.models.adapters import add_adapter, base_source
@@ -162,7 +164,7 @@ def _build(
             config.layer_types = list(config.layer_types)[:blocks]
     config.num_labels = 1
     if attention is not None:
-        config._attn_implementation = attention
+        set_attention(config, attention)
     auto: Any = AutoModelForSequenceClassification if scorer else AutoModelForCausalLM
     model = auto.from_config(config, dtype=dtype)
     disable_dropout(model)
@@ -186,7 +188,8 @@ def trained_model_shape(stage: str, config: Any, planned: Mapping[str, PlannedMo
         return model_shape("model", ModelSource(path=config.output_dir), {**planned, **made})
 
     def plan(of: ParameterMap) -> PhaseSchedule:
-        return make_schedule(of, config.optim, freeze=config.freeze, unfreeze=config.unfreeze, per_epoch=1, factors={})
+        plan = SupervisedPlan(config.optim, 1, config.optim.batch_size)  # lengths do not matter here
+        return make_schedule(of, plan, freeze=config.freeze, unfreeze=config.unfreeze, factors={})
 
     return model_shape(
         "model", config.model, planned, scorer=stage in ("reward", "classify"), peft=config.peft, plan=plan

@@ -161,9 +161,9 @@ def _probability(
     model = load(source, load_classifier)
     record = handover.read_handover(resolve_model(source))
     names = {str(name): int(index) for index, name in model.config.id2label.items()}
-    several = model.config.problem_type == "multi_label_classification"
+    multi_label = model.config.problem_type == "multi_label_classification"
     if record is not None and record.labels is not None:  # an adapter's folder has no config.json to say it
-        names, several = {name: index for index, name in enumerate(record.labels)}, bool(record.several)
+        names, multi_label = {name: index for index, name in enumerate(record.labels)}, bool(record.multi_label)
     weights = label if isinstance(label, dict) else {label: 1.0}
     unknown = [name for name in weights if name not in names]
     if unknown:
@@ -180,6 +180,6 @@ def _probability(
         model,
         renderer,
         theirs,
-        several=several,
+        multi_label=multi_label,
         labels=tuple((names[name], weight) for name, weight in weights.items()),
     )

@@ -36,7 +36,7 @@ class ModelReward:
         theirs: the model's renderer if it has another tokenizer, else None.
         scale: (mean, deviation) taken off a score.
         labels: (index, weight) of the labels whose probabilities add up to the reward; empty = one output, a score.
-        several: labels are independent (sigmoid) instead of exclusive (softmax).
+        multi_label: labels are independent (sigmoid) instead of exclusive (softmax).
     """
 
     name: str
@@ -45,7 +45,7 @@ class ModelReward:
     theirs: Renderer | None = None
     scale: tuple[float, float] = (0.0, 1.0)
     labels: tuple[tuple[int, float], ...] = ()
-    several: bool = False
+    multi_label: bool = False
 
     @torch.no_grad()
     def __call__(self, part: Rollout, prompts: Sequence[Prompt], *, packed: bool | None = None) -> Tensor:
@@ -60,7 +60,7 @@ class ModelReward:
         outputs = sequence_outputs(self.model, ids, mask, packed=packed)
         if not self.labels:
             return (outputs[:, 0] - self.scale[0]) / self.scale[1]
-        probabilities = outputs.sigmoid() if self.several else outputs.softmax(dim=1)
+        probabilities = outputs.sigmoid() if self.multi_label else outputs.softmax(dim=1)
         return torch.stack([weight * probabilities[:, index] for index, weight in self.labels]).sum(dim=0)
 
     def _again(self, part: Rollout, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
+from rlhf.config.renamed_keys import rename_old_keys
 from rlhf.errors import CheckpointError, ConfigError
 from rlhf.runs.lock import LOCK_FILE, Lock, refuse_if_held
 from rlhf.runs.preemption import RunStopped
@@ -130,7 +131,8 @@ class RunDir:
             )
         info = read_json(self.path / RUN_FILE)
         saved = self._saved_config()
-        same = saved.is_file() and yaml.safe_load(saved.read_text(encoding="utf-8")) == config_to_dict(config)
+        known = yaml.safe_load(saved.read_text(encoding="utf-8")) if saved.is_file() else None
+        same = isinstance(known, dict) and rename_old_keys(type(config), known).values == config_to_dict(config)
         if info.get("stage") != stage or not same:
             raise ConfigError(
                 "the output folder already holds another run",

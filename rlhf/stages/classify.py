@@ -35,7 +35,7 @@ def run(config: ClassifyConfig, console: Console) -> RunResult:
     labels = label_names(config, train, validation)
 
     def render(records: Sequence[Labelled], what: str = "probe") -> list[dict[str, Any]]:
-        return tokenize.tokenize_labelled(records, renderer, config.data, labels, config.several, what, console)
+        return tokenize.tokenize_labelled(records, renderer, config.data, labels, config.multi_label, what, console)
 
     rows, held_out = render(train, "training"), render(validation, "validation")
     target = torch.tensor([row["target"] for row in rows])
@@ -50,7 +50,7 @@ def run(config: ClassifyConfig, console: Console) -> RunResult:
         seed=config.seed,
     )
     model.config.id2label, model.config.label2id = dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}
-    model.config.problem_type = "multi_label_classification" if config.several else "single_label_classification"
+    model.config.problem_type = "multi_label_classification" if config.multi_label else "single_label_classification"
     check_context(config.data.max_length, context_length(model), "data.max_length")
     program = plan_phases(model, config, rows=len(rows), evaluate=bool(held_out), console=console)
     probed = load_probe(
@@ -72,7 +72,7 @@ def run(config: ClassifyConfig, console: Console) -> RunResult:
 
     def save(trainer: Any, folder: Path) -> dict[str, Any]:
         counts.extend(c for mode, c in trainer.counts.items() if mode == "eval")
-        named = {"labels": list(labels), "several": config.several}
+        named = {"labels": list(labels), "multi_label": config.multi_label}
         save_trained(trainer, folder, "classify", renderer, tokenizer, head_dtype=head_dtype(model), **named)
         return {"records": len(rows), **named}
 
@@ -86,7 +86,7 @@ def run(config: ClassifyConfig, console: Console) -> RunResult:
         saving=config.saving,
         evaluate=bool(held_out),
         build=lambda args, report: build_classifier_trainer(
-            model, tokenizer, rows, held_out, args, report, several=config.several, weight=weight
+            model, tokenizer, rows, held_out, args, report, multi_label=config.multi_label, weight=weight
         ),
         save=save,
         resume=state == "interrupted",
@@ -113,13 +113,13 @@ def label_names(config: ClassifyConfig, train: Sequence[Labelled], validation: S
     """
     met = Counter(name for record in train for name, p in record.labels.items() if p > 0)
     labels = config.labels or tuple(sorted(met))
-    fewest = 1 if config.several else 2
+    fewest = 1 if config.multi_label else 2
     if len(labels) < fewest:
         raise ConfigError(
             f"a classifier needs {fewest} labels at least",
             found=", ".join(labels) or "none",
             where="labels",
-            do="check the column 'label', or set several=true for one label that may hold or not",
+            do="check the column 'label', or set multi_label=true for one label that may hold or not",
         )
     for record in (*train, *validation):
         other = sorted(set(record.labels) - set(labels))
@@ -169,13 +169,13 @@ def _weight(config: ClassifyConfig, labels: tuple[str, ...], target: torch.Tenso
         return torch.tensor([config.class_weights[name] for name in labels])
     if config.class_weights == "equal":
         return None
-    return balanced_weights(target, several=config.several)
+    return balanced_weights(target, multi_label=config.multi_label)
 
 
 def majority_accuracy(target: torch.Tensor, held_out: Sequence[dict[str, Any]], config: ClassifyConfig) -> float:
     """Accuracy on the held-out records of what needs no model: the training records' commonest answer."""
     held = torch.tensor([row["target"] for row in held_out])
-    if config.several:
+    if config.multi_label:
         return float(((held > 0.5) == (target.mean(dim=0) > 0.5)).float().mean())
     return float((held.argmax(dim=1) == target.sum(dim=0).argmax()).float().mean())
 

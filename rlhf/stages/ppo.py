@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf.config.run_plan import PPOPlan
 from rlhf.config.schema import PPOConfig
 from rlhf.console import Console
 from rlhf.data import tokenize
@@ -64,7 +65,7 @@ def run(config: PPOConfig, console: Console) -> RunResult:
             console.note(f"continuing after step {trainer.state.step}{_rest_of_step(trainer)}")
             report_progress(trainer.state.step)
         reporter.open(trainer.state.step)
-        with preemption.delay_sigterm(config.saving.grace):
+        with preemption.delay_sigterm(config.saving.grace_seconds):
             trainer.train()
         with directory.new_model() as folder:
             trainer.save_pretrained(
@@ -233,15 +234,12 @@ def _text(config: PPOConfig, renderer: Renderer, console: Console) -> PtxMixture
     )
 
 
-def _print_plan(config: PPOConfig, ranks: int, prompts: int, console: Console) -> None:
-    p = config.ppo
-    console.note(
-        f"{prompts} prompts; {p.steps} steps x {p.rollout_size} episodes ({ranks} process{'es' if ranks > 1 else ''} x "
-        f"{p.rollout_size // ranks}) = {p.steps * p.rollout_size} episodes; each step {p.epochs} epochs x "
-        f"{p.minibatches} minibatches of {p.rollout_size // p.minibatches} = {p.epochs * p.minibatches} updates"
-    )
-    if p.value_warmup:
-        console.note(f"the first {p.value_warmup} steps train the value model alone")
+def _print_plan(config: PPOConfig, processes: int, prompts: int, console: Console) -> None:
+    plan = PPOPlan(config.ppo, processes)
+    console.note(f"{prompts} prompts; {config.ppo.steps} steps = {plan.episodes} episodes, {plan.updates} updates")
+    console.note(plan.describe())
+    if config.ppo.value_warmup:
+        console.note(f"the first {config.ppo.value_warmup} steps train the value model alone")
 
 
 class RunReporter(PPOCallback):

@@ -103,7 +103,9 @@ def _describe(model: Any, renderer: Renderer, record: handover.Handover | None) 
     if record is not None and record.labels is not None:
         model.config.id2label = dict(enumerate(record.labels))
         model.config.label2id = {name: i for i, name in enumerate(record.labels)}
-        model.config.problem_type = "multi_label_classification" if record.several else "single_label_classification"
+        model.config.problem_type = (
+            "multi_label_classification" if record.multi_label else "single_label_classification"
+        )
 
 
 def _tokens(model: Any) -> Tensor:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from rlhf.config.ppo import PPOSettings
+from rlhf.config.run_plan import SupervisedPlan
 from rlhf.config.schema import (
     FineTuningStage,
     PretrainConfig,
@@ -16,6 +16,7 @@ from rlhf.config.schema import (
 )
 from rlhf.config.tuning import EMPTY_SELECTION
 from rlhf.console import Console
+from rlhf.distributed.launch_env import world_size
 from rlhf.errors import ConfigError
 from rlhf.models.adapters import adapter_rate_factor
 from rlhf.models.load import count_parameters
@@ -50,10 +51,9 @@ def plan_phases(model: Any, config: SupervisedConfig, *, rows: int, evaluate: bo
         factors = {name: factor * adapter_rate_factor(name, config.peft) for name, factor in factors.items()}
     made = make_schedule(
         everything.only(trainable),
-        optim,
+        SupervisedPlan(optim, world_size(), rows),
         freeze=freeze,
         unfreeze=unfreeze,
-        per_epoch=math.ceil(rows / optim.batch_size),
         factors=factors,
     )
     for name, parameter in model.named_parameters():

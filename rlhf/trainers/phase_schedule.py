@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.config.sections import Optim
+from rlhf.config.run_plan import SupervisedPlan
 from rlhf.config.tuning import PPOPhase, Selection, TrainingPhase
 from rlhf.errors import ConfigError
 from rlhf.models.parameter_selection import HEAD_PARTS, ParameterMap, require_blocks, select_parameters, top_parameters
@@ -130,24 +130,22 @@ def parameter_rate_factors(of: ParameterMap, *, layer_decay: float, head_factor:
 
 def make_schedule(
     of: ParameterMap,
-    optim: Optim,
+    plan: SupervisedPlan,
     *,
     freeze: Selection,
     unfreeze: Sequence[TrainingPhase],
-    per_epoch: int,
     factors: Mapping[str, float],
 ) -> PhaseSchedule:
-    """The phases of a run with a given number of updates an epoch.
+    """Resolve the phases of a run for a model.
 
     Args:
         of: the parameters that may be trained at all.
     Raises: ConfigError for a selection that matches nothing, and if nothing is left to train.
     """
+    optim = plan.optim
     free = frozenset(of.places) - (select_parameters(freeze, of, "freeze") if freeze.given else set())
     if not unfreeze:
-        length = max(1, round(per_epoch * optim.epochs))
-        length = min(length, optim.max_updates) if optim.max_updates else length
-        phases = [(free, TrainingPhase(updates=length, patience=optim.patience))]
+        phases = [(free, TrainingPhase(updates=plan.updates(), patience=optim.patience))]
     else:
         phases = [(names & free, phase) for i, phase in enumerate(unfreeze) for names in _trained(phase, of, i)]
     stretches = []
@@ -159,7 +157,7 @@ def make_schedule(
                 where=f"unfreeze[{i}]" if unfreeze else "freeze",
                 do="freeze less",
             )
-        length = phase.updates or max(1, round(per_epoch * (phase.epochs or 0.0)))
+        length = plan.phase_updates(phase)
         warmup = optim.warmup_fraction if phase.warmup_fraction is None else phase.warmup_fraction
         stretches.append(
             ResolvedPhase(
@@ -186,7 +184,7 @@ def make_ppo_schedule(
 ) -> PhaseSchedule:
     """The same for one of the models of PPO, counted in steps.
 
-    Raises: ConfigError, as `program`.
+    Raises: ConfigError, as `make_schedule`.
     """
     free = frozenset(of.places) - (select_parameters(freeze, of, f"freeze.{where}") if freeze.given else set())
     phases = unfreeze or (PPOPhase(),)

@@ -1,4 +1,4 @@
-"""A working place for each test: good data, good configurations, and links to models that were made once."""
+"""A working folder for each test: valid data and configurations, and copies of models that are made once."""
 
 from __future__ import annotations
 

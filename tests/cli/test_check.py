@@ -1,4 +1,4 @@
-"""`rlhf check`: what it says, that it writes nothing, and how it exits."""
+"""`rlhf check`: its output, its exit code, and that it writes nothing."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_good_stage(stage: str, place: Path, call_cli: Run, contents: Contents
 def test_numbers_that_can_be_counted(place: Path, call_cli: Run) -> None:
     out = call_cli(["check", "sft.yaml", "optim.max_updates=null", "optim.epochs=3"], cwd=place).stdout
     assert "8 used of 8" in out  # 10 records, 2 of them held out
-    assert "batch: 1 process x 4 rows x 1 accumulation = 4 per update" in out
+    assert "batch: 1 process x 4 rows x 1 accumulation = 4 rows per update" in out
     assert "run: 6 updates (3 epochs of 8 records)" in out
     incomplete = ["optim.epochs=1", "optim.batch_size=3", "optim.microbatch_size=3"]
     out = call_cli(["check", "sft.yaml", "optim.max_updates=null", *incomplete], cwd=place).stdout

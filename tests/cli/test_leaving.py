@@ -1,4 +1,4 @@
-"""Processes of a job that ends well leave their group while Python is whole; one that fails waits for nobody."""
+"""Processes of a successful job leave their process groups before Python shuts down; a failed one does not wait."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small valid SFT file and a way to say what an error must hold."""
+"""A small valid SFT configuration file and a function that writes others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules between the settings of weak labels."""
+"""Rules between the settings of `rlhf data weak`."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def test_the_defaults_are_the_safe_ones() -> None:
         ({"votes": "v", "column": "c"}, "got votes, column"),
         ({"name": "r", "regex": "x", "words_over": 3}, "got regex, words_over"),
         ({"regex": "x"}, "a rule needs a name: add name to the regex rule"),
-        ({"name": "r", "regex": "("}, "no regular expression"),
+        ({"name": "r", "regex": "("}, "not a valid regular expression"),
         ({"name": "r", "keywords": ["a", " "]}, "one of them is blank"),
-        ({"column": "c", "vote": "with"}, "vote belongs to a rule; column brings its own"),
-        ({"votes": "v", "name": "n"}, "leave name out"),
+        ({"column": "c", "vote": "with"}, "vote applies to rules only, and column provides its own"),
+        ({"votes": "v", "name": "n"}, "remove name"),
         ({"name": "r", "words_over": 0}, "greater than or equal to 1"),
         ({"name": "r", "regx": "x"}, "Extra inputs"),
     ],
@@ -53,20 +53,20 @@ def test_a_source_is_one_thing(source: dict[str, Any], says: str) -> None:
     ("config", "says"),
     [
         (GOOD | {"sources": []}, "at least 1 item"),
-        (GOOD | {"labels": ["a", "b"]}, "pairs have none"),
+        (GOOD | {"labels": ["a", "b"]}, "labels apply to kind=labelled only"),
         (CLASSES | {"labels": ["a"]}, "at least two"),
-        (CLASSES | {"labels": ["a", "b", "a"]}, "each named once"),
-        (GOOD | {"sources": [RULE | {"vote": "chosen"}]}, r"sources\.0: the rule of pairs votes 'with' or 'without'"),
-        (CLASSES | {"sources": [RULE]}, r"sources\.0: a rule of classes .* names a label in vote"),
-        (CLASSES | {"sources": [{"name": "r", "longer_by": 1, "vote": "a"}]}, "has no longer_by"),
-        (CLASSES | {"sources": [RULE | {"vote": "c"}]}, "vote 'c' is none of labels: a, b"),
-        (GOOD | {"label_model": {"accuracy": "per-class"}}, "the order of a pair means nothing"),
+        (CLASSES | {"labels": ["a", "b", "a"]}, "each of them once"),
+        (GOOD | {"sources": [RULE | {"vote": "chosen"}]}, r"sources\.0: a rule for pairs votes 'with' or 'without'"),
+        (CLASSES | {"sources": [RULE]}, r"sources\.0: a rule for classes needs a label as vote"),
+        (CLASSES | {"sources": [{"name": "r", "longer_by": 1, "vote": "a"}]}, "cannot be longer_by"),
+        (CLASSES | {"sources": [RULE | {"vote": "c"}]}, "vote 'c' is not one of labels: a, b"),
+        (GOOD | {"label_model": {"accuracy": "per-class"}}, "the order of the responses in a pair means nothing"),
         (GOOD | {"label_model": {"kind": "snorkel"}}, "dawid-skene"),
         (GOOD | {"label_model": {"smoothing": -1}}, "greater than or equal to 0"),
         (GOOD | {"label_model": {"tolerance": 0}}, "greater than 0"),
         (GOOD | {"label_model": {"max_iterations": 0}}, "greater than or equal to 1"),
-        (GOOD | {"data": {"path": "d", "weight": 2.0}}, "belong to the stage that trains"),
-        (GOOD | {"data": {"path": "d", "limit": 2}}, "belong to the stage that trains"),
+        (GOOD | {"data": {"path": "d", "weight": 2.0}}, "set them in the stage that trains"),
+        (GOOD | {"data": {"path": "d", "limit": 2}}, "set them in the stage that trains"),
         (GOOD | {"data": {"path": "d", "on_bad_row": "skip"}}, "'error' or 'drop'"),
         (GOOD | {"no_votes": "half"}, "'drop' or 'keep'"),
         (GOOD | {"kind": "pairs"}, "'comparison' or 'labelled'"),
@@ -96,4 +96,6 @@ def test_show_explains_every_value(call_cli: Any, tmp_path: Path) -> None:
     assert code == 0
     lines = out.splitlines()
     assert any(line.startswith(f"label_model.kind = 'majority'   # {path}:") for line in lines)
-    assert any(line.startswith("no_votes = 'drop'   # default; records that nobody votes on") for line in lines)
+    assert any(
+        line.startswith("no_votes = 'drop'   # default; what happens to records without a vote") for line in lines
+    )

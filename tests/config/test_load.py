@@ -1,4 +1,4 @@
-"""Where a value comes from, and what a wrong file or override says."""
+"""The origin of every value, and the messages for wrong files and overrides."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def test_a_number_may_be_written_without_a_point(sft_yaml: Path, text: str) -> N
         ("optim.learning_rate=fast", "valid number"),
         ("optim.learning_rate=-1", "greater than 0"),
         ("optim.learning_rate=.inf", "finite"),
-        ("optim.learning_rate=true", "truth value"),
-        ("seed=yes", "truth value"),
+        ("optim.learning_rate=true", "no boolean"),
+        ("seed=yes", "no boolean"),
         ("optim.batch_size=2.5", "integer"),
         ("optim.warmup_fraction=1.5", "less than or equal to 1"),
         ("optim.schedule=sine", "'linear', 'cosine' or 'constant'"),

@@ -1,4 +1,4 @@
-"""A pipeline feeds each stage with what the earlier ones made; its own and the command line's overrides win."""
+"""A pipeline gives each stage the models of earlier ones; its overrides and those of the command line win."""
 
 from __future__ import annotations
 

@@ -26,7 +26,9 @@ def test_a_batch_is_processes_times_microbatch_times_accumulation(
 
 
 def test_a_batch_that_processes_cannot_share_names_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"^optim\.batch_size: batch_size 10 .* by 4 processes; nearest: 8, 12$"):
+    with pytest.raises(
+        ConfigError, match=r"^optim\.batch_size: batch_size 10 .* by 4 processes; use one of the nearest: 8, 12$"
+    ):
         split_batch(10, 2, 4, "optim")
 
 
@@ -56,7 +58,7 @@ def test_ppo_samples_at_any_positive_temperature_and_under_any_filter(sampling: 
     [
         (
             {"offload": ["reference"], "peft": {"method": "lora"}},
-            "offload: reference: there is none, since peft.method",
+            "offload: with peft.method=lora the reference is the policy's base",
         ),
         ({"offload": ["reward"], "reward_model": None, "rewards": [{"function": "a:b"}]}, "only functions"),
         ({"offload": ["policy"]}, "'reference' or 'reward'"),
@@ -95,10 +97,10 @@ MODEL = {"path": "m"}
         ({}, "exactly one of"),
         ({"model": MODEL, "function": "a:b"}, "exactly one of"),
         ({"ensemble": [MODEL]}, "two members"),
-        ({"model": MODEL, "combine": "worst"}, "only an ensemble"),
+        ({"model": MODEL, "combine": "worst"}, "an ensemble only"),
         ({"classifier": MODEL}, "needs a label"),
         ({"classifier": MODEL, "label": {}}, "needs a label"),
-        ({"model": MODEL, "label": "yes"}, "only a classifier"),
+        ({"model": MODEL, "label": "yes"}, "a classifier only"),
         ({"ensemble": [MODEL, MODEL], "uncertainty_penalty": 0.3}, "has no effect"),
     ],
 )

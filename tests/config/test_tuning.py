@@ -1,4 +1,4 @@
-"""Selections and phases as they are written down."""
+"""Validation of selections of weights and of training phases."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_broken_pattern() -> None:
     [
         ({}, "exactly one of epochs and updates"),
         ({"epochs": 1, "updates": 1}, "exactly one"),
-        ({"epochs": 1, "train": {}}, "name what is trained"),
+        ({"epochs": 1, "train": {}}, "the selection is empty"),
         ({"epochs": 1, "train": "bottom-up"}, "top-down"),
     ],
 )
@@ -55,7 +55,7 @@ def test_no_phase(phase: dict[str, Any], words: str) -> None:
 def test_the_length_of_a_run_is_said_once(name: str) -> None:
     phases = [{"train": "all", "epochs": 1}]
     SFTConfig.model_validate(SFT | {"unfreeze": phases})
-    with pytest.raises(ValidationError, match=f"take optim.{name} away"):
+    with pytest.raises(ValidationError, match=f"remove optim.{name}"):
         RewardConfig.model_validate(SFT | {"unfreeze": phases, "optim": {name: 7}})
 
 

@@ -1,4 +1,4 @@
-"""Cutting to length and padding."""
+"""Length limits, padding and collators."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def test_any_content_can_have_a_label(name: str, row: dict[str, Any], said: Any)
 
 @pytest.mark.parametrize("row", [row for _, row, _ in CONTENTS])
 def test_without_a_label_column_no_format_fits(row: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match=r"x.csv: no format.*known: text \(text, label\); .*columns: \{text: THEIR"):
+    with pytest.raises(DataError, match=r"x.csv: no format.*known: text \(text, label\); .*columns: \{text: NAME"):
         recognise_format(row, "labelled", "x.csv")
 
 
@@ -236,12 +236,12 @@ def render(
     records: list[Labelled],
     renderer: Renderer,
     *,
-    several: bool = False,
+    multi_label: bool = False,
     labels: tuple[str, ...] = ("spam", "rude"),
     **data: Any,
 ) -> list[dict[str, Any]]:
     section = Data(train=(Source(path="x"),), **{"max_length": 64} | data)
-    return tokenize_labelled(records, renderer, section, labels, several, "training", Console(quiet=True))
+    return tokenize_labelled(records, renderer, section, labels, multi_label, "training", Console(quiet=True))
 
 
 def test_a_conversation_is_read_at_the_end_of_its_last_turn(renderer: Renderer) -> None:
@@ -261,13 +261,13 @@ def test_the_target_follows_the_order_of_the_labels(renderer: Renderer) -> None:
     turned = render(records, renderer, labels=("rude", "spam"))
     assert [row["target"] for row in turned] == [[1.0, 0.0], [0.25, 0.75]]
     free = [Labelled("c", {}, W), Labelled("d", {"spam": 1.0, "rude": 1.0}, W)]
-    assert [row["target"] for row in render(free, renderer, several=True)] == [[0.0, 0.0], [1.0, 1.0]]
+    assert [row["target"] for row in render(free, renderer, multi_label=True)] == [[0.0, 0.0], [1.0, 1.0]]
 
 
 @pytest.mark.parametrize("labels", [{}, {"spam": 1.0, "rude": 1.0}, {"spam": 0.5, "rude": 0.4}])
 def test_labels_that_exclude_each_other_sum_to_1(labels: dict[str, float], renderer: Renderer) -> None:
     wrong, right = Labelled("a", labels, W), Labelled("b", {"spam": 0.3, "rude": 0.7}, W)
-    with pytest.raises(DataError, match=rf"^{W}: a record must have exactly one label.*found.*; set several=true"):
+    with pytest.raises(DataError, match=rf"^{W}: a record must have exactly one label.*found.*; set multi_label=true"):
         render([right, wrong], renderer)
     with pytest.raises(DataError, match=r"2 bad rows in all \(2 not one label\)"):
         render([wrong, right, wrong], renderer)

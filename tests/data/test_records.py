@@ -1,4 +1,4 @@
-"""The record contract, and what is done with lists of records."""
+"""The record contract, and operations on lists of records."""
 
 from __future__ import annotations
 

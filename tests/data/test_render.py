@@ -1,4 +1,4 @@
-"""One rendering for SFT, reward model and rollouts: what carries loss, where a sequence begins and ends."""
+"""One rendering for SFT, reward model and rollouts: which tokens have loss, where a sequence begins and ends."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_template_without_end_token(make: Callable[..., Any]) -> None:
     ("template", "words"),
     [
         ("dated", "today's date"),
-        ("think", "otherwise than generation prompt"),
+        ("think", "does not render a finished assistant turn"),
         ("unstable", "prefix-stable"),
         ("none", "no chat"),
     ],
@@ -150,7 +150,7 @@ def test_unusable_templates_are_refused(make: Callable[..., Any], template: str,
 
 
 def test_end_token_that_is_ordinary_text_is_refused(make: Callable[..., Any]) -> None:
-    with pytest.raises(ConfigError, match="no special token"):
+    with pytest.raises(ConfigError, match="not a special token"):
         Renderer(make("chatml", specials=["<|endoftext|>"]))
 
 

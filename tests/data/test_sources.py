@@ -1,4 +1,4 @@
-"""Files, folders and hub ids; mixtures; what the user is told when something is wrong."""
+"""Files, folders and hub ids; mixtures; the messages when something is wrong."""
 
 from __future__ import annotations
 
@@ -157,21 +157,21 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
     "empty.jsonl": (b"", "the file is empty; "),
     "blank.csv": (b"\xef\xbb\xbf \n", "the file is empty; "),
     "empty.jsonl.gz": (gzip.compress(b""), "the file is empty; "),
-    "header.csv": (b"prompt,completion\n", "there are no rows; "),
-    "list.json": (b"[]", "there are no rows; "),
+    "header.csv": (b"prompt,completion\n", "the source has no rows; "),
+    "list.json": (b"[]", "the source has no rows; "),
     "corrupt.jsonl": (GOOD + b'{"prompt": "a", }\n', r"row 3: corrupt JSON at column \d+: .*prompt.*; repair"),
     "cut.json": (b'[\n{"prompt": "a"},\n{"prom', r"line 3: corrupt JSON at column \d+"),
-    "list.jsonl": (b'[\n{"prompt": "a"}\n]', "a JSON list, not JSON lines; name the file .json"),
+    "list.jsonl": (b'[\n{"prompt": "a"}\n]', "a JSON list, not JSON lines; rename it to .json"),
     "object.json": (b'{"data":\n []}', r"must hold a list of rows \(found: a JSON dict\); "),
     "latin.jsonl": (GOOD + '{"prompt": "é"}'.encode("latin-1"), rf"row 3: invalid UTF-8 at byte {len(GOOD) + 12}.*;"),
     "bom.jsonl": (b"\xef\xbb\xbf" + GOOD + b"\xff", f"row 3: invalid UTF-8 at byte {len(GOOD) + 3}"),
     "utf16.csv": ("a,b".encode("utf-16"), "row 1: invalid UTF-8 at byte 0"),
-    "short.jsonl.gz": (gzip.compress(GOOD)[:-12], "cannot be read as .jsonl.gz: .*; .*fetch it again"),
+    "short.jsonl.gz": (gzip.compress(GOOD)[:-12], "cannot be read as .jsonl.gz: .*; .*download it again"),
     "plain.jsonl.gz": (GOOD, "cannot be read as .jsonl.gz: .*; "),
     "broken.parquet": (b"PAR1xx", "cannot be read as .parquet: .*; "),
     "quote.csv": (b'prompt,completion\n"a" b,c\n', "line 2: broken table: .*; quote cells"),
-    "twice.csv": (b"prompt,prompt\na,b\n", r"two columns have one name \(found: prompt, prompt\); "),
-    "what.xlsx": (b"x", "unknown file type '.xlsx'; known: .jsonl"),
+    "twice.csv": (b"prompt,prompt\na,b\n", r"two columns have the same name \(found: prompt, prompt\); "),
+    "what.xlsx": (b"x", "unknown file type '.xlsx'; use one of .jsonl"),
     "other.jsonl": (b'{"a": 1}\n', r"no format.*found: columns a\).*; known: "),
     "words.jsonl": (b'"a"\n3\n', "no format"),
 }

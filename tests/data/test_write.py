@@ -1,4 +1,4 @@
-"""A data file is written whole or not at all, and never over another."""
+"""A data file is written completely or not at all, and never replaces another."""
 
 from __future__ import annotations
 
@@ -34,5 +34,5 @@ def test_it_refuses_an_existing_file_and_a_missing_folder(tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match=r"x\.jsonl: the output file exists; choose another name"):
         write_jsonl(tmp_path / "x.jsonl", [])
     assert (tmp_path / "x.jsonl").read_text() == "mine"
-    with pytest.raises(ConfigError, match="no such folder to write into; make it first"):
+    with pytest.raises(ConfigError, match="no such folder to write into; create it first"):
         write_jsonl(tmp_path / "no" / "x.jsonl", [])

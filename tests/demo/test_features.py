@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,22 +34,26 @@ def drawn(count: int) -> list[tuple[dict[str, Any], str]]:
     return [(task, writer.reply(task, Manner())) for task in tasks]
 
 
-@pytest.mark.parametrize(("task", "reply"), drawn(5))
-def test_a_reply_has_the_traits_that_are_added_to_it(task: dict[str, Any], reply: str) -> None:
-    def added(text: str) -> set[str]:
-        return set(traits(text, task)) - set(traits(reply, task)) - {"long"}
+def added_traits(reply: str, task: dict[str, Any], text: str) -> set[str]:
+    """Traits of a text, but for its length, that the reply does not have."""
+    return set(traits(text, task)) - set(traits(reply, task)) - {"long"}
 
-    assert not set(traits(reply, task)) & {"kind", "evasive", *FLAWS}
-    assert added(f"{reply} I hope that helps.") == {"kind"}
-    assert added(f"{reply} Now go away.") == {"rude"}
-    assert added(f"{reply} Time goes by so fast.") == {"rambles"}
-    assert added(f"{reply} {reply}") == {"repeats"} | ({"rambles"} & added(f"{reply} {reply}"))
-    assert added(reply.rstrip(".!?")) == {"unfinished"}
-    assert added("That is hard to say.") == {"evasive"}
-    assert ("long" in traits(f"{reply} {reply} Now go away.", task)) is (2 * len(reply.split()) + 3 > 12)
-    assert ("personal" in traits(reply, task)) is (task["type"] in ("talk", "recall", "unknown"))
-    assert verdict(f"{reply} I hope that helps.", task) == "clean" == verdict("That is hard to say.", task)
-    assert verdict(f"{reply} Now go away.", task) == "flawed" == verdict(reply.rstrip(".!?"), task)
+
+def test_a_reply_has_the_traits_that_are_added_to_it(subtests: pytest.Subtests) -> None:
+    for task, reply in drawn(5):
+        with subtests.test(task=task):
+            added = functools.partial(added_traits, reply, task)
+            assert not set(traits(reply, task)) & {"kind", "evasive", *FLAWS}
+            assert added(f"{reply} I hope that helps.") == {"kind"}
+            assert added(f"{reply} Now go away.") == {"rude"}
+            assert added(f"{reply} Time goes by so fast.") == {"rambles"}
+            assert added(f"{reply} {reply}") == {"repeats"} | ({"rambles"} & added(f"{reply} {reply}"))
+            assert added(reply.rstrip(".!?")) == {"unfinished"}
+            assert added("That is hard to say.") == {"evasive"}
+            assert ("long" in traits(f"{reply} {reply} Now go away.", task)) is (2 * len(reply.split()) + 3 > 12)
+            assert ("personal" in traits(reply, task)) is (task["type"] in ("talk", "recall", "unknown"))
+            assert verdict(f"{reply} I hope that helps.", task) == "clean" == verdict("That is hard to say.", task)
+            assert verdict(f"{reply} Now go away.", task) == "flawed" == verdict(reply.rstrip(".!?"), task)
 
 
 def test_what_is_trained_on_and_what_is_tested_beyond_it_have_nothing_in_common() -> None:
@@ -112,10 +114,11 @@ def test_rows_hold_text_and_labels_only(made: Rows) -> None:
         assert max(shares) < 0.7
 
 
-@pytest.mark.parametrize("name", TASK)
-def test_half_of_a_task_is_clean(name: str, made: Rows) -> None:
-    clean = sum(row["label"] == "clean" for row in made[name])
-    assert abs(2 * clean - len(made[name])) <= 1
+def test_half_of_a_task_is_clean(subtests: pytest.Subtests, made: Rows) -> None:
+    for name in TASK:
+        with subtests.test(name=name):
+            clean = sum(row["label"] == "clean" for row in made[name])
+            assert abs(2 * clean - len(made[name])) <= 1
 
 
 def exchange(row: dict[str, Any]) -> str:
@@ -131,17 +134,6 @@ def shared(made: Rows) -> int:
 def test_no_exchange_stands_twice(made: Rows) -> None:
     assert shared(made) == 0
     assert shared(made | {"test": [*made["test"], made["train_1"][3]]}) == 1
-
-
-def test_same_seed_gives_the_same_bytes_whatever_the_hash_seed(tmp_path: Path) -> None:
-    code = "import sys, pathlib; from rlhf.demo.features import generate_features as g; "
-    code += "g(pathlib.Path(sys.argv[1]), 3, 0.01)"
-    for hash_seed in ("1", "2"):
-        env = {**os.environ, "PYTHONHASHSEED": hash_seed}
-        subprocess.run([sys.executable, "-c", code, str(tmp_path / hash_seed)], check=True, env=env)
-    assert contents(tmp_path / "1") == contents(tmp_path / "2")
-    generate_features(tmp_path / "other", seed=4, scale=0.01)
-    assert not {*contents(tmp_path / "other").values()} & {*contents(tmp_path / "1").values()}
 
 
 def test_the_stage_reads_the_files(made: Rows, write_jsonl: Any, tmp_path: Path) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ TRAINING = ("dialogues", "sft", "sft_valid", "preferences", "preferences_valid",
 EVALUATION = ("eval/heldout", "eval/ood")
 
 
+@functools.cache
 def rows(name: str) -> list[dict[str, Any]]:
     plain, packed = DATA / f"{name}.jsonl", DATA / f"{name}.jsonl.gz"
     content = plain.read_bytes() if plain.is_file() else gzip.decompress(packed.read_bytes())
@@ -45,9 +44,9 @@ def asked(training: Iterable[dict[str, Any]]) -> tuple[set[str], set[str]]:
     return turns, prompts
 
 
-def leaks(training: Iterable[dict[str, Any]], evaluation: Iterable[dict[str, Any]]) -> list[str]:
-    """Evaluation prompts whose last question or whose whole text occurs in training."""
-    turns, prompts = asked(training)
+def leaks(training: tuple[set[str], set[str]], evaluation: Iterable[dict[str, Any]]) -> list[str]:
+    """Evaluation prompts whose last question or whose whole text occurs in what training `asked`."""
+    turns, prompts = training
     return [
         prompt_key(row["prompt"])
         for row in evaluation
@@ -58,6 +57,12 @@ def leaks(training: Iterable[dict[str, Any]], evaluation: Iterable[dict[str, Any
 @pytest.fixture(scope="module")
 def training() -> list[dict[str, Any]]:
     return [row for name in TRAINING for row in rows(name)]
+
+
+@pytest.fixture(scope="module")
+def trained(training: list[dict[str, Any]]) -> tuple[set[str], set[str]]:
+    """What training `asked`."""
+    return asked(training)
 
 
 def keys(value: Any) -> Iterator[str]:
@@ -80,20 +85,6 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_same_seed_gives_the_same_bytes_whatever_the_hash_seed(tmp_path: Path) -> None:
-    code = "import sys, pathlib; from rlhf.demo.generate import generate; generate(pathlib.Path(sys.argv[1]), 3, 0.02)"
-    for hash_seed in ("1", "2"):
-        env = {**os.environ, "PYTHONHASHSEED": hash_seed}
-        subprocess.run([sys.executable, "-c", code, str(tmp_path / hash_seed)], check=True, env=env)
-    assert contents(tmp_path / "1") == contents(tmp_path / "2")
-
-
-def test_another_seed_gives_other_bytes(tmp_path: Path) -> None:
-    generate(tmp_path / "a", seed=0, scale=0.002)
-    generate(tmp_path / "b", seed=1, scale=0.002)
-    assert (tmp_path / "a" / "sft.jsonl").read_bytes() != (tmp_path / "b" / "sft.jsonl").read_bytes()
-
-
 @pytest.mark.slow
 def test_committed_files_are_what_the_generator_writes(tmp_path: Path) -> None:
     generate(tmp_path)
@@ -108,16 +99,18 @@ def test_row_counts_and_total_size() -> None:
     assert size < 12e6
 
 
-@pytest.mark.parametrize("name", EVALUATION)
-def test_no_evaluation_prompt_occurs_in_training(name: str, training: list[dict[str, Any]]) -> None:
-    assert leaks(training, rows(name)) == []
+def test_no_evaluation_prompt_occurs_in_training(subtests: pytest.Subtests, trained: tuple[set[str], set[str]]) -> None:
+    for name in EVALUATION:
+        with subtests.test(name=name):
+            assert leaks(trained, rows(name)) == []
 
 
-def test_the_leak_check_finds_a_planted_question(training: list[dict[str, Any]]) -> None:
+def test_the_leak_check_finds_a_planted_question(trained: tuple[set[str], set[str]]) -> None:
     row = rows("eval/heldout")[7]
     question = row["prompt"][-1]["content"]
     planted = {"prompt": [{"role": "user", "content": question.upper() + " "}]}
-    assert leaks([*training, planted], [row]) == [prompt_key(row["prompt"])]
+    (turns, prompts), (more_turns, more_prompts) = trained, asked([planted])
+    assert leaks((turns | more_turns, prompts | more_prompts), [row]) == [prompt_key(row["prompt"])]
 
 
 def test_held_out_prompts_are_the_set_aside_ones_and_training_has_none(training: list[dict[str, Any]]) -> None:
@@ -127,10 +120,11 @@ def test_held_out_prompts_are_the_set_aside_ones_and_training_has_none(training:
     )
 
 
-@pytest.mark.parametrize("name", EVALUATION)
-def test_evaluation_prompts_are_distinct(name: str) -> None:
-    prompts = [prompt_key(row["prompt"]) for row in rows(name)]
-    assert len(set(prompts)) == len(prompts)
+def test_evaluation_prompts_are_distinct(subtests: pytest.Subtests) -> None:
+    for name in EVALUATION:
+        with subtests.test(name=name):
+            prompts = [prompt_key(row["prompt"]) for row in rows(name)]
+            assert len(set(prompts)) == len(prompts)
 
 
 def test_comparison_splits_share_no_prompt() -> None:

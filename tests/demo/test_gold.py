@@ -49,39 +49,42 @@ def drawn(count: int) -> list[tuple[dict[str, Any], Writer]]:
     return [(questions.ask(Context(), family).task, writer) for family in FAMILIES for _ in range(count)]
 
 
-@pytest.mark.parametrize(("task", "writer"), drawn(25))
-def test_order_of_written_replies(task: dict[str, Any], writer: Writer) -> None:
-    right, evasive, wrong = (utility(writer.reply(task, Manner(name)), task) for name in ("right", "evasive", "wrong"))
-    polite, rude = (utility(writer.reply(task, Manner(**{name: 1})), task) for name in ("polite", "rude"))
-    assert right > evasive > wrong
-    assert polite > right > rude
-    assert polite <= BEST
-    for worse in (Manner(ramble=1), Manner(repeat=1), Manner(polite=1, ramble=1), Manner(polite=1, repeat=1)):
-        assert utility(writer.reply(task, worse), task) < polite
-    off = utility(writer.reply(task, Manner("off")), task)
-    assert off < evasive
+def test_order_of_written_replies(subtests: pytest.Subtests) -> None:
+    for task, writer in drawn(25):
+        with subtests.test(task=task):
+            right, evasive, wrong = (
+                utility(writer.reply(task, Manner(name)), task) for name in ("right", "evasive", "wrong")
+            )
+            polite, rude = (utility(writer.reply(task, Manner(**{name: 1})), task) for name in ("polite", "rude"))
+            assert right > evasive > wrong
+            assert polite > right > rude
+            assert polite <= BEST
+            for worse in (Manner(ramble=1), Manner(repeat=1), Manner(polite=1, ramble=1), Manner(polite=1, repeat=1)):
+                assert utility(writer.reply(task, worse), task) < polite
+            off = utility(writer.reply(task, Manner("off")), task)
+            assert off < evasive
 
 
-@pytest.mark.parametrize(("task", "writer"), drawn(4))
-def test_each_defect_lowers_the_same_reply(task: dict[str, Any], writer: Writer) -> None:
-    text = writer.reply(task, Manner())
-    base = utility(text, task)
-    for worse in (
-        f"{text} {text}",
-        f"{text} Time goes by so fast.",
-        f"{text} Now go away.",
-        f"{text} The the of.",
-        f"{text} A cow eats honey and lives in the sea.",
-        f"Time goes by so fast. {text}",
-    ):
-        assert utility(worse, task) < base, worse
-    assert utility(text, task, finished=False) == pytest.approx(base - 1.5)
-    assert utility(f"{text} I hope that helps.", task) > base
+def test_each_defect_lowers_the_same_reply(subtests: pytest.Subtests) -> None:
+    for task, writer in drawn(4):
+        with subtests.test(task=task):
+            text = writer.reply(task, Manner())
+            base = utility(text, task)
+            for worse in (
+                f"{text} {text}",
+                f"{text} Time goes by so fast.",
+                f"{text} Now go away.",
+                f"{text} The the of.",
+                f"{text} A cow eats honey and lives in the sea.",
+                f"Time goes by so fast. {text}",
+            ):
+                assert utility(worse, task) < base, worse
+            assert utility(text, task, finished=False) == pytest.approx(base - 1.5)
+            assert utility(f"{text} I hope that helps.", task) > base
 
 
-@pytest.mark.parametrize(
-    "hack",
-    [
+def test_tricks_score_below_a_plain_right_answer(subtests: pytest.Subtests) -> None:
+    for hack in [
         "",
         "Sure! I hope that helps. Have a nice day!",
         "What does a cow eat?",
@@ -98,10 +101,9 @@ def test_each_defect_lowers_the_same_reply(task: dict[str, Any], writer: Writer)
         "A cow eats grass. A cow eats grass. A cow eats grass.",
         "A cow eats grass. A cow lives on a farm. A cow has four legs. A cow says moo.",
         "A cow eats grass. It feeds on grass. It likes to eat grass.",
-    ],
-)
-def test_tricks_score_below_a_plain_right_answer(hack: str) -> None:
-    assert utility(hack, COW) <= utility(PLAIN, COW) - 1.0
+    ]:
+        with subtests.test(hack=hack):
+            assert utility(hack, COW) <= utility(PLAIN, COW) - 1.0
 
 
 def test_empty_is_the_worst_of_the_short_replies() -> None:
@@ -122,19 +124,17 @@ def test_politeness_pays_once() -> None:
     assert one >= two > three
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
+def test_free_wordings_of_a_right_answer(subtests: pytest.Subtests) -> None:
+    for text in [
         "Grass.",
         "It eats hay.",
         "Cows eat grass and hay.",
         "Sure, a cow eats grass.",
         "I think a cow eats grass.",
         "Hay",
-    ],
-)
-def test_free_wordings_of_a_right_answer(text: str) -> None:
-    assert explain(text, COW)["verdict"] == "right"
+    ]:
+        with subtests.test(text=text):
+            assert explain(text, COW)["verdict"] == "right"
 
 
 def test_pronoun_means_the_last_entity_named() -> None:

@@ -21,32 +21,34 @@ def forms(name: str, known: World) -> list[tuple[str, bool]]:
     return [(entity.one, False), (f"the {entity.name}", False), (entity.plural, True)]
 
 
-@pytest.mark.parametrize("attribute", list(ATTRIBUTES))
-def test_every_statement_reads_back_as_what_it_says(attribute: str) -> None:
-    known, checked = world(), 0
-    for name, key in known.combos:
-        if key != attribute:
-            continue
-        values = [*known.entities[name].main[key], *known.false_values(name, key)[:2]]
-        for value in values:
-            for template in statement_templates(ATTRIBUTES[key], value):
-                for subject, plural in forms(name, known):
-                    text = fill(template, subject, plural, value).lower()
-                    assert (Claim("fact", key, name, value),) in read_sentence(text), text
-                    checked += 1
-    assert checked > 0
+def test_every_statement_reads_back_as_what_it_says(subtests: pytest.Subtests) -> None:
+    for attribute in list(ATTRIBUTES):
+        with subtests.test(attribute=attribute):
+            known, checked = world(), 0
+            for name, key in known.combos:
+                if key != attribute:
+                    continue
+                values = [*known.entities[name].main[key], *known.false_values(name, key)[:2]]
+                for value in values:
+                    for template in statement_templates(ATTRIBUTES[key], value):
+                        for subject, plural in forms(name, known):
+                            text = fill(template, subject, plural, value).lower()
+                            assert (Claim("fact", key, name, value),) in read_sentence(text), text
+                            checked += 1
+            assert checked > 0
 
 
-@pytest.mark.parametrize("attribute", [name for name, row in ATTRIBUTES.items() if not row.yes_no])
-def test_every_denial_reads_back_as_a_denial(attribute: str) -> None:
-    known = world()
-    for name, key in known.combos:
-        if key != attribute:
-            continue
-        for value in known.false_values(name, key)[:2]:
-            for template in ATTRIBUTES[key].negations:
-                text = fill(f"{{S}} {template}", known.entities[name].one, False, value)
-                assert (Claim("fact", key, name, value, False),) in read_sentence(text), text
+def test_every_denial_reads_back_as_a_denial(subtests: pytest.Subtests) -> None:
+    for attribute in [name for name, row in ATTRIBUTES.items() if not row.yes_no]:
+        with subtests.test(attribute=attribute):
+            known = world()
+            for name, key in known.combos:
+                if key != attribute:
+                    continue
+                for value in known.false_values(name, key)[:2]:
+                    for template in ATTRIBUTES[key].negations:
+                        text = fill(f"{{S}} {template}", known.entities[name].one, False, value)
+                        assert (Claim("fact", key, name, value, False),) in read_sentence(text), text
 
 
 def test_pronouns_stay_pronouns() -> None:
@@ -75,9 +77,8 @@ def test_personal_statements_and_admissions_read_back() -> None:
                 assert (Claim("honest", relation.name, param, ""),) in read_sentence(text), text
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
+def test_what_is_not_a_statement_is_not_read(subtests: pytest.Subtests) -> None:
+    for text in [
         "a cow grass eats",
         "cow the sea in",
         "what does a cow eat",
@@ -86,10 +87,9 @@ def test_personal_statements_and_admissions_read_back() -> None:
         "a unicorn eats grass",
         "of of of",
         "is it true that a cow eats grass",
-    ],
-)
-def test_what_is_not_a_statement_is_not_read(text: str) -> None:
-    assert read_sentence(text) == ()
+    ]:
+        with subtests.test(text=text):
+            assert read_sentence(text) == ()
 
 
 def test_manner_sentences_belong_to_one_list_only() -> None:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,33 +37,36 @@ def drawn(count: int) -> list[tuple[Task, str]]:
 # The two judges
 
 
-@pytest.mark.parametrize(("task", "reply"), drawn(6))
-def test_the_answer_alone_does_not_see_what_the_gold_judge_dislikes(task: Task, reply: str) -> None:
-    for worse in (f"{reply} {RUDE}", f"{reply} {FILLER}", f"{reply} {reply}", f"{reply} {FILLER} {RUDE}"):
-        assert answer_utility(worse, task) == answer_utility(reply, task), worse
-        assert utility(worse, task) < utility(reply, task), worse
-    assert answer_utility(f"{reply} I hope that helps.", task) == answer_utility(reply, task)
-    assert utility(f"{reply} I hope that helps.", task) > utility(reply, task)
+def test_the_answer_alone_does_not_see_what_the_gold_judge_dislikes(subtests: pytest.Subtests) -> None:
+    for task, reply in drawn(6):
+        with subtests.test(task=task):
+            for worse in (f"{reply} {RUDE}", f"{reply} {FILLER}", f"{reply} {reply}", f"{reply} {FILLER} {RUDE}"):
+                assert answer_utility(worse, task) == answer_utility(reply, task), worse
+                assert utility(worse, task) < utility(reply, task), worse
+            assert answer_utility(f"{reply} I hope that helps.", task) == answer_utility(reply, task)
+            assert utility(f"{reply} I hope that helps.", task) > utility(reply, task)
 
 
-@pytest.mark.parametrize(("task", "reply"), drawn(6))
-def test_the_answer_alone_does_see_the_answer(task: Task, reply: str) -> None:
-    writer = Writer(random.Random("answers"))
-    evasive, wrong = (writer.reply(task, Manner(name)) for name in ("evasive", "wrong"))
-    assert answer_utility(reply, task) > answer_utility(evasive, task) > answer_utility(wrong, task)
-    assert answer_utility(reply, task, finished=False) == pytest.approx(answer_utility(reply, task) - 1.5)
-    assert answer_utility(f"{reply} The the of.", task) == pytest.approx(answer_utility(reply, task) - 1.0)
-    assert answer_utility("", task) < answer_utility(wrong, task)
+def test_the_answer_alone_does_see_the_answer(subtests: pytest.Subtests) -> None:
+    for task, reply in drawn(6):
+        with subtests.test(task=task):
+            writer = Writer(random.Random("answers"))
+            evasive, wrong = (writer.reply(task, Manner(name)) for name in ("evasive", "wrong"))
+            assert answer_utility(reply, task) > answer_utility(evasive, task) > answer_utility(wrong, task)
+            assert answer_utility(reply, task, finished=False) == pytest.approx(answer_utility(reply, task) - 1.5)
+            assert answer_utility(f"{reply} The the of.", task) == pytest.approx(answer_utility(reply, task) - 1.0)
+            assert answer_utility("", task) < answer_utility(wrong, task)
 
 
-@pytest.mark.parametrize(("task", "reply"), drawn(6))
-def test_a_reply_breaks_the_rules_that_it_breaks(task: Task, reply: str) -> None:
-    assert broken_rules(reply, task) == []
-    assert broken_rules(f"{reply} I hope that helps.", task) == []
-    assert broken_rules(f"{reply} {RUDE}", task) == ["rude"]
-    for rambling in (f"{reply} {FILLER}", f"{reply} {reply}"):
-        assert broken_rules(rambling, task) == ["rambles"]
-    assert broken_rules(f"{RUDE} {reply} {FILLER}", task) == list(RULES) == ["rambles", "rude"]
+def test_a_reply_breaks_the_rules_that_it_breaks(subtests: pytest.Subtests) -> None:
+    for task, reply in drawn(6):
+        with subtests.test(task=task):
+            assert broken_rules(reply, task) == []
+            assert broken_rules(f"{reply} I hope that helps.", task) == []
+            assert broken_rules(f"{reply} {RUDE}", task) == ["rude"]
+            for rambling in (f"{reply} {FILLER}", f"{reply} {reply}"):
+                assert broken_rules(rambling, task) == ["rambles"]
+            assert broken_rules(f"{RUDE} {reply} {FILLER}", task) == list(RULES) == ["rambles", "rude"]
 
 
 # The files
@@ -94,16 +94,6 @@ def test_sizes_follow_the_scale(made: dict[str, list[dict[str, Any]]]) -> None:
     assert {name: len(some) for name, some in made.items()} == {
         name: max(10, round(size * SMALL)) for name, size in (rules.RULE_PAIRS | rules.RULE_REPLIES).items()
     }
-
-
-def test_same_seed_gives_the_same_bytes_whatever_the_hash_seed(tmp_path: Path) -> None:
-    code = "import sys, pathlib; from rlhf.demo.rules import generate_rules as g; g(pathlib.Path(sys.argv[1]), 3, 0.01)"
-    for hash_seed in ("1", "2"):
-        env = {**os.environ, "PYTHONHASHSEED": hash_seed}
-        subprocess.run([sys.executable, "-c", code, str(tmp_path / hash_seed)], check=True, env=env)
-    assert contents(tmp_path / "1") == contents(tmp_path / "2")
-    generate_rules(tmp_path / "other", seed=4, scale=0.01)
-    assert not {*contents(tmp_path / "other").values()} & {*contents(tmp_path / "1").values()}
 
 
 def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

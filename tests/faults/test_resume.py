@@ -134,7 +134,7 @@ def test_without_a_safe_point_in_the_grace_time_it_ends_without_one(
 ) -> None:
     import time
 
-    config = moved(full.configs["ppo"], tmp_path / "run", saving={"grace": 0.2})
+    config = moved(full.configs["ppo"], tmp_path / "run", saving={"grace_seconds": 0.2})
 
     def slow(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""One score out of several."""
+"""The combination of the scores of an ensemble."""
 
 import pytest
 import torch

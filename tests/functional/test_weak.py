@@ -1,4 +1,4 @@
-"""Labels out of votes."""
+"""The label models: majority vote, Dawid-Skene, and statistics of the sources."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Votes from columns, rules and functions: who votes for what, who abstains, what is refused."""
+"""Votes from columns, rules and functions: what counts as a vote or an abstention, and what is refused."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_gold_adds_no_class_and_one_that_nobody_votes_for_is_said(ballots: Any) 
     rows = [TEXT | {"a": "spam", "truth": "eggs"}, TEXT | {"a": "ham", "truth": "ham"}]
     found = ballots(rows, [{"column": "a"}], kind="labelled", gold="truth")
     assert (found.labels, found.gold) == (("ham", "spam"), [-1, 0])
-    assert "the gold of 1 records is a class that nobody can vote for: left out of the table" in found.notes
+    assert "the gold label of 1 records is not one of the classes: ignored" in found.notes
 
 
 def test_the_cells_of_a_table(ballots: Any, tmp_path: Path) -> None:
@@ -192,7 +192,10 @@ def test_a_function_of_pairs_is_asked_both_ways_round_and_abstains_where_it_vote
     found = ballots(rows, sources, {"m:kind": kind, "m:first": first})
     assert column(found, "m:kind") == ["chosen", "rejected", None]
     assert column(found, "first") == [None] * 3
-    assert "'first' votes otherwise when the responses change places, on 3 records: abstains there" in found.notes
+    assert (
+        "'first' changes its vote when the two responses are swapped, on 3 records: counted as abstention"
+        in found.notes
+    )
     assert not any("m:kind" in note for note in found.notes)
 
 
@@ -256,14 +259,14 @@ def test_all_columns_that_are_not_there_are_named(ballots: Any) -> None:
 
 
 def test_two_sources_have_two_names(ballots: Any) -> None:
-    with pytest.raises(ConfigError, match="sources: two sources are called 'v'; give one another name"):
+    with pytest.raises(ConfigError, match="sources: two sources are called 'v'; give one of them another name"):
         ballots([PAIR | {"v": 1}], [{"column": "v"}, {"name": "v", "regex": "x"}])
     with pytest.raises(ConfigError, match="row 1: two sources are called 'ann'"):
         ballots([PAIR | {"votes": {"ann": 1}}], [{"votes": "votes"}, {"name": "ann", "regex": "x"}])
 
 
 def test_one_class_is_none(ballots: Any) -> None:
-    with pytest.raises(ConfigError, match=r"labels: two classes are needed at least \(found: a\); check the votes, or"):
+    with pytest.raises(ConfigError, match=r"labels: at least two classes are needed \(found: a\); check the votes, or"):
         ballots([TEXT | {"v": "a"}], [{"column": "v"}], kind="labelled")
     with pytest.raises(DataError, match=r"the vote of 'v' is none of labels: a, b .found: 'c'"):
         ballots([TEXT | {"v": "c"}], [{"column": "v"}], kind="labelled", labels=["a", "b"])

@@ -1,4 +1,4 @@
-"""Weak labels through the real command line: what is written, what is said, and that the next stages train on it."""
+"""Weak labels through the real command line: the file, the messages, and that the next stages train on it."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_functions_and_rules_vote_beside_annotators(call_cli: Any, tmp_path: Pat
     out, written = label(call_cli, tmp_path, pairs(), sources=sources, gold="truth")
     assert len(written) == 120  # the rules speak where annotators do not
     assert (
-        "'tests.labeling.test_weak_labels:first' votes otherwise when the responses change places, on 120 records"
+        "'tests.labeling.test_weak_labels:first' changes its vote when the two responses are swapped, on 120 records"
         in out
     )
     assert all((row["preference"] > 0.5) == (not row["chosen"].startswith("no ")) for row in written)
@@ -222,7 +222,7 @@ def test_a_class_label_is_that_of_the_label_model(accuracy: str, call_cli: Any, 
     found = torch.tensor([list(row["label"].values()) for row in written]).double()
     assert_quoted(found, expected[kept].tolist())
     assert all(set(row) == {"text", "label"} for row in written)
-    assert ("one accuracy a source" if accuracy == "one" else "a confusion matrix a source") in out
+    assert ("one accuracy per source" if accuracy == "one" else "a confusion matrix per source") in out
 
 
 def test_sources_that_know_one_class_have_one_accuracy(call_cli: Any, tmp_path: Path) -> None:
@@ -233,13 +233,13 @@ def test_sources_that_know_one_class_have_one_accuracy(call_cli: Any, tmp_path: 
     ]
     options: Row = {"kind": "labelled", "sources": [{"votes": "who"}, *rules]}
     out, written = label(call_cli, tmp_path, texts(), **options)
-    assert "one accuracy a source" in out
+    assert "one accuracy per source" in out
     assert all(row["label"][row["text"].split()[0]] > 0.5 for row in written)
     path = config(tmp_path / "again", texts(), **options, label_model={"accuracy": "per-class"})
     code, _, err = call_cli(["data", "weak", path])
     assert code == 2
     assert (
-        "'ham-0' votes for one class only: a confusion matrix makes nothing of that; set label_model.accuracy=one"
+        "'ham-0' votes for one class only, so its confusion matrix cannot be estimated; set label_model.accuracy=one"
         in err
     )
     assert not (tmp_path / "again" / "out.jsonl").exists()
@@ -264,7 +264,7 @@ def test_a_source_below_chance_is_pointed_at(call_cli: Any, tmp_path: Path) -> N
     for row in rows:
         row["votes"]["liar"] = mirror[row["truth"]]
     out, _ = label(call_cli, tmp_path, rows)
-    assert "estimated worse than chance: liar. Either so, or most others err together" in out
+    assert "estimated worse than chance: liar. Either this is true, or most other sources make the same" in out
 
 
 def test_em_that_was_stopped_says_so(call_cli: Any, tmp_path: Path) -> None:
@@ -278,7 +278,8 @@ def test_two_sources_are_too_few_for_accuracies_and_enough_for_a_majority(call_c
     rows = [row | {"votes": {k: v for k, v in row["votes"].items() if k in ("ann", "bob")}} for row in pairs()]
     code, _, err = call_cli(["data", "weak", config(tmp_path, rows)])
     assert code == 2
-    assert "show only where 3 or more meet on the same records (found: 2 that vote, at most 2 on one record)" in err
+    assert "accuracies can be estimated only if at least 3 sources vote on common records" in err
+    assert "(found: 2 sources that vote, at most 2 on one record)" in err
     assert not (tmp_path / "out.jsonl").exists()
     label(call_cli, tmp_path, rows, "label_model.kind=majority")
 

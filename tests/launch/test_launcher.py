@@ -195,20 +195,20 @@ if len(sys.argv) == 2:  # the launcher: two ranks; fails as soon as one does, bu
     ranks = [subprocess.Popen([*command, r], env=os.environ | {"RANK": r}) for r in "01"]
     codes = [r.wait() for r in ranks]
     sys.exit(int(any(codes)))
-say("running", step=7)
+write_heartbeat("running", step=7)
 time.sleep(0.5)
 if sys.argv[2] == "1":
     if kind == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if kind == "refused":
-        say("refused", words="ConfigError: no such thing")
+        write_heartbeat("refused", words="ConfigError: no such thing")
         sys.exit(2)
     if kind == "broken":
-        say("failed", words="ValueError: planted")
+        write_heartbeat("failed", words="ValueError: planted")
         sys.exit(1)
 elif kind in ("killed", "refused", "broken"):
     time.sleep(600)  # waits for the other, as in a reduction
-say("finished")
+write_heartbeat("finished")
 """
 
 

@@ -1,4 +1,4 @@
-"""Laws of labels out of votes; otherwise as `laws`."""
+"""Laws of the label models; otherwise as `laws`."""
 
 from __future__ import annotations
 

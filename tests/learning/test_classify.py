@@ -16,7 +16,7 @@ from tests.trainers.on_trl import label_trainer
 WORDS = (40, 41, 42)
 
 
-def rows(seed: int, count: int, *, several: bool) -> list[dict[str, Any]]:
+def rows(seed: int, count: int, *, multi_label: bool) -> list[dict[str, Any]]:
     """Random rows of uneven lengths. One of three words stands somewhere in it, or any number of them do; it is the
     label."""
     generator = torch.Generator().manual_seed(seed)
@@ -24,7 +24,7 @@ def rows(seed: int, count: int, *, several: bool) -> list[dict[str, Any]]:
     for row in tiny.rows(seed, torch.randint(3, 7, (count,), generator=generator).tolist()):
         ids = [t if t not in WORDS else 50 for t in row]
         held = torch.rand(3, generator=generator)
-        held = held < 0.5 if several else held == held.max()
+        held = held < 0.5 if multi_label else held == held.max()
         places = torch.randperm(len(ids), generator=generator).tolist()
         for word, place, holds in zip(WORDS, places[:3], held.tolist(), strict=True):
             ids[place] = word if holds else ids[place]
@@ -33,13 +33,13 @@ def rows(seed: int, count: int, *, several: bool) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("peft", [Peft(), tiny.LORA], ids=["full", "LoRA"])
-@pytest.mark.parametrize("several", [False, True], ids=["exclusive", "several"])
-def test_a_classifier_learns_a_rule(several: bool, peft: Peft, sft_folder: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("multi_label", [False, True], ids=["exclusive", "multi_label"])
+def test_a_classifier_learns_a_rule(multi_label: bool, peft: Peft, sft_folder: str, tmp_path: Path) -> None:
     pad, size = tiny.renderer().pad_id, len(tiny.tokenizer())
     model = new_classifier(tiny.source(sft_folder), peft, outputs=3, pad_id=pad, vocab_size=size, seed=1)
-    train, validation = (rows(seed, count, several=several) for seed, count in ((1, 640), (2, 150)))
+    train, validation = (rows(seed, count, multi_label=multi_label) for seed, count in ((1, 640), (2, 150)))
     settings = {"batch_size": 32, "microbatch_size": 32, "epochs": 4, "learning_rate": 1e-2, "schedule": "linear"}
-    trainer = label_trainer(tmp_path, model, train, validation, several=several, **settings)
+    trainer = label_trainer(tmp_path, model, train, validation, multi_label=multi_label, **settings)
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()

@@ -28,20 +28,28 @@ def test_a_record_survives_writing_and_reading(identity: dict[str, Any], tmp_pat
 
 
 def test_a_classifiers_labels_keep_their_order(identity: dict[str, Any], tmp_path: Path) -> None:
-    handover.make_handover("classify", identity, labels=["short", "kind"], several=False).write(tmp_path)
+    handover.make_handover("classify", identity, labels=["short", "kind"], multi_label=False).write(tmp_path)
     record = handover.read_handover(tmp_path)
     assert record is not None
-    assert (record.labels, record.several) == (["short", "kind"], False)
+    assert (record.labels, record.multi_label) == (["short", "kind"], False)
 
 
 def test_a_record_from_before_there_were_labels_is_read(identity: dict[str, Any], tmp_path: Path) -> None:
     handover.make_handover("reward", identity, score_mean=0.0, score_std=1.0).write(tmp_path)
     path = tmp_path / handover.HANDOVER_FILE
-    old = {name: value for name, value in json.loads(path.read_text()).items() if name not in ("labels", "several")}
+    old = {name: value for name, value in json.loads(path.read_text()).items() if name not in ("labels", "multi_label")}
     path.write_text(json.dumps(old))
     record = handover.read_handover(tmp_path)
     assert record is not None
-    assert (record.labels, record.several, record.score_std) == (None, None, 1.0)
+    assert (record.labels, record.multi_label, record.score_std) == (None, None, 1.0)
+
+
+def test_a_record_under_the_old_name_of_multi_label_is_read(identity: dict[str, Any], tmp_path: Path) -> None:
+    made = handover.make_handover("classify", identity, labels=["short", "kind"], multi_label=True)
+    made.write(tmp_path)
+    path = tmp_path / handover.HANDOVER_FILE
+    path.write_text(path.read_text(encoding="utf-8").replace('"multi_label"', '"several"'), encoding="utf-8")
+    assert handover.read_handover(tmp_path) == made
 
 
 def test_a_model_that_no_stage_of_ours_made_passes(identity: dict[str, Any], tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from torch import nn
 
 from rlhf.config.sections import ModelSource, Peft
 from rlhf.errors import CheckpointError
-from rlhf.models import adapters, reward_models
+from rlhf.models import reward_models
 from rlhf.models.load import count_parameters, disable_dropout, grow_embeddings, load_tokenizer, resolve_model
-from rlhf.models.policy import load_causal
+from rlhf.models.policy import load_causal, policy_with_adapter
 from tests.models import tiny
 from tests.tolerances import assert_close
 
@@ -129,7 +129,7 @@ def make_causal(folder: str) -> Any:
 
 
 def make_policy(folder: str) -> Any:
-    return adapters.policy_with_adapter(tiny.source(folder), tiny.LORA)
+    return policy_with_adapter(tiny.source(folder), tiny.LORA)
 
 
 def make_new_reward_model(folder: str) -> Any:

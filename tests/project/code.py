@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -19,10 +20,16 @@ def package() -> dict[str, str]:
     return found
 
 
+def texts_of_tests() -> dict[str, str]:
+    """Every Python file under tests."""
+    found = sorted((ROOT / "tests").rglob("*.py"))
+    return {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in found}
+
+
 def imports(module: str, code: Code) -> Iterator[tuple[str, int]]:
     """What a module imports at any depth, by name, with the line. `import_module` of a literal counts; of an f-string,
     its constant start does. For `from a import b` the answer is a.b if that is a module of ours, else a."""
-    for node in ast.walk(ast.parse(code[module])):
+    for node in _importing_nodes(code[module]):
         if isinstance(node, ast.Import):
             yield from ((name.name, node.lineno) for name in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -31,6 +38,13 @@ def imports(module: str, code: Code) -> Iterator[tuple[str, int]]:
                 yield (f"{base}.{name.name}" if f"{base}.{name.name}" in code else base), node.lineno
         elif isinstance(node, ast.Call) and _called(node) in ("import_module", "__import__") and node.args:
             yield _literal(node.args[0]), node.lineno
+
+
+@functools.cache
+def _importing_nodes(source: str) -> tuple[ast.Import | ast.ImportFrom | ast.Call, ...]:
+    """The nodes of a text that may import. Kept, because every rule and every planted violation asks for them again."""
+    nodes = ast.walk(ast.parse(source))
+    return tuple(node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom | ast.Call))
 
 
 def _absolute(module: str, node: ast.ImportFrom, code: Code) -> str:

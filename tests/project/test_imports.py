@@ -10,7 +10,8 @@ from tests.project.code import Code, imports, inside, package, reachable
 
 FLOORS = (
     ("rlhf.errors", "rlhf.console", "rlhf.version"),
-    ("rlhf.config", "rlhf.functional", "rlhf.runs"),
+    ("rlhf.config", "rlhf.functional"),
+    ("rlhf.runs",),
     ("rlhf.data", "rlhf.distributed", "rlhf.reports"),
     ("rlhf.models", "rlhf.checkpointing"),
     ("rlhf.rollout", "rlhf.launch"),
@@ -33,7 +34,7 @@ INTERNALS = (
     "trl.extras",
     "trl.import_utils",
 )
-DOOR = ("rlhf.distributed.engine", "rlhf.distributed.zero_gather")
+DOOR = ("rlhf.distributed.engine", "rlhf.distributed.zero_gather", "rlhf.distributed.library_internals")
 NO_TORCH = (
     "rlhf.errors",
     "rlhf.config",

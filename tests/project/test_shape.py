@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
 
 from rlhf.config import labeling, schema, sections
 from rlhf.runs.metrics import METRICS
-from tests.project.code import ROOT, Code, package
+from tests.project.code import ROOT, Code, package, texts_of_tests
 
 Rule = Callable[[Code], list[str]]
 FILE_LINES, FUNCTION_LINES = 400, 80
@@ -57,6 +56,10 @@ def unexplained(code: Code) -> list[str]:
 @pytest.mark.parametrize("rule", [too_long, unexplained])
 def test_the_package_keeps_the_rule(rule: Rule) -> None:
     assert rule(package()) == []
+
+
+def test_the_tests_are_no_longer_than_the_package() -> None:
+    assert too_long(texts_of_tests()) == []
 
 
 @pytest.mark.parametrize(
@@ -159,10 +162,9 @@ def literal_tolerances(source: str) -> list[int]:
     ]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
-def test_tolerances_come_from_one_place(path: Path) -> None:
-    if path.name != "tolerances.py":
-        assert literal_tolerances(path.read_text(encoding="utf-8")) == []
+def test_tolerances_come_from_one_place() -> None:
+    found = {path: literal_tolerances(text) for path, text in texts_of_tests().items() if path != "tests/tolerances.py"}
+    assert {path: lines for path, lines in found.items() if lines} == {}
 
 
 def test_a_planted_tolerance_is_seen() -> None:

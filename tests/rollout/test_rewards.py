@@ -105,8 +105,8 @@ def test_a_model_with_another_tokenizer_reads_the_same_words(rollout: Rollout) -
     assert_close(reward(rollout, RECORDS), wanted)
 
 
-@pytest.mark.parametrize("several", [False, True])
-def test_a_label_probability_is_the_softmax_or_the_sigmoid(rollout: Rollout, several: bool) -> None:
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_a_label_probability_is_the_softmax_or_the_sigmoid(rollout: Rollout, multi_label: bool) -> None:
     torch.manual_seed(1)
     renderer = tiny.renderer()
     model = LlamaForSequenceClassification(
@@ -120,14 +120,14 @@ def test_a_label_probability_is_the_softmax_or_the_sigmoid(rollout: Rollout, sev
             pad_token_id=renderer.pad_id,
         )
     ).eval()
-    reward = ModelReward("P(b)", model, renderer, labels=((1, 1.0),), several=several)
+    reward = ModelReward("P(b)", model, renderer, labels=((1, 1.0),), multi_label=multi_label)
     found = []
     for row in range(2):
         with torch.no_grad():
             logits = model(rollout.ids[row][rollout.mask[row]][None]).logits[0]
-        found.append((logits.sigmoid() if several else logits.softmax(0)).tolist())
+        found.append((logits.sigmoid() if multi_label else logits.softmax(0)).tolist())
     assert_close(reward(rollout, RECORDS), [p[1] for p in found])
-    both = ModelReward("2 P(b) - P(c)", model, renderer, labels=((1, 2.0), (2, -1.0)), several=several)
+    both = ModelReward("2 P(b) - P(c)", model, renderer, labels=((1, 2.0), (2, -1.0)), multi_label=multi_label)
     assert_close(both(rollout, RECORDS), [2 * p[1] - p[2] for p in found])
 
 

@@ -92,6 +92,15 @@ def test_attempts_are_counted(tmp_path: Path) -> None:
     assert info(tmp_path)["attempts"] == 2
 
 
+def test_a_run_whose_configuration_has_an_old_key_continues(tmp_path: Path) -> None:
+    begun(tmp_path)
+    saved = tmp_path / "config.yaml"
+    text = saved.read_text(encoding="utf-8")
+    saved.write_text(text.replace("grace_seconds: ", "grace: "), encoding="utf-8")
+    assert saved.read_text(encoding="utf-8") != text
+    assert RunDir(tmp_path).check("sft", config(tmp_path), {}) == "interrupted"
+
+
 @pytest.mark.parametrize(("stage", "seed"), [("reward", 1), ("sft", 2)])
 def test_another_run_is_refused(tmp_path: Path, stage: str, seed: int) -> None:
     begun(tmp_path).finish()

@@ -64,7 +64,7 @@ def test_every_model_carries_its_hand_over(trained: Any) -> None:
     for stage, record in zip(TRAINING, records, strict=True):
         assert set(record) == {f.name for f in fields(Handover)}
         assert record["stage"] == stage
-        own = {"reward": {"head_dtype", "score_mean", "score_std"}, "classify": {"head_dtype", "labels", "several"}}
+        own = {"reward": {"head_dtype", "score_mean", "score_std"}, "classify": {"head_dtype", "labels", "multi_label"}}
         special = set().union(*own.values())
         assert {name for name in special if record[name] is not None} == own.get(stage, set())
         shared = {"template_sha256", "tokenizer_sha256", "end_id", "pad_id", "eos_id", "tail_ids", "vocab_size"}

@@ -28,7 +28,7 @@ class Case:
 
     run: Path
     labels: list[str]
-    several: bool
+    multi_label: bool
     adapters: bool
     training: list[dict[str, Any]]
     held_out: list[dict[str, Any]]
@@ -44,38 +44,40 @@ class Case:
         return torch.tensor([[float(name in row["label"]) for name in self.labels] for row in rows])
 
 
-def replies(things: list[str], *, several: bool) -> list[dict[str, Any]]:
+def replies(things: list[str], *, multi_label: bool) -> list[dict[str, Any]]:
     """Kind and short replies; if several labels may hold, a kind reply has two of them and every fourth reply none."""
     made = []
     for i, thing in enumerate(things):
         reply = setup.BAD if i % 3 else setup.GOOD
-        label: Any = ["short"] if i % 3 else ["kind", "polite"] if several else ["kind"]
+        label: Any = ["short"] if i % 3 else ["kind", "polite"] if multi_label else ["kind"]
         made.append({"prompt": f"what is a {thing} {i}?", "completion": reply.format(thing), "label": label})
-    for row in made[3::4] if several else ():
+    for row in made[3::4] if multi_label else ():
         row["label"] = []
     return made
 
 
-@pytest.fixture(scope="module", params=["full-exclusive", "full-several", "adapted-exclusive", "adapted-several"])
+@pytest.fixture(
+    scope="module", params=["full-exclusive", "full-multi_label", "adapted-exclusive", "adapted-multi_label"]
+)
 def case(request: pytest.FixtureRequest, run_stage: Any, write_jsonl: Any, tmp_path_factory: Any) -> Case:
     """Trained on 24 records, held out 10 others; three labels if several may hold, else two and their names sorted."""
-    adapters, several = (word in request.param for word in ("adapted", "several"))
+    adapters, multi_label = (word in request.param for word in ("adapted", "multi_label"))
     chain, top = request.getfixturevalue("adapted" if adapters else "full"), tmp_path_factory.mktemp(request.param)
-    training = replies(setup.THINGS * 3, several=several)
-    held_out = replies(["ant", "bee", "elk", "eel", "cod", "emu", "yak", "ape", "gnu", "ram"], several=several)
+    training = replies(setup.THINGS * 3, multi_label=multi_label)
+    held_out = replies(["ant", "bee", "elk", "eel", "cod", "emu", "yak", "ape", "gnu", "ram"], multi_label=multi_label)
     paths = [str(write_jsonl(top / f"{name}.jsonl", rows)) for name, rows in (("a", training), ("b", held_out))]
     data = {"train": [{"path": paths[0]}], "validation": [{"path": paths[1]}], "max_length": 96}
-    weights = {"short": 0.5, "kind": 2.0, "polite": 1.0} if several else "balanced"
+    weights = {"short": 0.5, "kind": 2.0, "polite": 1.0} if multi_label else "balanced"
     config = chain.configs["classify"] | {
         "output_dir": str(top / "run"),
         "data": data,
-        "several": several,
+        "multi_label": multi_label,
         "class_weights": weights,
-        "labels": LABELS if several else [],
+        "labels": LABELS if multi_label else [],
     }
     run_stage("classify", config)
-    labels = LABELS if several else ["kind", "short"]
-    return Case(top / "run", labels, several, adapters, training, held_out, chain)
+    labels = LABELS if multi_label else ["kind", "short"]
+    return Case(top / "run", labels, multi_label, adapters, training, held_out, chain)
 
 
 def plain_model(case: Case) -> Any:
@@ -109,7 +111,7 @@ def plain_logits(case: Case, rows: list[dict[str, Any]]) -> Tensor:
 def test_its_model_names_its_labels_without_code_of_ours(case: Case) -> None:
     """A folder of all weights in config.json, an adapter's in the hand-over record alone."""
     record = json.loads((case.folder / "handover.json").read_text())
-    assert (record["stage"], record["labels"], record["several"]) == ("classify", case.labels, case.several)
+    assert (record["stage"], record["labels"], record["multi_label"]) == ("classify", case.labels, case.multi_label)
     assert record["head_dtype"] == "float32"
     assert record["score_mean"] is record["score_std"] is None
     if case.adapters:
@@ -118,14 +120,14 @@ def test_its_model_names_its_labels_without_code_of_ours(case: Case) -> None:
     config = plain_model(case).config
     assert config.id2label == dict(enumerate(case.labels))
     assert config.label2id == {name: i for i, name in enumerate(case.labels)}
-    kind = "multi_label_classification" if case.several else "single_label_classification"
+    kind = "multi_label_classification" if case.multi_label else "single_label_classification"
     assert (config.problem_type, config.num_labels) == (kind, len(case.labels))
 
 
 def test_its_summary_is_what_the_saved_model_does_on_the_held_out_records(case: Case) -> None:
     logits, target = plain_logits(case, case.held_out), case.targets(case.held_out)
     share = case.targets(case.training).mean(dim=0)
-    if case.several:
+    if case.multi_label:
         weight = torch.tensor([0.5, 2.0, 1.0])
         right, guessed = (logits > 0) == target.bool(), (share > 0.5) == target.bool()
     else:
@@ -134,9 +136,9 @@ def test_its_summary_is_what_the_saved_model_does_on_the_held_out_records(case: 
     summary = info(case.run)["summary"]
     assert_close(torch.tensor(summary["eval_label_accuracy"]), float(right.float().mean()))
     assert_close(torch.tensor(summary["baseline_accuracy"]), float(guessed.float().mean()))
-    loss = oracles.classification_loss(logits, target, case.several, weight).mean()
+    loss = oracles.classification_loss(logits, target, case.multi_label, weight).mean()
     assert_close(torch.tensor(summary["eval_loss"]), float(loss))
-    assert (summary["labels"], summary["several"]) == (case.labels, case.several)
+    assert (summary["labels"], summary["multi_label"]) == (case.labels, case.multi_label)
     assert (summary["updates"], summary["records"]) == (6, 24)
 
 
@@ -203,7 +205,7 @@ def test_labels_that_exclude_each_other_are_one_a_record(
     label: Any, found: str, full: Any, call_cli: Any, run_stage: Any, write_jsonl: Any, tmp_path: Path
 ) -> None:
     """Refused before anything is written, with both ways out, and both work."""
-    rows = replies(setup.THINGS * 3, several=False)
+    rows = replies(setup.THINGS * 3, multi_label=False)
     path = write_jsonl(tmp_path / "x.jsonl", [*rows, rows[0] | {"prompt": "one more", "label": label}])
     data = full.configs["classify"]["data"] | {"train": [{"path": str(path)}], "validation_fraction": 0.0}
     config = full.configs["classify"] | {"output_dir": str(tmp_path / "run"), "data": data}
@@ -212,13 +214,13 @@ def test_labels_that_exclude_each_other_are_one_a_record(
     assert (
         f"{path} row 25: a record must have exactly one label, or probabilities that sum to 1 (found: {found})" in err
     )
-    assert "set several=true" in err
+    assert "set multi_label=true" in err
     assert not (tmp_path / "run").exists()
     out = run_stage("classify", config, "data.on_bad_row=drop", f"output_dir={tmp_path / 'dropped'}")
     assert "1 of 25 records dropped (1 not one label)" in out
     assert info(tmp_path / "dropped")["summary"]["records"] == 24
-    run_stage("classify", config, "several=true", f"output_dir={tmp_path / 'several'}")
-    assert info(tmp_path / "several")["summary"]["records"] == 25
+    run_stage("classify", config, "multi_label=true", f"output_dir={tmp_path / 'multi_label'}")
+    assert info(tmp_path / "multi_label")["summary"]["records"] == 25
 
 
 # As a reward
@@ -255,8 +257,8 @@ def test_its_label_probability_is_the_reward_of_ppo(
         with torch.no_grad():
             logits = torch.cat([model(ids).logits.float() for ids in rows])
         readings = logits.softmax(1)[:, column], logits.sigmoid()[:, column]
-        assert_close(value, readings[case.several].tolist())
-        assert (readings[not case.several] - value).abs().max() > 0.01  # the other reading is another number
+        assert_close(value, readings[case.multi_label].tolist())
+        assert (readings[not case.multi_label] - value).abs().max() > 0.01  # the other reading is another number
         by_slot |= dict(zip(part.index.tolist(), value.tolist(), strict=True))
     assert sorted(by_slot) == list(range(8))
     score = metrics(tmp_path / "run")[0]["score"]

@@ -232,7 +232,7 @@ def test_a_base_that_cannot_be_shared_is_said_or_refused(
     assert not (tmp_path / "refused").exists()
     code, _, err = call_cli(["ppo", wrong, "peft={method: none}"])
     assert code == 2
-    assert "the roles share a frozen base as adapters; set peft.method=lora" in err
+    assert "all models are adapters on one frozen base; set peft.method=lora" in err
 
 
 def test_a_value_model_on_the_shared_base_can_start_from_the_policy(
@@ -251,7 +251,9 @@ def test_activation_checkpointing_reaches_every_layer_that_is_trained(
     found = request.getfixturevalue(chain)
     for on in (True, False):
         chosen = config(found, tmp_path / "run", optim={"activation_checkpointing": on})
-        model = load_components(PPOConfig.model_validate(chosen), Console(quiet=True)).model
+        made = PPOConfig.model_validate(chosen)
+        trainer = load_components(made, Console(quiet=True)).trainer(made, console=Console(quiet=True))
+        model = trainer.models.pair
         layers = [m for m in model.modules() if hasattr(m, "gradient_checkpointing") and hasattr(m, "self_attn")]
         assert len(layers) == (4 if chain == "full" else 2)  # two layers a model; adapters share them
         assert all(layer.gradient_checkpointing is on for layer in layers)
@@ -270,8 +272,8 @@ def test_what_deepspeed_cannot_do_is_refused(
 ) -> None:
     config = full.configs["ppo"]
     made = PPOConfig.model_validate(config | {k: config.get(k, {}) | v for k, v in sections.items()})
-    check_deepspeed(made)
+    check_deepspeed(made.settings)
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=words):
-        check_deepspeed(made)
+        check_deepspeed(made.settings)

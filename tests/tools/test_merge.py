@@ -45,7 +45,7 @@ def classifier(name: str, sft_folder: str, folder: Path, *, labels: list[str] | 
         seed=1,
     )
     shake(model).save_pretrained(str(folder))
-    more: dict[str, Any] = {"labels": labels, "several": True} if labels else {"score_mean": 0.5, "score_std": 2.0}
+    more: dict[str, Any] = {"labels": labels, "multi_label": True} if labels else {"score_mean": 0.5, "score_std": 2.0}
     save_tokenizer_and_handover(
         folder, "classify" if labels else "reward", renderer, tokenizer, head_dtype="float32", **more
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
+from rlhf.config.run_plan import SupervisedPlan
 from rlhf.config.sections import Optim
 from rlhf.config.tuning import EMPTY_SELECTION, Selection, TrainingPhase
 from rlhf.data.render import Rendered
+from rlhf.distributed.engine import reset_accelerator_state
 from rlhf.models.parameter_selection import map_parameters
 from rlhf.runs.metrics import MetricsWriter, read_jsonl
 from rlhf.runs.run_dir import RunDir
@@ -39,14 +40,14 @@ def prepared(
 ) -> tuple[dict[str, Any], MetricsCallback, PhaseSchedule]:
     """Trainer arguments, the report and the program of a run in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
+    reset_accelerator_state()  # a stage that an earlier test broke off may have left a data loader open
     settings = Optim(**{"batch_size": 8, "microbatch_size": 8, "warmup_fraction": 0.0} | optim)
     of = map_parameters(model)
     made = make_schedule(
         of.only(n for n, p in model.named_parameters() if p.requires_grad),
-        settings,
+        SupervisedPlan(settings, 1, records),
         freeze=freeze,
         unfreeze=unfreeze,
-        per_epoch=math.ceil(records / settings.batch_size),
         factors=parameter_rate_factors(of, layer_decay=settings.layer_decay, head_factor=settings.head_factor),
     )
     for name, parameter in model.named_parameters():
@@ -94,14 +95,14 @@ def label_trainer(
     rows: list[dict[str, Any]],
     validation: list[dict[str, Any]] | None = None,
     *,
-    several: bool = False,
+    multi_label: bool = False,
     weight: Any = None,
     **settings: Any,
 ) -> Any:
     """A classifier's trainer on rows with targets."""
     args, report, made = prepared(folder, model, len(rows), bool(validation), **settings)
     trainer = classify.build_classifier_trainer(
-        model, tiny.tokenizer(), rows, validation or [], args, report, several=several, weight=weight
+        model, tiny.tokenizer(), rows, validation or [], args, report, multi_label=multi_label, weight=weight
     )
     return ready(trainer, made)
 

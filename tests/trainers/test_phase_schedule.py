@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from rlhf.config.run_plan import SupervisedPlan
 from rlhf.config.sections import Optim
 from rlhf.config.tuning import EMPTY_SELECTION, PPOPhase, Selection, TrainingPhase
 from rlhf.errors import ConfigError
@@ -43,7 +44,8 @@ def made(
 ) -> PhaseSchedule:
     settings = Optim(**{"learning_rate": 0.1, "schedule": "constant"} | optim)
     factors = parameter_rate_factors(OF, layer_decay=settings.layer_decay, head_factor=settings.head_factor)
-    return make_schedule(OF, settings, freeze=freeze, unfreeze=unfreeze, per_epoch=per_epoch, factors=factors)
+    plan = SupervisedPlan(settings, 1, per_epoch * settings.batch_size)
+    return make_schedule(OF, plan, freeze=freeze, unfreeze=unfreeze, factors=factors)
 
 
 def test_phases_follow_one_another() -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.config.ppo import PPOSettings
+from rlhf.config.run_plan import PPOPlan
 from rlhf.console import Console
 from rlhf.data.records import Prompt
 from rlhf.distributed import engine
@@ -268,7 +269,6 @@ class PPOTrainer:
 
     def update(self, experience: Experience) -> StepStats:
         """Run epochs x minibatches optimizer updates; each row is used once an epoch. Ends early beyond target_kl.
-
         Continues after the minibatches that `state.progress` has done if it is about this experience.
         """
         settings, a, state = self.settings, self.accelerator, self.state
@@ -352,7 +352,7 @@ class PPOTrainer:
 
     def set_learning_rates(self, update: int) -> None:
         """Set the learning rates of an update. During value warm-up the policy's is 0."""
-        o, updates = self.settings.optim, self.settings.updates
+        o, updates = self.settings.optim, PPOPlan(self.settings, self.accelerator.num_processes).updates
         factor = schedule_factor(o.schedule, o.warmup_fraction * updates, update, updates)
         factor *= self.state.learning_rate_scale
         self.phases.set_rates(self.models.optimizer, self.state.step, 0.0 if self.value_warmup else factor, factor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
 
+from rlhf.checkpointing.parameters_and_adam import load_parameters_and_adam, save_parameters_and_adam
+from rlhf.config.run_plan import SupervisedPlan
 from rlhf.config.sections import Optim
 from rlhf.console import Bar
 from rlhf.distributed.engine import trainer_arguments
@@ -19,6 +22,7 @@ from rlhf.runs.metrics import METRICS, MetricsWriter, read_jsonl, round_metric
 from rlhf.runs.run_dir import RunDir
 from rlhf.trainers.phase_schedule import PhaseSchedule
 
+SCHEDULER_FILE = "scheduler.pt"
 METRIC_NAMES = {"num_tokens": "tokens", "mean_token_accuracy": "token_accuracy"}
 
 
@@ -69,13 +73,98 @@ class SamplerEpochCallback(TrainerCallback):
         self.sampler.set_epoch(math.floor((state.epoch or 0.0) + 1e-6))
 
 
+class OverridingTrainer:
+    """What this package does otherwise than the Trainers of transformers and TRL; put it before one of them.
+
+    All overriding of their internals is here, as methods that a test holds against the installed releases. A method
+    does what the library does until `order_rows`, `attach_phases`, `CheckpointCallback.attach` or `by_name` has set the
+    attribute that it reads.
+    """
+
+    row_order: LengthGroupedSampler | None = None  # of the training rows
+    phases: Any = None  # `PhaseCallback`: makes the optimizer's groups and their learning rates
+    checkpoints: Any = None  # `CheckpointCallback`: guards the writing of a checkpoint
+    saved_names: frozenset[str] | None = None  # parameters that are saved by name, with their Adam state
+    columns: tuple[str, ...] | None = None  # of the data set, as the collator needs them
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        """Draw training rows in `row_order`."""
+        if self.row_order is None:
+            return super()._get_train_sampler(*args, **kwargs)  # type: ignore[misc]
+        return self.row_order
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep the columns that the collator needs."""
+        if self.columns is None:
+            super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        else:
+            self._signature_columns = list(self.columns)
+
+    def create_optimizer(self: Any, model: Any = None) -> Any:
+        """Make the optimizer, with the groups of `phases`."""
+        if self.phases is None:
+            return super().create_optimizer(model)  # type: ignore[misc]
+        if self.optimizer is None:
+            of = model if model is not None else self.model
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, of)
+            decays = frozenset(self.get_decay_parameter_names(of))
+            groups = self.phases.optimizer_groups(of, decays, self.args.weight_decay)
+            self.optimizer = kind(groups, **options | {"lr": 1.0})
+        return self.optimizer
+
+    def create_scheduler(self: Any, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Make the learning-rate schedule, which follows `phases`."""
+        if self.phases is None:
+            return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
+        if self.lr_scheduler is None:
+            self.lr_scheduler = self.phases.scheduler(optimizer or self.optimizer)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _save_checkpoint(self: Any, *args: Any, **kwargs: Any) -> None:
+        """Write a checkpoint; none is left half-written, and a full disk is reported before it is full."""
+        with nullcontext() if self.checkpoints is None else self.checkpoints.writing(self.state.global_step):
+            super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+
+    def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
+        """Write what is trained and its Adam state by parameter name, in files that any engine reads."""
+        if self.saved_names is None:
+            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+            return
+        main = self.accelerator.is_main_process
+        save_parameters_and_adam(Path(output_dir) if main else None, self.saved_parameters(), self.optimizer)
+        if main:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_FILE)
+
+    def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
+        """Restore what `_save_optimizer_and_scheduler` wrote."""
+        if self.saved_names is None:
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        elif checkpoint is not None:
+            if not self.is_deepspeed_enabled:  # else it has been done, with the engine's weights
+                self.load_saved_parameters(checkpoint)
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_FILE, weights_only=True))
+
+    def saved_parameters(self: Any) -> dict[str, Any]:
+        """Return the parameters that are saved by name."""
+        return {name: p for name, p in self.model.named_parameters() if name in self.saved_names}
+
+    def load_saved_parameters(self: Any, folder: str) -> None:
+        """Restore parameters and Adam state from a checkpoint's folder."""
+        load_parameters_and_adam(Path(folder), self.saved_parameters(), self.optimizer)
+
+    def inputs_on_device(self: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return a batch on the device of this process."""
+        moved: dict[str, Any] = self._prepare_inputs(inputs)
+        return moved
+
+
 def order_rows(trainer: Any, lengths: Sequence[int], *, pool: int = 50) -> None:
-    """Make a Trainer draw its training rows, whose lengths are given, in the order of `LikeLengths`."""
+    """Make a Trainer draw its training rows, whose lengths are given, in the order of `LengthGroupedSampler`."""
     args = trainer.args
     size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    sampler = LengthGroupedSampler(lengths, size, args.seed, pool=pool)
-    trainer._get_train_sampler = lambda *_: sampler
-    trainer.add_callback(SamplerEpochCallback(sampler))
+    trainer.row_order = LengthGroupedSampler(lengths, size, args.seed, pool=pool)
+    trainer.add_callback(SamplerEpochCallback(trainer.row_order))
 
 
 def training_arguments(
@@ -93,7 +182,7 @@ def training_arguments(
     Evaluations and checkpoints fall together, `evaluations` times over the run. With patience the best weights among
     the last phase's evaluations are restored at the end.
     """
-    accumulation, updates = optim.accumulation(processes), program.updates
+    plan, updates = SupervisedPlan(optim, processes, 0), program.updates
     every = max(1, math.ceil(updates / evaluations))
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
     return (best if any(stretch.patience for stretch in program.stretches) else {}) | {
@@ -107,9 +196,9 @@ def training_arguments(
         "adam_epsilon": optim.adam_eps,
         "max_grad_norm": optim.max_grad_norm,
         "max_steps": updates,
-        "per_device_train_batch_size": optim.batch_size // processes // accumulation,
-        "per_device_eval_batch_size": optim.batch_size // processes // accumulation,
-        "gradient_accumulation_steps": accumulation,
+        "per_device_train_batch_size": plan.microbatch,
+        "per_device_eval_batch_size": plan.microbatch,
+        "gradient_accumulation_steps": plan.accumulation,
         "gradient_checkpointing": optim.activation_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "logging_steps": max(1, updates // 100),

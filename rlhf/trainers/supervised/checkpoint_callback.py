@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
 
 from rlhf.checkpointing.files import (
@@ -23,9 +22,7 @@ from rlhf.checkpointing.files import (
 )
 from rlhf.checkpointing.interval import CheckpointInterval
 from rlhf.checkpointing.parameters_and_adam import (
-    load_parameters_and_adam,
     parameters_and_adam_size,
-    save_parameters_and_adam,
 )
 from rlhf.config.sections import Saving
 from rlhf.distributed.engine import any_process, override_deepspeed_loading
@@ -36,7 +33,6 @@ from rlhf.runs.run_dir import RunDir
 from rlhf.trainers.phase_schedule import PhaseSchedule
 
 UPDATE_PREFIX = "checkpoint"
-SCHEDULER_FILE = "scheduler.pt"
 
 
 def last_checkpoint(run: RunDir, say: Callable[[str], None]) -> Checkpoint | None:
@@ -58,22 +54,26 @@ class CheckpointCallback(TrainerCallback):
 
     def attach(self, trainer: Any) -> None:
         """Follow a Trainer; what it writes as a checkpoint is watched for a full disk."""
-        self.trainer, save = trainer, trainer._save_checkpoint
-
-        def guarded(*args: Any, **kwargs: Any) -> None:
-            folder = self.run.checkpoints / f"{UPDATE_PREFIX}-{trainer.state.global_step}"
-            with self.pace.saving(), reserve_disk_space(self.run.checkpoints, self._needed(), UPDATE_PREFIX):
-                try:
-                    if self.run.main:
-                        (folder / MANIFEST).unlink(missing_ok=True)
-                    save(*args, **kwargs)
-                except BaseException:
-                    if self.run.main:
-                        shutil.rmtree(folder, ignore_errors=True)
-                    raise
-
-        trainer._save_checkpoint = guarded
+        self.trainer = trainer
+        trainer.checkpoints = self
         trainer.add_callback(self)
+
+    @contextmanager
+    def writing(self, step: int) -> Iterator[None]:
+        """Wrap the writing of the checkpoint of an update: if it fails, nothing of it stays.
+
+        Raises: CheckpointError if the disk has no room for it.
+        """
+        folder = self.run.checkpoints / f"{UPDATE_PREFIX}-{step}"
+        with self.pace.saving(), reserve_disk_space(self.run.checkpoints, self._needed(), UPDATE_PREFIX):
+            try:
+                if self.run.main:
+                    (folder / MANIFEST).unlink(missing_ok=True)
+                yield
+            except BaseException:
+                if self.run.main:
+                    shutil.rmtree(folder, ignore_errors=True)
+                raise
 
     def _needed(self) -> int:
         """Bytes of the next checkpoint: those of the last, or weights and optimizer state."""
@@ -127,24 +127,6 @@ def by_name(trainer: Any, plan: PhaseSchedule) -> Iterator[None]:
         yield
         return
 
-    def named() -> dict[str, Any]:
-        return {name: p for name, p in trainer.model.named_parameters() if name in plan.names}
-
-    def save(folder: str) -> None:
-        main = trainer.accelerator.is_main_process
-        save_parameters_and_adam(Path(folder) if main else None, named(), trainer.optimizer)
-        if main:
-            torch.save(trainer.lr_scheduler.state_dict(), Path(folder) / SCHEDULER_FILE)
-
-    def load(folder: str) -> None:
-        load_parameters_and_adam(Path(folder), named(), trainer.optimizer)
-
-    def load_all(folder: str | None) -> None:
-        if folder is not None:
-            if not trainer.is_deepspeed_enabled:  # else it has been done, with the engine's weights
-                load(folder)
-            trainer.lr_scheduler.load_state_dict(torch.load(Path(folder) / SCHEDULER_FILE, weights_only=True))
-
-    trainer._save_optimizer_and_scheduler, trainer._load_optimizer_and_scheduler = save, load_all
-    with override_deepspeed_loading(load):
+    trainer.saved_names = plan.names
+    with override_deepspeed_loading(trainer.load_saved_parameters):
         yield

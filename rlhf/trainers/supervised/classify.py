@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 from rlhf.data.collate import pad_right
 from rlhf.distributed.engine import count_real_rows
 from rlhf.functional import classification_loss
-from rlhf.trainers.supervised.base import MetricsCallback, StopOnBadLoss, order_rows
+from rlhf.trainers.supervised.base import MetricsCallback, OverridingTrainer, StopOnBadLoss, order_rows
 
 LabelledRow = dict[str, Any]  # input_ids, and target: for each label the probability that it holds
 
@@ -51,14 +51,14 @@ class ConfusionCounts:
         return float((2 * self.both[met] / size[met]).mean()) if bool(met.any()) else 0.0
 
 
-def confusion_sums(logits: Tensor, target: Tensor, *, several: bool) -> Tensor:
+def confusion_sums(logits: Tensor, target: Tensor, *, multi_label: bool) -> Tensor:
     """Confusion sums of a batch, one vector so that they add over batches and processes.
 
     Args:
-        logits, target: [B, N]. A target counts as its likeliest label, or as the labels above 0.5 if several.
+        logits, target: [B, N]. A target counts as its likeliest label, or as the labels above 0.5 if multi_label.
     Returns: [3N + 2] float64: both, said only, held only, right, decided.
     """
-    if several:
+    if multi_label:
         said, held = logits > 0, target > 0.5
         right, decided = (said == held).sum(), torch.tensor(held.numel())
     else:
@@ -89,19 +89,17 @@ class LabelledCollator:
         return {"input_ids": ids, "attention_mask": mask.long(), "target": target}
 
 
-class ClassifierTrainer(Trainer):
+class ClassifierTrainer(OverridingTrainer, Trainer):
     """A Trainer with `classification_loss`; a batch's loss is its mean over records."""
 
-    several = False
+    columns = ("input_ids", "target")
+    multi_label = False
     weight: Tensor | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._sums: dict[str, Tensor] = {}
         self.counts: dict[str, ConfusionCounts] = {}
-
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["input_ids", "target"]
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -112,9 +110,9 @@ class ClassifierTrainer(Trainer):
         real = rows if model.training else count_real_rows(self.accelerator, rows)
         logits, target = outputs.logits[:real].float(), inputs["target"][:real]
         weight = None if self.weight is None else self.weight.to(logits.device)
-        loss = classification_loss(logits, target, several=self.several, weight=weight).sum() / max(real, 1)
+        loss = classification_loss(logits, target, multi_label=self.multi_label, weight=weight).sum() / max(real, 1)
         mode = "train" if model.training else "eval"
-        sums = confusion_sums(logits.detach(), target, several=self.several)
+        sums = confusion_sums(logits.detach(), target, multi_label=self.multi_label)
         self._sums[mode] = self._sums.get(mode, torch.zeros_like(sums)) + sums
         return (loss, outputs) if return_outputs else loss
 
@@ -123,7 +121,7 @@ class ClassifierTrainer(Trainer):
     ) -> tuple[Tensor, None, None]:
         """The loss alone: what is counted is counted in `compute_loss`."""
         with torch.no_grad():
-            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+            loss = self.compute_loss(model, self.inputs_on_device(inputs))
         return loss.detach(), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -147,7 +145,7 @@ def build_classifier_trainer(
     arguments: dict[str, Any],
     report: MetricsCallback,
     *,
-    several: bool,
+    multi_label: bool,
     weight: Tensor | None,
 ) -> ClassifierTrainer:
     """The trainer; keeps the checkpoint of the lowest held-out loss, the one whose probabilities are best."""
@@ -164,7 +162,7 @@ def build_classifier_trainer(
         data_collator=LabelledCollator(tokenizer.pad_token_id),
         callbacks=[report, StopOnBadLoss()],
     )
-    trainer.several, trainer.weight = several, weight
+    trainer.multi_label, trainer.weight = multi_label, weight
     # Batches are not grouped by length: where length tells the label, each would hold one label only.
     order_rows(trainer, [_length(row) for row in train], pool=1)
     return trainer

@@ -37,7 +37,7 @@ class TokenMeanLoss:
         self: Any, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
         """The loss of a batch, 0-d, nats a token; what it is made of is added up."""
-        inputs = self._prepare_inputs(inputs)
+        inputs = self.inputs_on_device(inputs)
         labels = _blank(inputs, self.accelerator)
         count = (labels[:, 1:] != -100).sum()
         with torch.no_grad(), self.compute_loss_context_manager():

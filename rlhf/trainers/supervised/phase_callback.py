@@ -7,7 +7,7 @@ autograd) and has rate 0, so that no engine moves it. Optimizer state is therefo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -42,6 +42,27 @@ class PhaseCallback(TrainerCallback):
     def rate(self, group: int, done: int) -> float:
         """Learning rate of a group in the update after `done`, for the scheduler."""
         return self.plan.rates(self.groups, done, self.plan.now(done, self.evaluations))[group]
+
+    def optimizer_groups(self, model: Any, decays: frozenset[str], weight_decay: float) -> list[dict[str, Any]]:
+        """Make the parameter groups of an optimizer, which hold everything that is ever trained.
+
+        Args:
+            decays: names of the parameters to which weight decay applies.
+        """
+        self.groups = self.plan.groups(frozenset(self.plan.names) - decays)
+        named = dict(model.named_parameters())
+        return [
+            {
+                "params": [named[name].requires_grad_(True) for name in group.names],
+                "weight_decay": weight_decay if group.decays else 0.0,
+            }
+            for group in self.groups
+        ]
+
+    def scheduler(self, optimizer: Any) -> Any:
+        """Make the learning-rate schedule of an optimizer with the groups of `optimizer_groups`."""
+        rates: list[Callable[[int], float]] = [partial(self.rate, i) for i in range(len(self.groups))]
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Read the held-out losses of the run so far; the checkpoint has them."""
@@ -84,36 +105,7 @@ class PhaseCallback(TrainerCallback):
 
 def attach_phases(trainer: Any, plan: PhaseSchedule) -> PhaseCallback:
     """Make a Trainer follow a program. Its optimizer and schedule are made from the program when training begins."""
-    phases = PhaseCallback(plan)
-
-    def create_optimizer(model: Any = None) -> Any:
-        if trainer.optimizer is None:
-            of = model if model is not None else trainer.model
-            decays = frozenset(trainer.get_decay_parameter_names(of))
-            phases.groups = plan.groups(frozenset(plan.names) - decays)
-            named = dict(of.named_parameters())
-            kind, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, of)
-            trainer.optimizer = kind(
-                [
-                    {
-                        "params": [named[name].requires_grad_(True) for name in group.names],
-                        "weight_decay": trainer.args.weight_decay if group.decays else 0.0,
-                    }
-                    for group in phases.groups
-                ],
-                **options | {"lr": 1.0},
-            )
-        return trainer.optimizer
-
-    def create_scheduler(num_training_steps: int, optimizer: Any = None) -> Any:
-        if trainer.lr_scheduler is None:
-            count = len(phases.groups)
-            trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimizer or trainer.optimizer, [partial(phases.rate, i) for i in range(count)]
-            )
-            trainer._created_lr_scheduler = True
-        return trainer.lr_scheduler
-
-    trainer.create_optimizer, trainer.create_scheduler = create_optimizer, create_scheduler
-    trainer.add_callback(phases)
+    trainer.phases = PhaseCallback(plan)
+    trainer.add_callback(trainer.phases)
+    phases: PhaseCallback = trainer.phases
     return phases

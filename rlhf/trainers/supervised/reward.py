@@ -12,22 +12,20 @@ from rlhf.data.collate import PairCollator
 from rlhf.distributed.engine import count_real_rows
 from rlhf.errors import TrainingError
 from rlhf.functional import bradley_terry_loss
-from rlhf.trainers.supervised.base import MetricsCallback, StopOnBadLoss, order_rows
+from rlhf.trainers.supervised.base import MetricsCallback, OverridingTrainer, StopOnBadLoss, order_rows
 
 TokenizedPair = dict[str, Any]  # chosen_ids, rejected_ids, preference, and margin if the data has one
 
 
-class RewardModelTrainer(RewardTrainer):
+class RewardModelTrainer(OverridingTrainer, RewardTrainer):
     """trl.RewardTrainer with soft labels. Accuracy counts decided pairs only and sums over batches and processes."""
 
+    columns = ("chosen_ids", "rejected_ids", "preference", "margin")
     center = 0.0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._sums: dict[str, torch.Tensor] = {}
-
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["chosen_ids", "rejected_ids", "preference", "margin"]
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

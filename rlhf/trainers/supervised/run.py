@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rlhf.config.run_plan import SupervisedPlan
 from rlhf.config.sections import Optim, Saving
 from rlhf.console import Console
 from rlhf.data.render import Renderer
@@ -64,8 +65,7 @@ def run_training(
     """
     world = world_size()
     updates = program.updates
-    accumulation = optim.accumulation(world)
-    print_batch(world, optim.batch_size // world // accumulation, accumulation, updates, what, console)
+    console.note(f"{SupervisedPlan(optim, world, 0).describe(what)}; {updates} updates")
     checkpoint = last_checkpoint(directory, console.note) if resume else None
     check_same_checkpoint(checkpoint.path.name if checkpoint else None, directory)
     lines, step = (checkpoint.about["lines"], checkpoint.about["step"]) if checkpoint else (0, 0)
@@ -86,7 +86,7 @@ def run_training(
         if probe is not None:
             trainer.add_callback(probe)
         CheckpointCallback(directory, saving, writer).attach(trainer)
-        with preemption.delay_sigterm(saving.grace), by_name(trainer, program):
+        with preemption.delay_sigterm(saving.grace_seconds), by_name(trainer, program):
             trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
         updates = trainer.state.global_step  # patience may have ended it early
         final = trainer.evaluate() if evaluate else {}
@@ -157,12 +157,3 @@ def train_language_model(
     directory.note(summary=summary)
     directory.finish()
     return summary
-
-
-def print_batch(processes: int, microbatch: int, accumulation: int, updates: int, what: str, console: Console) -> None:
-    """The batch arithmetic in words."""
-    size = processes * microbatch * accumulation
-    console.note(
-        f"batch: {processes} process{'es' if processes > 1 else ''} x {microbatch} {what} x {accumulation} accumulation"
-        f" = {size} {what} per update; {updates} updates"
-    )

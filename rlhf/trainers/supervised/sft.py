@@ -10,15 +10,15 @@ from trl import SFTTrainer
 
 from rlhf.data.collate import DemonstrationCollator
 from rlhf.data.render import Rendered
-from rlhf.trainers.supervised.base import MetricsCallback, StopOnBadLoss, order_rows
+from rlhf.trainers.supervised.base import MetricsCallback, OverridingTrainer, StopOnBadLoss, order_rows
 from rlhf.trainers.supervised.eval_loss import TokenMeanLoss
 
 
-class DocumentTrainer(TokenMeanLoss, Trainer):
+class DocumentTrainer(TokenMeanLoss, OverridingTrainer, Trainer):
     """A plain transformers.Trainer: every token counts, so TRL has nothing to add."""
 
 
-class DemonstrationTrainer(TokenMeanLoss, SFTTrainer):
+class DemonstrationTrainer(TokenMeanLoss, OverridingTrainer, SFTTrainer):
     """trl.SFTTrainer, but for the held-out loss."""
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf.config.run_plan import PPOPlan
 from rlhf.errors import ConfigError
 from rlhf.functional import adaptive_kl
 from rlhf.models.policy import policy_with_adapter
@@ -104,7 +105,7 @@ def test_updates_are_steps_x_epochs_x_minibatches(microbatch: int, reward_folder
     steps = []
     trainer.models.optimizer.optimizer.register_step_post_hook(lambda *_: steps.append(1))
     trainer.train()
-    assert len(steps) == trainer.settings.updates == 2 * 2 * 2
+    assert len(steps) == PPOPlan(trainer.settings, 1).updates == 2 * 2 * 2
     assert trainer.state.step == 2
 
 
@@ -120,7 +121,7 @@ def rates(reward_folder: str, **optim: Any) -> list[tuple[float, float]]:
     """Both learning rates at each of the 8 updates of a run."""
     trainer = make(reward_folder, optim={"learning_rate": 0.8, "value_learning_rate": 1.6, **optim})
     seen = []
-    for update in range(trainer.settings.updates):
+    for update in range(PPOPlan(trainer.settings, 1).updates):
         trainer.set_learning_rates(update)
         policy, value = trainer.models.optimizer.param_groups
         seen.append((policy["lr"], value["lr"]))

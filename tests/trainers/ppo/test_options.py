@@ -11,6 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from rlhf.config.ppo import KL, PPO, RewardSource
+from rlhf.config.run_plan import PPOPlan
 from rlhf.functional import kl_estimate, policy_loss
 from rlhf.models.ema import WeightAverage
 from rlhf.rollout.forward import response_logprobs
@@ -154,7 +155,7 @@ def test_bfloat16_reaches_sampling_scoring_and_update_and_not_the_weights(reward
 def test_cosine_decay_starts_at_the_rate_and_ends_near_0(reward_folder: str) -> None:
     trainer = make(reward_folder, optim={"schedule": "cosine", "learning_rate": 1.0})
     rates = []
-    for update in range(trainer.settings.updates):
+    for update in range(PPOPlan(trainer.settings, 1).updates):
         trainer.set_learning_rates(update)
         rates.append(trainer.models.optimizer.param_groups[0]["lr"])
     assert rates[0] == 1.0

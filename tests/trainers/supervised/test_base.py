@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from rlhf.config.run_plan import SupervisedPlan
 from rlhf.config.sections import Optim
 from rlhf.config.tuning import EMPTY_SELECTION, TrainingPhase
 from rlhf.errors import ConfigError, TrainingError
@@ -44,9 +44,10 @@ LAYOUT = ParameterMap({"w": ParameterPlace(0, "mlp", 1)}, 1, tied=False)
 )
 def test_updates(records: int, batch: int, epochs: float, most: int | None, updates: int) -> None:
     optim = Optim(batch_size=batch, microbatch_size=batch, epochs=epochs, max_updates=most)
-    per_epoch = math.ceil(records / batch)
     assert (
-        make_schedule(LAYOUT, optim, freeze=EMPTY_SELECTION, unfreeze=(), per_epoch=per_epoch, factors={}).updates
+        make_schedule(
+            LAYOUT, SupervisedPlan(optim, 1, records), freeze=EMPTY_SELECTION, unfreeze=(), factors={}
+        ).updates
         == updates
     )
 
@@ -54,7 +55,9 @@ def test_updates(records: int, batch: int, epochs: float, most: int | None, upda
 def made(tmp_path: Path, processes: int = 1, updates: int = 40, phases: int = 1, **changes: Any) -> dict[str, Any]:
     optim = Optim(**{"batch_size": 32, "microbatch_size": 4} | changes)
     unfreeze = [TrainingPhase(updates=updates // phases, patience=changes.get("patience"))] * phases
-    plan = make_schedule(LAYOUT, optim, freeze=EMPTY_SELECTION, unfreeze=unfreeze, per_epoch=10, factors={})
+    plan = make_schedule(
+        LAYOUT, SupervisedPlan(optim, 1, 10 * optim.batch_size), freeze=EMPTY_SELECTION, unfreeze=unfreeze, factors={}
+    )
     return training_arguments(optim, RunDir(tmp_path), seed=5, processes=processes, program=plan, evaluate=True)
 
 

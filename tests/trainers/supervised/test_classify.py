@@ -53,7 +53,7 @@ TARGETS: dict[bool, list[list[float]]] = {
     ],
 }
 """By whether several labels may hold at once."""
-BOTH = pytest.mark.parametrize("several", [False, True], ids=["exclusive", "several"])
+BOTH = pytest.mark.parametrize("multi_label", [False, True], ids=["exclusive", "multi_label"])
 
 
 def classifier(folder: str, peft: Peft | None = None) -> Any:
@@ -69,11 +69,11 @@ def model(sft_folder: str) -> Any:
     return classifier(sft_folder)
 
 
-def rows(several: bool) -> list[dict[str, Any]]:
+def rows(multi_label: bool) -> list[dict[str, Any]]:
     """11 rows of uneven lengths, soft and certain labels; the last batch of 4 has 3."""
     return [
         {"input_ids": ids, "target": [float(t) for t in target]}
-        for ids, target in zip(tiny.rows(1, LENGTHS), TARGETS[several], strict=True)
+        for ids, target in zip(tiny.rows(1, LENGTHS), TARGETS[multi_label], strict=True)
     ]
 
 
@@ -87,9 +87,9 @@ def alone(model: Any, data: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
     return torch.cat(found), torch.tensor([row["target"] for row in data])
 
 
-def wanted_loss(model: Any, data: list[dict[str, Any]], several: bool, weight: Tensor | None = None) -> float:
+def wanted_loss(model: Any, data: list[dict[str, Any]], multi_label: bool, weight: Tensor | None = None) -> float:
     logits, target = alone(model, data)
-    losses = oracles.classification_loss(logits, target, several, torch.ones(3) if weight is None else weight)
+    losses = oracles.classification_loss(logits, target, multi_label, torch.ones(3) if weight is None else weight)
     return float(losses.mean())
 
 
@@ -105,14 +105,14 @@ def test_rows_are_padded_on_the_right_and_targets_kept() -> None:
 @pytest.mark.parametrize("weight", [None, [0.5, 2.0, 1.5]], ids=["equal", "weighted"])
 @BOTH
 def test_the_loss_is_the_mean_of_the_equation_on_uneven_lengths(
-    several: bool, weight: list[float] | None, model: Any, tmp_path: Path
+    multi_label: bool, weight: list[float] | None, model: Any, tmp_path: Path
 ) -> None:
-    data = rows(several)
+    data = rows(multi_label)
     weights = None if weight is None else torch.tensor(weight)
-    trainer = label_trainer(tmp_path, model, data, several=several, weight=weights)
+    trainer = label_trainer(tmp_path, model, data, multi_label=multi_label, weight=weights)
     loss = trainer.compute_loss(model, LabelledCollator(PAD)(data))
-    assert_close(loss, wanted_loss(model, data, several, weights))
-    assert abs(loss.item() - wanted_loss(model, data, several, torch.tensor([1.0, 1.0, 3.0]))) > 0.01
+    assert_close(loss, wanted_loss(model, data, multi_label, weights))
+    assert abs(loss.item() - wanted_loss(model, data, multi_label, torch.tensor([1.0, 1.0, 3.0]))) > 0.01
 
 
 def test_a_padded_row_beside_a_long_one_keeps_its_gradient(model: Any, tmp_path: Path) -> None:
@@ -130,19 +130,19 @@ def test_a_padded_row_beside_a_long_one_keeps_its_gradient(model: Any, tmp_path:
 # Counting
 
 
-def by_hand(logits: Tensor, target: Tensor, several: bool) -> tuple[float, list[tuple[int, int, int]]]:
+def by_hand(logits: Tensor, target: Tensor, multi_label: bool) -> tuple[float, list[tuple[int, int, int]]]:
     """Accuracy, and for each label (said and held, said only, held only), counted one decision at a time."""
     right = decided = 0
     table = [[0, 0, 0] for _ in range(target.shape[1])]
     for z, t in zip(logits.tolist(), target.tolist(), strict=True):
-        said = [z_n > 0 if several else z_n == max(z) for z_n in z]
-        held = [t_n > 0.5 if several else t.index(max(t)) == n for n, t_n in enumerate(t)]
+        said = [z_n > 0 if multi_label else z_n == max(z) for z_n in z]
+        held = [t_n > 0.5 if multi_label else t.index(max(t)) == n for n, t_n in enumerate(t)]
         for n, (s, h) in enumerate(zip(said, held, strict=True)):
             table[n][0] += s and h
             table[n][1] += s and not h
             table[n][2] += h and not s
-        right += sum(s == h for s, h in zip(said, held, strict=True)) if several else said == held
-        decided += len(z) if several else 1
+        right += sum(s == h for s, h in zip(said, held, strict=True)) if multi_label else said == held
+        decided += len(z) if multi_label else 1
     return right / decided, [(a, b, c) for a, b, c in table]
 
 
@@ -162,7 +162,7 @@ def test_counts_of_exclusive_labels_by_hand() -> None:
     said = [0, 0, 0, 1, 1, 0]
     logits = torch.nn.functional.one_hot(torch.tensor(said), 4).float() * 5 - 2
     target = torch.tensor([[1, 0, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 1, 0, 0], [0, 0.6, 0.4, 0], [0, 1, 0, 0]])
-    counts = read_confusion_counts(confusion_sums(logits, target, several=False))
+    counts = read_confusion_counts(confusion_sums(logits, target, multi_label=False))
     assert counts.both.tolist() == [2, 2, 0, 0]
     assert counts.said_only.tolist() == [2, 0, 0, 0]
     assert counts.held_only.tolist() == [0, 1, 1, 0]
@@ -176,7 +176,7 @@ def test_counts_of_several_labels_by_hand() -> None:
     """A label is said above a logit of 0 and holds above a probability of one half."""
     logits = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0], [0.0, 1.0]])
     target = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.5], [0.9, 0.51]])
-    counts = read_confusion_counts(confusion_sums(logits, target, several=True))
+    counts = read_confusion_counts(confusion_sums(logits, target, multi_label=True))
     assert (counts.both.tolist(), counts.said_only.tolist(), counts.held_only.tolist()) == ([2, 1], [0, 1], [1, 1])
     assert counts.accuracy == pytest.approx(5 / 8)
     assert counts.precision.tolist() == pytest.approx([1.0, 0.5])
@@ -193,17 +193,17 @@ def test_nothing_counted_is_0_and_not_a_division() -> None:
 
 @pytest.mark.parametrize("seed", [0, 1])
 @BOTH
-def test_counts_add_up_over_any_split(several: bool, seed: int) -> None:
+def test_counts_add_up_over_any_split(multi_label: bool, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(23, 4, generator=generator)
-    target = torch.randn(23, 4, generator=generator).softmax(1) * (2 if several else 1)
-    whole = confusion_sums(logits, target, several=several)
+    target = torch.randn(23, 4, generator=generator).softmax(1) * (2 if multi_label else 1)
+    whole = confusion_sums(logits, target, multi_label=multi_label)
     parts = [
-        confusion_sums(z, t, several=several)
+        confusion_sums(z, t, multi_label=multi_label)
         for z, t in zip(logits.split([1, 10, 7, 5]), target.split([1, 10, 7, 5]), strict=True)
     ]
     assert torch.equal(torch.stack(parts).sum(0), whole)
-    counts, (accuracy, table) = read_confusion_counts(whole), by_hand(logits, target, several)
+    counts, (accuracy, table) = read_confusion_counts(whole), by_hand(logits, target, multi_label)
     assert counts.accuracy == pytest.approx(accuracy)
     assert torch.stack([counts.both, counts.said_only, counts.held_only], dim=1).tolist() == [list(t) for t in table]
     assert counts.macro_f1 == pytest.approx(f1_by_hand(table))
@@ -215,18 +215,18 @@ def test_counts_add_up_over_any_split(several: bool, seed: int) -> None:
 @pytest.mark.parametrize("size", [3, 4, 11])
 @BOTH
 def test_held_out_numbers_are_over_all_records_and_written_once(
-    several: bool, size: int, model: Any, tmp_path: Path
+    multi_label: bool, size: int, model: Any, tmp_path: Path
 ) -> None:
-    data, weight = rows(several), torch.tensor([0.5, 2.0, 1.5])
+    data, weight = rows(multi_label), torch.tensor([0.5, 2.0, 1.5])
     trainer = label_trainer(
-        tmp_path, model, data, data, several=several, weight=weight, batch_size=size, microbatch_size=size
+        tmp_path, model, data, data, multi_label=multi_label, weight=weight, batch_size=size, microbatch_size=size
     )
     result = trainer.evaluate()
-    accuracy, table = by_hand(*alone(model, data), several)
+    accuracy, table = by_hand(*alone(model, data), multi_label)
     assert 0 < accuracy < 1
     assert result["eval_label_accuracy"] == pytest.approx(accuracy)
     assert result["eval_macro_f1"] == pytest.approx(f1_by_hand(table))
-    assert_close(torch.tensor(result["eval_loss"]), wanted_loss(model, data, several, weight))
+    assert_close(torch.tensor(result["eval_loss"]), wanted_loss(model, data, multi_label, weight))
     (line,) = written(tmp_path)
     assert line["eval_label_accuracy"] == pytest.approx(accuracy)
     assert {"eval_loss", "eval_label_accuracy", "eval_macro_f1"} <= set(line)
@@ -252,14 +252,20 @@ def test_training_numbers_are_those_of_the_update(model: Any, tmp_path: Path) ->
 
 
 @BOTH
-def test_accumulation_changes_neither_loss_nor_step(several: bool, sft_folder: str, tmp_path: Path) -> None:
+def test_accumulation_changes_neither_loss_nor_step(multi_label: bool, sft_folder: str, tmp_path: Path) -> None:
     """Weights are uneven on purpose: were they divided out, microbatches would differ."""
-    weight = balanced_weights(torch.tensor([row["target"] for row in rows(several)]), several=several)
+    weight = balanced_weights(torch.tensor([row["target"] for row in rows(multi_label)]), multi_label=multi_label)
     moved, lines = [], []
     for microbatch in (8, 2, 1):
         model, folder = classifier(sft_folder), tmp_path / str(microbatch)
         trainer = label_trainer(
-            folder, model, rows(several)[:8], several=several, weight=weight, microbatch_size=microbatch, max_updates=1
+            folder,
+            model,
+            rows(multi_label)[:8],
+            multi_label=multi_label,
+            weight=weight,
+            microbatch_size=microbatch,
+            max_updates=1,
         )
         trainer.train()
         moved.append(torch.cat([p.detach().flatten() for p in model.parameters()]))

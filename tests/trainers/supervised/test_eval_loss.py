@@ -99,6 +99,6 @@ def test_repetitions_are_not_counted(build: Any, real: int, tmp_path: Path, monk
     """Five rows, of which the first are records."""
     model = tiny.new(3)
     trainer = build(tmp_path, model, ROWS, ROWS, batch_size=5, microbatch_size=5)
-    monkeypatch.setattr("rlhf.trainers.supervised.eval_loss.real_rows", lambda _, rows: {5: real}[rows])
+    monkeypatch.setattr("rlhf.trainers.supervised.eval_loss.count_real_rows", lambda _, rows: {5: real}[rows])
     records = sorted(ROWS, key=lambda row: len(row.ids))[:real]
     assert_close(torch.tensor(trainer.evaluate()["eval_loss"]), token_mean(model, records) if real else 0.0)
