@@ -66,20 +66,21 @@ def reset_accelerator_state() -> None:
         unset_hf_deepspeed_config()
 
 
-def make_accelerator(*, unused: bool = False) -> Any:
-    """An Accelerator whose idea of the world agrees with the launcher's.
+def make_accelerator(*, find_unused_parameters: bool = False) -> Any:
+    """Create the Accelerator and check its world size against the launcher's.
 
     On CPU the backend is named explicitly: under a DeepSpeed launch every rank would otherwise believe to be alone.
     The scheduler is ours, so accelerate must not step it once per process.
 
     Args:
-        unused: some trained weights may take no gradient in some updates.
+        find_unused_parameters: under an unfreezing schedule some trainable parameters receive no gradient, which DDP
+            must be told.
     Raises: TrainingError if the number of processes is not the launched one.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
     from accelerate.utils import GradientAccumulationPlugin
 
-    handlers: list[Any] = [DistributedDataParallelKwargs(find_unused_parameters=True)] if unused else []
+    handlers: list[Any] = [DistributedDataParallelKwargs(find_unused_parameters=True)] if find_unused_parameters else []
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > 1:
         backend = {"backend": "gloo"} if use_cpu() else {}
@@ -106,8 +107,8 @@ def count_real_rows(accelerator: Any, rows: int) -> int:
 
 
 def set_process_group_timeout() -> None:
-    """Give every group of processes our timeout, those that DeepSpeed makes by itself too (torch's default: half an
-    hour). Call it before the first group is made."""
+    """Set the default process-group timeout, also for the groups that DeepSpeed makes by itself (torch's default is half
+    an hour). Call before `init_process_group`."""
     import torch.distributed.distributed_c10d as c10d
 
     c10d.default_pg_timeout = timedelta(seconds=timeout_seconds())
@@ -129,7 +130,10 @@ def check_accelerator(accelerator: Any) -> None:
 
 
 def set_deepspeed_batch_size(accelerator: Any, microbatch_size: int, max_grad_norm: float) -> None:
-    """Tell DeepSpeed what no prepared dataloader would tell it; accumulation is ours (`accumulating`)."""
+    """Set DeepSpeed's micro-batch size. DeepSpeed usually reads it from a prepared dataloader, and PPO has none.
+
+    Gradients are accumulated by `gradient_accumulation`, not by DeepSpeed.
+    """
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     if plugin is not None:
         plugin.deepspeed_config |= {

@@ -96,10 +96,10 @@ def compare_through_store(
             views.append(json.loads(store.get(f"{other}")))
         except RuntimeError as error:  # of several kinds, by what is missing
             raise TrainingError(
-                f"rank {other} has not come",
+                f"rank {other} did not join in time",
                 found=str(error).split("\n")[0][:200],
                 where=where,
-                do="look at what it says on its machine; the same command has to be started on all of them",
+                do="see its log; the same command has to be started on every machine",
             ) from None
     wrong = _difference(views, where)
     if wrong is None:
@@ -117,7 +117,10 @@ def _difference(views: list[Any], where: str) -> RLHFError | None:
     if stopped:
         i = stopped[0]
         return TrainingError(
-            f"rank {i} on {views[i]['host']} does not begin", found=views[i]["trouble"], do="see there", where=where
+            f"rank {i} on {views[i]['host']} cannot start",
+            found=views[i]["trouble"],
+            where=where,
+            do="correct it there, and start the same command again on every machine",
         )
     first, differing = views[0]["seen"], {}
     for i, view in enumerate(views):

@@ -174,11 +174,11 @@ def report_job(
         lines = [f"the job ended with exit code {ended.code} at {when}; no process said why"]
         lines += [f"were all machines started, and do they reach machine 0 at {meeting}?"] if meeting else []
     else:
-        how = "died without a word (killed, or out of memory)" if ended.silent else f"{who.what}: {who.words}"
+        how = "died without a message (killed, or out of memory)" if ended.silent else f"{who.what}: {who.words}"
         lines = [f"rank {who.rank} (process {who.pid} on {who.host}) {how}, at {when}, after step {who.step}"]
         if who.what == "stuck" or CONNECTION_LOST.search(who.words):
             or_link = ", or its machine or the link to it is down" if meeting else ""
-            lines.append(f"it waits for another process in vain: that one hangs or is gone{or_link}")
+            lines.append(f"it timed out waiting for another rank, which has hung or died{or_link}")
     checkpoint = newest_checkpoint_path(run) if run is not None else None
     none = "none yet; it starts over" if writes else "none on this machine's disk; machine 0 writes them"
     lines.append(f"last good checkpoint: {checkpoint or none}")

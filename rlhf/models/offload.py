@@ -39,7 +39,7 @@ class OffloadedModels:
             self._resting[role] = [_Resting(model) for model in members] if rests else []
 
     @contextmanager
-    def asked(self, role: str) -> Iterator[None]:
+    def on_device(self, role: str) -> Iterator[None]:
         """A role's models are on the device inside, and at rest again afterwards, also after an error."""
         resting = self._resting[role]
         try:

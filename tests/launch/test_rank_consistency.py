@@ -80,7 +80,7 @@ def test_one_that_does_not_begin_is_not_waited_for() -> None:
 def test_one_that_does_not_come_is_named() -> None:
     store = HashStore()
     store.set_timeout(timedelta(seconds=0.2))
-    with pytest.raises(TrainingError, match="rank 1 has not come"):
+    with pytest.raises(TrainingError, match="rank 1 did not join in time"):
         rank_consistency.compare_through_store(store, 0, 2, SAME, where="out")
 
 

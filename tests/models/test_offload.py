@@ -34,7 +34,7 @@ def test_a_role_is_on_the_device_while_it_is_asked_and_comes_back_bit_for_bit() 
     objects = [id(p) for members in models.values() for m in members for p in m.parameters()]
     frozen = OffloadedModels(AWAY, ["reference", "reward"], **models)
     for asked, other in (("reward", "reference"), ("reference", "reward"), ("reward", "reference")):
-        with frozen.asked(asked):
+        with frozen.on_device(asked):
             assert [places(m) for m in models[asked]] == [{"meta"}] * len(models[asked])
             assert [places(m) for m in models[other]] == [{"cpu"}] * len(models[other])
     for role, members in models.items():
@@ -48,7 +48,7 @@ def test_an_error_inside_leaves_the_models_at_rest() -> None:
     models = two()
     before = tiny.snapshot(models["reward"][0])
     frozen = OffloadedModels(AWAY, ["reward"], **models)
-    with pytest.raises(RuntimeError, match="in the middle"), frozen.asked("reward"):
+    with pytest.raises(RuntimeError, match="in the middle"), frozen.on_device("reward"):
         raise RuntimeError("in the middle")
     assert places(models["reward"][0]) == {"cpu"}
     assert not tiny.moved(models["reward"][0], before)
@@ -67,7 +67,7 @@ def test_so_does_one_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
         return moved(self, device)
 
     monkeypatch.setattr(type(second), "to", no_room)
-    with pytest.raises(RuntimeError, match="no room"), frozen.asked("reward"):
+    with pytest.raises(RuntimeError, match="no room"), frozen.on_device("reward"):
         pass
     assert places(first) == places(second) == {"cpu"}
 
@@ -76,7 +76,7 @@ def test_a_role_that_is_not_offloaded_stays_on_the_device() -> None:
     models = two()
     frozen = OffloadedModels(AWAY, ["reference"], **models)
     assert [places(m) for m in models["reward"]] == [{"meta"}] * 2
-    with frozen.asked("reward"):
+    with frozen.on_device("reward"):
         assert places(models["reference"][0]) == {"cpu"}
     assert [places(m) for m in models["reward"]] == [{"meta"}] * 2
 
@@ -85,7 +85,7 @@ def test_where_the_device_is_the_cpu_nothing_ever_moves(monkeypatch: pytest.Monk
     models = two()
     frozen = OffloadedModels(torch.device("cpu"), ["reference", "reward"], **models)
     monkeypatch.setattr(nn.Module, "to", lambda *_: pytest.fail("moved"))
-    with frozen.asked("reward"), frozen.asked("reference"):
+    with frozen.on_device("reward"), frozen.on_device("reference"):
         assert all(places(m) == {"cpu"} for members in models.values() for m in members)
 
 
@@ -96,7 +96,7 @@ def test_tied_weights_stay_tied_and_all_are_in_eval_mode() -> None:
     pair = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     pair[1].weight = pair[0].weight
     frozen = OffloadedModels(AWAY, ["reference"], reference=[pair])
-    with frozen.asked("reference"):
+    with frozen.on_device("reference"):
         assert places(pair) == {"meta"}
     assert pair[1].weight is pair[0].weight
     assert not pair.training
@@ -107,7 +107,7 @@ def test_weights_come_back_as_they_were_and_buffers_as_they_became(monkeypatch: 
     model = nn.BatchNorm1d(2)
     frozen = OffloadedModels(AWAY, ["reference"], reference=[model])
     monkeypatch.setattr(nn.Module, "to", lambda self, device: self)  # a device that keeps what it is given
-    with frozen.asked("reference"):
+    with frozen.on_device("reference"):
         model.weight.data = torch.full((2,), 7.0)
         assert model.running_mean is not None
         model.running_mean += 3.0

@@ -100,7 +100,7 @@ def reference_logprobs(models: PPOModels, temperature: float) -> Iterator[Scorin
             yield lambda part: response_logprobs(model, part, temperature)[0]
     else:
         reference = models.reference
-        with models.offloaded.asked("reference"):
+        with models.offloaded.on_device("reference"):
             yield lambda part: response_logprobs(reference, part, temperature)[0]
 
 
@@ -116,7 +116,7 @@ def reward_scores(
         prompts_of: a rollout's prompts as records.
         check: is given a function from (rollout, packed) to the scores of the reward models alone, and may raise.
     """
-    with models.offloaded.asked("reward"):
+    with models.offloaded.on_device("reward"):
         models_only = models.rewards.models_only()
         if models_only.parts:
             check(lambda part, packed: models_only(part, prompts_of(part), packed=packed))

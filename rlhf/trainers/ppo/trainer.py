@@ -111,7 +111,7 @@ class PPOTrainer:
         report_progress()
         # After the models: once an accelerator of ZeRO-3 exists, transformers loads shards of them, which no head fits.
         a = self.accelerator = engine.make_accelerator(
-            unused=bool(settings.unfreeze.policy or settings.unfreeze.value_model)
+            find_unused_parameters=bool(settings.unfreeze.policy or settings.unfreeze.value_model)
         )
         report_progress()
         engine.set_deepspeed_batch_size(a, settings.optim.microbatch_size, settings.optim.max_grad_norm)
