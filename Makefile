@@ -37,8 +37,9 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
+# Not with --quiet, which would hide warnings from --strict.
 docs: setup
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 pytest: setup
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile

@@ -20,7 +20,7 @@ from mkdocs.structure.files import File
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from rlhf.config.schema import RECIPES, PipelineConfig, PipelineStage
+from rlhf.config.schema import RECIPES, PipelineConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 ADOPTED = {
@@ -156,8 +156,7 @@ def _describe(kind: Any, named: dict[str, Schema]) -> str:
     if origin is dict:
         return f"mapping of {_describe(arguments[0], named)} to {_describe(arguments[1], named)}"
     if isinstance(kind, type) and issubclass(kind, BaseModel):
-        if kind is not PipelineStage or kind.__name__ not in named:
-            named[kind.__name__] = kind
+        named[kind.__name__] = kind
         return f"[{kind.__name__}](#{kind.__name__.lower()})"
     return {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null"}[kind]
 

@@ -1,4 +1,4 @@
-"""Commands in text: find them, and say what is wrong with each without running it."""
+"""Commands and configurations in text: find them, and say what is wrong with each without running it."""
 
 from __future__ import annotations
 
@@ -8,16 +8,24 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import typer
+import yaml
 
 from rlhf.cli.main import app
-from rlhf.config.load import load_pipeline, load_stage_config
+from rlhf.config.load import load_pipeline, load_stage_config, read_yaml, validate_config
 from rlhf.config.schema import RECIPES
 from rlhf.errors import RLHFError
 from tests.project.code import ROOT
 
 FENCE = re.compile(r"^```(?:bash|sh|shell|console)\s*$(.*?)^```", re.MULTILINE | re.DOTALL)
+YAML_FENCE = re.compile(r"(?:^<!-- config: (\S+) -->\n)?^```ya?ml[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+SAMPLE_CONFIGS = {
+    "classify": "demo/experiments/classify-rules.yaml",
+    "weak": "demo/experiments/weak.yaml",
+}
+"""Shipped configuration of a stage that has no configs/demo/STAGE.yaml."""
 OPERATORS = {"&&", "||", ";", "|", "&"}
 
 
@@ -26,6 +34,37 @@ def in_markdown(text: str) -> Iterator[str]:
     for block in FENCE.findall(text):
         for line in block.replace("\\\n", " ").splitlines():
             yield line.strip().removeprefix("$ ")
+
+
+def yaml_in_markdown(text: str) -> Iterator[tuple[str, str]]:
+    """Yield (stage, text) of its YAML blocks; the stage is '' unless a comment `<!-- config: STAGE -->` names it."""
+    yield from YAML_FENCE.findall(text)
+
+
+def yaml_problems(stage: str, text: str) -> list[str]:
+    """What is wrong with a YAML block; one of a stage is checked as a part of that stage's shipped configuration."""
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        return [f"not valid YAML: {error}"]
+    if not stage:
+        return []
+    if stage not in RECIPES:
+        return [f"no such stage '{stage}'"]
+    shipped, origins = read_yaml(ROOT / "configs" / SAMPLE_CONFIGS.get(stage, f"demo/{stage}.yaml"))
+    try:
+        validate_config(RECIPES[stage], _merged(shipped, values), origins, "YAML block")
+    except RLHFError as error:
+        return [str(error)]
+    return []
+
+
+def _merged(shipped: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Return the shipped values with those of a block in their place; `data` keeps what the block does not give."""
+    merged = shipped | values
+    if isinstance(merged.get("data"), dict) and isinstance(shipped.get("data"), dict):
+        merged["data"] = shipped["data"] | merged["data"]
+    return merged
 
 
 def in_yaml_header(text: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Every command that the documents show can be typed as it stands."""
+"""Every command that the documents show can be typed as it stands, and every YAML snippet can be used."""
 
 from __future__ import annotations
 
@@ -8,15 +8,31 @@ import pytest
 
 from tests.conftest import Run
 from tests.project.code import ROOT
-from tests.project.commands import in_markdown, in_yaml_header, problems
+from tests.project.commands import in_markdown, in_yaml_header, problems, yaml_in_markdown, yaml_problems
 
-DOCUMENTS = [p for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if p.is_file()]
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "data/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "configs").rglob("*.md")),
+    *sorted((ROOT / "tests").rglob("*.md")),
+]
 RECIPES = [p for p in sorted((ROOT / "configs").rglob("*.yaml")) if p.parent.name != "accelerate"]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
 def test_the_commands_of_a_document(path: Path) -> None:
     assert [p for line in in_markdown(path.read_text(encoding="utf-8")) for p in problems(line)] == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_the_yaml_of_a_document(path: Path) -> None:
+    blocks = yaml_in_markdown(path.read_text(encoding="utf-8"))
+    assert [p for stage, text in blocks for p in yaml_problems(stage, text)] == []
+
+
+def test_the_guides_show_checked_configurations() -> None:
+    blocks = [stage for path in DOCUMENTS for stage, _ in yaml_in_markdown(path.read_text(encoding="utf-8"))]
+    assert len([stage for stage in blocks if stage]) >= 4
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: f"{p.parent.name}/{p.name}")
@@ -84,3 +100,25 @@ def test_a_planted_mistake_is_seen(line: str, says: str) -> None:
     found = problems(line)
     assert len(found) == 1
     assert says in found[0]
+
+
+@pytest.mark.parametrize(
+    ("block", "says"),
+    [
+        ("```yaml\na: [1\n```", "not valid YAML"),
+        ("<!-- config: ppo -->\n```yaml\nkl: {coeff: 0.1}\n```", "did you mean 'kl.coef'"),
+        ("<!-- config: pp0 -->\n```yaml\nkl: {coef: 0.1}\n```", "no such stage"),
+        ("<!-- config: classify -->\n```yaml\nunfreeze: [{train: all}]\n```", "a phase needs a length"),
+    ],
+)
+def test_a_planted_mistake_in_yaml_is_seen(block: str, says: str) -> None:
+    found = [p for stage, text in yaml_in_markdown(f"text\n{block}\n") for p in yaml_problems(stage, text)]
+    assert len(found) == 1
+    assert says in found[0]
+
+
+def test_good_yaml_passes() -> None:
+    text = "```yaml\nanything: [1, 2]\n```\n<!-- config: sft -->\n```yaml\noptim: {epochs: 1}\n```\n"
+    blocks = list(yaml_in_markdown(text))
+    assert [stage for stage, _ in blocks] == ["", "sft"]
+    assert [p for stage, block in blocks for p in yaml_problems(stage, block)] == []
