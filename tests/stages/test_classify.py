@@ -243,8 +243,8 @@ def test_its_label_probability_is_the_reward_of_ppo(
     """Every rollout that PPO scores, against a direct forward of the plainly loaded model on the same tokens."""
     seen, original = [], ModelReward.__call__
 
-    def call(self: ModelReward, part: Any, prompts: Any) -> Tensor:
-        value = original(self, part, prompts)
+    def call(self: ModelReward, part: Any, prompts: Any, **options: Any) -> Tensor:
+        value = original(self, part, prompts, **options)
         seen.append((self.name, part, value))
         return value
 
