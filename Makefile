@@ -51,6 +51,7 @@ soak: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.kills $$(mktemp -d) --kills $(KILLS) --seed $(SEED)
 
 bench: setup
+	$(BIN)/python -m tests.bench.startup
 	$(BIN)/python -m tests.bench.packing
 	$(BIN)/python -m tests.bench.growth
 	$(BIN)/python -m tests.bench.freezing

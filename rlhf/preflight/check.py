@@ -84,7 +84,9 @@ def run_preflight(
         if limit is None:
             raise ConfigError("expected an amount of memory", found=gpu_memory, where="--gpu-memory", do="e.g. 80G")
     gpu = limit is not None or device_bytes() is not None
-    jobs = _jobs(path, overrides, stage)
+    jobs, notes = _jobs(path, overrides, stage)
+    for note in notes:
+        console.note(f"note: {note}")
     problems: list[str] = []
     planned: dict[str, PlannedModel] = {}
     templates: dict[str, str | None] = {}
@@ -106,11 +108,14 @@ def run_preflight(
     return FAILS if problems else WELL
 
 
-def _jobs(path: Path, overrides: Sequence[str], stage: str | None) -> list[tuple[str, StageConfig, str | None]]:
-    """Stages, their configurations and the launchers that a pipeline names for them."""
+def _jobs(
+    path: Path, overrides: Sequence[str], stage: str | None
+) -> tuple[list[tuple[str, StageConfig, str | None]], tuple[str, ...]]:
+    """Return the stages with their configurations and the launchers that a pipeline names for them, and the notes."""
     name = stage or next((s for s in (*STAGES, "pipeline") if path.stem == s or path.stem.startswith(f"{s}-")), None)
     if name == "pipeline":
-        return [(s.name, s.loaded.config, s.launcher) for s in load_pipeline(path, overrides).stages]
+        pipeline = load_pipeline(path, overrides)
+        return [(s.name, s.loaded.config, s.launcher) for s in pipeline.stages], pipeline.notes
     if name not in STAGES or name == "evaluate":
         known = [s for s in (*STAGES, "pipeline") if s != "evaluate"]
         raise ConfigError(
@@ -118,7 +123,8 @@ def _jobs(path: Path, overrides: Sequence[str], stage: str | None) -> list[tuple
             where=str(path),
             do=f"give --stage: {', '.join(known)}",
         )
-    return [(name, load_stage_config(STAGES[name], path, overrides).config, None)]
+    loaded = load_stage_config(STAGES[name], path, overrides)
+    return [(name, loaded.config, None)], loaded.notes
 
 
 def _sharding(

@@ -196,3 +196,9 @@ def test_a_reward_model_on_the_shared_base_cannot_be_offloaded(place: Path, call
     code, _, err = call_cli(["check", "pipeline.yaml", *words, "ppo.offload=[reward]"], cwd=place)
     assert code == 2
     assert "there is no reward model to offload" in err
+
+
+def test_a_renamed_setting_is_noted(place: Path, call_cli: Run) -> None:
+    code, out, err = call_cli(["check", "sft.yaml", "saving.grace=30"], cwd=place)
+    assert code == 0, err
+    assert "note: command line: 'saving.grace' is now called 'saving.grace_seconds'" in out

@@ -17,7 +17,7 @@ COVERED_ELSEWHERE = {
     "rlhf.checkpointing.parameters_and_adam": "tests/faults/test_checkpoints.py",
     "rlhf.cli.data": "tests/demo/test_annotators.py",
     "rlhf.cli.main": "tests/cli/test_unforeseen.py",
-    "rlhf.cli.options": "tests/cli/test_speed.py",
+    "rlhf.cli.options": "tests/cli/test_startup.py",
     "rlhf.config.env_vars": "tests/launch/test_launcher.py",
     "rlhf.config.ppo": "tests/trainers/ppo/test_options.py",
     "rlhf.config.sections": "tests/config/test_schema.py",
