@@ -1,10 +1,12 @@
 """Run a part of the project on the pretended accelerator: `python -m tests.on_pretend_device PART`.
 
-Parts: `ppo` trains two steps on tiny models; `crossing` does what a GPU refuses and must fail.
+Parts: `ppo` trains two steps on tiny models; `full` and `adapters` run every stage and tool by the command line, on all
+weights and on LoRA adapters; `crossing` does what a GPU refuses and must fail.
 """
 
 from __future__ import annotations
 
+import io
 import sys
 import tempfile
 from pathlib import Path
@@ -37,6 +39,55 @@ def ppo() -> None:
         assert moved, "nothing was trained"
 
 
+def full() -> None:
+    """Every stage, `generate` and `chat`, on all weights."""
+    with tempfile.TemporaryDirectory() as name:
+        run_commands(Path(name), adapters=False)
+
+
+def adapters() -> None:
+    """Every stage, `generate`, `chat` and `merge`, on LoRA adapters."""
+    with tempfile.TemporaryDirectory() as name:
+        run_commands(Path(name), adapters=True)
+
+
+def run_commands(top: Path, *, adapters: bool) -> None:
+    """Run the stages of `tests.stages.setup` and the tools on their models."""
+    from rlhf.cli.main import app
+    from tests.conftest import save_tiny_model
+    from tests.stages import setup
+
+    files = setup.write_data(top / "data")
+    configs = setup.configs(top, str(save_tiny_model(top / "base")), files, adapters=adapters)
+    commands = [[stage, setup.write(top / "configs", stage, config)] for stage, config in configs.items()]
+    commands += [
+        ["generate", str(top / "ppo"), files["prompts"], str(top / "responses.jsonl"), "--max-new-tokens", "4"],
+        ["chat", str(top / "ppo"), "--max-new-tokens", "4"],
+    ]
+    if adapters:
+        commands.append(["merge", str(top / "sft"), str(top / "merged")])
+    for command in commands:
+        sys.stdin = io.StringIO("what is a cat?\n\n")
+        places.clear()
+        app(command, standalone_mode=False)  # an error keeps its traceback
+        assert command[0] == "merge" or pretend_device.NAME in places, f"rlhf {command[0]} did not use the device"
+
+
+places: set[str] = set()
+"""Devices of the embeddings that ran a forward pass since the last command began."""
+
+
+def note_places() -> None:
+    """Write down the device of every embedding layer's forward pass in `places`."""
+    original = torch.nn.Embedding.forward
+
+    def forward(self: torch.nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
+        places.add(self.weight.device.type)
+        return original(self, ids)
+
+    torch.nn.Embedding.forward = forward  # type: ignore[method-assign]
+
+
 def crossing() -> None:
     """Index a CPU tensor by positions on the device."""
     torch.arange(6)[torch.arange(3).to(pretend_device.NAME)]
@@ -45,5 +96,6 @@ def crossing() -> None:
 if __name__ == "__main__":
     pretend_device.register()
     pretend_device.become_default()
+    note_places()
     torch.set_num_threads(1)
-    {"ppo": ppo, "crossing": crossing}[sys.argv[1]]()
+    {"ppo": ppo, "full": full, "adapters": adapters, "crossing": crossing}[sys.argv[1]]()

@@ -182,7 +182,10 @@ def register() -> None:
 def become_default() -> None:
     """Make Accelerator and the Trainers of transformers and TRL train on the device. Lasts until the process ends."""
     import accelerate
-    from transformers import TrainingArguments
+    import peft
+    from transformers import PreTrainedModel, TrainingArguments
+
+    from rlhf.distributed import engine
 
     device = torch.device(NAME, 0)
     # Moving a module must not make new parameters, or an optimizer that was made before would keep the old ones.
@@ -197,5 +200,19 @@ def become_default() -> None:
         return original(self, *args, **kwargs)
 
     accelerate.Accelerator.prepare = prepare
-    TrainingArguments.device = property(lambda self: device)
-    TrainingArguments.n_gpu = property(lambda self: 1)
+    TrainingArguments._setup_devices = property(lambda self: device)
+    TrainingArguments._n_gpu = 1
+    TrainingArguments.distributed_state = property(lambda self: accelerate.PartialState(cpu=True))
+    for kind in (PreTrainedModel, peft.PeftModel):
+        kind.save_pretrained = by_way_of_the_cpu(kind.save_pretrained)
+    engine.inference_device = lambda: device
+
+
+def by_way_of_the_cpu(save_pretrained: Any) -> Any:
+    """`save_pretrained` with the weights on the CPU, since safetensors reads data pointers, which the device lacks."""
+
+    def save(self: Any, folder: str, *args: Any, state_dict: Any = None, **kwargs: Any) -> Any:
+        weights = self.state_dict() if state_dict is None else state_dict
+        return save_pretrained(self, folder, *args, state_dict=tree_map(to_cpu, dict(weights)), **kwargs)
+
+    return save

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.config.env_vars import timeout_seconds
-from rlhf.distributed.launch_env import check_world_size, under_deepspeed, use_cpu
+from rlhf.distributed.launch_env import check_world_size, under_deepspeed, use_cpu, world_size
 from rlhf.distributed.library_internals import reset_accelerate
 from rlhf.distributed.zero_gather import is_sharded
 from rlhf.errors import TrainingError
@@ -93,6 +93,17 @@ def make_accelerator(*, find_unused_parameters: bool = False) -> Any:
     )
     check_accelerator(accelerator)
     return accelerator
+
+
+def inference_device() -> torch.device:
+    """Return the device that a command computes on without training: this process's GPU, or the CPU.
+
+    With several processes this creates the Accelerator, which starts the process group and assigns the GPUs.
+    """
+    if world_size() > 1:
+        device: torch.device = make_accelerator().device
+        return device
+    return torch.device("cpu" if use_cpu() else "cuda")
 
 
 def count_real_rows(accelerator: Any, rows: int) -> int:

@@ -7,16 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rlhf.config.schema import EvaluateConfig
 from rlhf.config.sections import ModelSource
 from rlhf.console import Console
 from rlhf.data import tokenize
 from rlhf.data.records import Prompt
 from rlhf.data.sources import load_records
-from rlhf.distributed.engine import make_accelerator
-from rlhf.distributed.launch_env import is_main_process, use_cpu, world_size
+from rlhf.distributed.engine import inference_device
+from rlhf.distributed.launch_env import is_main_process
 from rlhf.evaluation.judge import load_judge
 from rlhf.evaluation.model_comparison import (
     EvaluationInputs,
@@ -69,10 +67,7 @@ def run(config: EvaluateConfig, console: Console) -> RunResult:
 
 def _load_inputs(config: EvaluateConfig, console: Console) -> EvaluationInputs:
     """Load and tokenize the prompts and the held-out text; load the judge, the measures and the reward model."""
-    if world_size() > 1:
-        device = make_accelerator().device  # of several GPUs, this process's own; starts the process group
-    else:
-        device = torch.device("cpu" if use_cpu() else "cuda")
+    device = inference_device()
     _, renderer = open_tokenizer(config.models[config.reference], console)
     records: dict[str, Sequence[Prompt]] = {}
     ids = {}

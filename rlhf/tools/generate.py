@@ -5,16 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rlhf.config.sections import ModelSource, Sampling, Source
 from rlhf.console import Console
 from rlhf.data import tokenize
 from rlhf.data.render import Renderer
 from rlhf.data.sources import load_records
 from rlhf.data.write import refuse_existing_output, write_jsonl
-from rlhf.distributed.engine import quiet_libraries
-from rlhf.distributed.launch_env import use_cpu
+from rlhf.distributed.engine import inference_device, quiet_libraries
 from rlhf.errors import DataError
 from rlhf.evaluation.answers import generate_responses
 from rlhf.models.load import check_context, context_length, resolve_model
@@ -29,7 +26,7 @@ def load_chat_model(model: str, console: Console) -> tuple[Any, Renderer]:
     quiet_libraries(telemetry=False)
     tokenizer, renderer = open_tokenizer(source, console)
     loaded = load_for_generation(source, vocab_size=len(tokenizer))
-    return loaded.to(torch.device("cpu" if use_cpu() else "cuda")).eval(), renderer
+    return loaded.to(inference_device()).eval(), renderer
 
 
 def generate_file(

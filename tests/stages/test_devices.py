@@ -1,9 +1,11 @@
-"""PPO mixes no devices: it runs on an accelerator that refuses what a GPU refuses."""
+"""No stage or tool mixes devices: they run on an accelerator that refuses what a GPU refuses."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+
+import pytest
 
 from tests.project.code import ROOT
 
@@ -15,13 +17,20 @@ def on_pretend_device(part: str) -> subprocess.CompletedProcess[str]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
         check=False,
     )
 
 
 def test_two_steps_of_ppo_mix_no_devices() -> None:
     done = on_pretend_device("ppo")
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["full", "adapters"])
+def test_stages_and_tools_mix_no_devices_and_compute_on_the_device(part: str) -> None:
+    done = on_pretend_device(part)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
