@@ -43,7 +43,7 @@ docs: setup
 
 pytest: setup
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 
 KILLS ?= 100
 SEED  ?= 1
