@@ -13,6 +13,7 @@ from rlhf.data.collate import pad_right
 from rlhf.data.render import Renderer
 from rlhf.generation.native import generate_rollout
 from rlhf.models.heads import position_ids, sequence_scores
+from rlhf.models.output_layer import next_token_positions, token_numbers
 from rlhf.rollout.forward import response_logprobs
 from rlhf.rollout.types import Rollout
 
@@ -118,8 +119,8 @@ def perplexity(model: Any, rows: Sequence[list[int]], pad_id: int) -> float:
     for start in range(0, len(rows), 32):
         ids, mask = pad_right(rows[start : start + 32], pad_id)
         ids, mask = ids.to(device), mask.to(device)
-        logits = model(input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask)).logits[:, :-1]
-        nll = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
-        total += float((nll * mask[:, 1:]).sum())
-        count += int(mask[:, 1:].sum())
+        inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": position_ids(mask)}
+        targets = ids[:, 1:][mask[:, 1:]]
+        total -= float(token_numbers(model, inputs, next_token_positions(mask), targets).logprobs.double().sum())
+        count += len(targets)
     return float(torch.tensor(total / max(count, 1)).exp())

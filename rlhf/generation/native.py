@@ -11,10 +11,11 @@ from torch import Tensor
 
 from rlhf.config.sections import Sampling
 from rlhf.data.collate import pad_left
+from rlhf.functional.bits import pack_bits
 from rlhf.generation.interface import NumberedPrompt
 from rlhf.generation.kv_cache import open_cache
 from rlhf.models.heads import position_ids
-from rlhf.rollout.types import Rollout, pack_bits
+from rlhf.rollout.types import Rollout
 
 Decode = Callable[[list[int]], str]
 REFILL_THRESHOLD = (

@@ -12,8 +12,7 @@ from __future__ import annotations
 import bisect
 import heapq
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -169,25 +168,8 @@ def trunk_states(model: Any, batch: PackedBatch, where: Tensor | None = None) ->
     return hidden.flatten(0, 1)[slots]
 
 
-@contextmanager
-def head_reads(model: Any, flat: Tensor) -> Iterator[None]:
-    """Inside, the output layer of a causal LM sees only some of the positions: its logits are [1, n, V].
-
-    Args:
-        flat: [n] int64 into the flattened [b * L] positions.
-    """
-    handle = output_layer(model).register_forward_pre_hook(
-        lambda _, args: (args[0].flatten(0, 1)[flat][None], *args[1:])
-    )
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-# What was found out about a model, for as long as the model lives.
+# Found out once a model, and kept for as long as it lives.
 _packable: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-_plain_headed: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def can_pack(model: Any) -> bool:
@@ -202,24 +184,6 @@ def can_pack(model: Any) -> bool:
             with torch.autocast(next(model.parameters()).device.type, enabled=False):
                 _packable[model] = _probe(model)
     return _packable[model]
-
-
-def output_layer(model: Any) -> Any:
-    """The layer that makes a causal LM's logits, adapter wrapping included."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return inner.get_output_embeddings()
-
-
-@torch.no_grad()
-def has_plain_head(model: Any) -> bool:
-    """Whether a causal LM's logits are its output layer's on the trunk's last states and nothing more is done to them
-    (a soft cap, a scale); found out once a model, on a short sequence."""
-    if model not in _plain_headed:
-        ids = torch.arange(4, device=next(model.parameters()).device)[None]
-        logits = model(input_ids=ids, use_cache=False).logits
-        ours = output_layer(model)(backbone(model)(input_ids=ids, use_cache=False).last_hidden_state)
-        _plain_headed[model] = bool(torch.allclose(logits.float(), ours.float(), rtol=1e-6, atol=1e-6))
-    return _plain_headed[model]
 
 
 @torch.no_grad()

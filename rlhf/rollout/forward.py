@@ -6,18 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from rlhf.functional import token_entropy, token_logprobs
 from rlhf.models.heads import token_scores, trunk_owner
-from rlhf.models.load import backbone
-from rlhf.models.packed_batch import PackedBatch, has_plain_head, head_reads, output_layer
-from rlhf.rollout.types import Rollout, unpack_bits
-
-# Logits that a policy's output layer may hold at once (128 MiB in float32); more are computed in parts.
-MAX_LOGITS_AT_ONCE = 2**25
-
-"""A context manager that yields a scoring function; the models that it reads are on the device inside it."""
+from rlhf.models.output_layer import token_numbers
+from rlhf.models.packed_batch import PackedBatch
+from rlhf.rollout.types import Rollout
 
 
 class PolicyOutput(NamedTuple):
@@ -29,7 +22,13 @@ class PolicyOutput(NamedTuple):
 
 
 def response_logprobs(
-    policy: Any, rollout: Rollout, temperature: float, *, entropy: bool = False, batch: PackedBatch | None = None
+    policy: Any,
+    rollout: Rollout,
+    temperature: float,
+    *,
+    entropy: bool = False,
+    entropy_gradient: bool = False,
+    batch: PackedBatch | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return teacher-forced log-probabilities of the response tokens: one code path for old, new and reference.
 
@@ -39,7 +38,9 @@ def response_logprobs(
         batch: the rollout's sequences, packed or padded; None = as suits the policy.
     Returns: ([B, R] nats, 0 off-mask; [B, R] nats of entropy or None).
     """
-    output = policy_forward(policy, rollout, temperature, entropy=entropy, batch=batch)
+    output = policy_forward(
+        policy, rollout, temperature, entropy=entropy, entropy_gradient=entropy_gradient, batch=batch
+    )
     return output.logprobs, output.entropy
 
 
@@ -49,73 +50,37 @@ def policy_forward(
     temperature: float,
     *,
     entropy: bool = False,
+    entropy_gradient: bool = False,
     states: bool = False,
     batch: PackedBatch | None = None,
 ) -> PolicyOutput:
     """Run the policy on prompt and response. The output layer sees the response positions only.
 
     Args:
+        entropy_gradient: the entropy is differentiable, for an entropy bonus.
         states: also return the last hidden states before each response token.
         batch: the rollout's sequences, packed or padded; None = as suits the policy.
     """
     real, width = rollout.response_mask, rollout.response_ids.shape[1]
     if batch is None:
         batch = PackedBatch.for_model(policy, rollout.ids, rollout.mask)
-    if batch.mask is not None:
-        output = policy(**batch.inputs(), logits_to_keep=width + 1, output_hidden_states=states)
-        hidden = output.hidden_states[-1][:, -width - 1 : -1] if states else None
-        return _finish(rollout, *_numbers(output.logits[:, :-1][real], rollout, temperature, entropy), hidden)
     before = batch.slot[:, -width - 1 : -1]  # the position that each response token is predicted from
-    at_once = max(1, MAX_LOGITS_AT_ONCE // policy.config.get_text_config().vocab_size)
-    if int(real.sum()) > at_once and has_plain_head(policy):
-        every = backbone(policy)(**batch.inputs()).last_hidden_state.flatten(0, 1)
-        numbers = _in_chunks(output_layer(policy), every[before[real]], rollout, temperature, entropy, at_once)
-        return _finish(rollout, *numbers, every[before] if states else None)
-    with head_reads(policy, before[real]):
-        output = policy(**batch.inputs(), output_hidden_states=states)
-    hidden = output.hidden_states[-1].flatten(0, 1)[before] if states else None
-    return _finish(rollout, *_numbers(output.logits[0], rollout, temperature, entropy), hidden)
-
-
-LogprobsAndEntropy = tuple[Tensor, Tensor | None]  # log-probs and entropies of the real response tokens, [n] nats
-
-
-def _numbers(
-    logits: Tensor, rollout: Rollout, temperature: float, entropy: bool, part: slice = slice(None)
-) -> LogprobsAndEntropy:
-    """Of logits [n, V] that predict the real response tokens, or a part of them."""
-    real = rollout.response_mask
-    if rollout.support.shape[-1]:
-        allowed = unpack_bits(rollout.support[real][part], logits.shape[-1])
-        logits = logits.masked_fill(~allowed, -torch.inf)
-    logprobs = token_logprobs(logits, rollout.response_ids[real][part], temperature=temperature)
-    if not entropy:
-        return logprobs, None
-    with torch.no_grad():
-        return logprobs, token_entropy(logits.detach() / temperature)
-
-
-def _in_chunks(
-    head: Any, states: Tensor, rollout: Rollout, temperature: float, entropy: bool, size: int
-) -> LogprobsAndEntropy:
-    """`_numbers` from the states [n, H] before the output layer: logits of no more than `size` tokens exist at once.
-
-    The backward pass computes them a second time (2 H V more operations a token).
-    """
-
-    def some(chunk: Tensor, part: slice) -> LogprobsAndEntropy:
-        return _numbers(head(chunk), rollout, temperature, entropy, part)
-
-    found = [
-        checkpoint(some, states[at : at + size], slice(at, at + size), use_reentrant=False, preserve_rng_state=False)
-        for at in range(0, len(states), size)
-    ]
-    return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found]) if entropy else None
-
-
-def _finish(rollout: Rollout, logprobs: Tensor, entropy: Tensor | None, states: Tensor | None) -> PolicyOutput:
-    real = rollout.response_mask
-    return PolicyOutput(_unflatten(logprobs, real), None if entropy is None else _unflatten(entropy, real), states)
+    numbers = token_numbers(
+        policy,
+        batch.inputs(),
+        before[real],
+        rollout.response_ids[real],
+        temperature=temperature,
+        entropy=entropy,
+        entropy_gradient=entropy_gradient,
+        allowed=rollout.support[real] if rollout.support.shape[-1] else None,
+        states=states,
+    )
+    return PolicyOutput(
+        _unflatten(numbers.logprobs, real),
+        None if numbers.entropy is None else _unflatten(numbers.entropy, real),
+        None if numbers.states is None else numbers.states[before],
+    )
 
 
 def _unflatten(flat: Tensor, mask: Tensor) -> Tensor:

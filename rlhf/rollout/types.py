@@ -141,17 +141,3 @@ def merge_rollouts(parts: list[RolloutT], pad_id: int) -> RolloutT:
             rows.append(value)
         columns[f.name] = torch.cat(rows)
     return type(parts[0])(**columns)
-
-
-def pack_bits(flags: Tensor) -> Tensor:
-    """[.., V] bool -> [.., ceil(V / 8)] uint8, the first flag in the lowest bit."""
-    short = -flags.shape[-1] % 8
-    bits = torch.nn.functional.pad(flags, (0, short)).unflatten(-1, (-1, 8)).to(torch.uint8)
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=flags.device)
-    return (bits * weights).sum(dim=-1, dtype=torch.uint8)
-
-
-def unpack_bits(packed: Tensor, size: int) -> Tensor:
-    """The inverse of `pack_bits`: [.., ceil(V / 8)] uint8 -> [.., size] bool."""
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=packed.device)
-    return ((packed.unsqueeze(-1) & weights) != 0).flatten(-2)[..., :size]

@@ -8,8 +8,8 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from rlhf.config.sections import Sampling
+from rlhf.functional.bits import pack_bits, unpack_bits
 from rlhf.generation.native import allowed_tokens, draw_token
-from rlhf.rollout.types import pack_bits, unpack_bits
 from tests.tolerances import assert_close
 
 DRAWS = 100_000

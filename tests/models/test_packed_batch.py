@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from rlhf.models.heads import sequence_outputs, token_scores
-from rlhf.models.packed_batch import PackedBatch, can_pack, has_plain_head, microbatches, packed_rows
-from rlhf.rollout import forward as forward_module
+from rlhf.models.output_layer import logit_transform
+from rlhf.models.packed_batch import PackedBatch, can_pack, microbatches, packed_rows
 from rlhf.rollout.forward import policy_forward
-from rlhf.rollout.types import Rollout, pack_bits
 from tests.models import tiny
 from tests.tolerances import GRADIENT, assert_close, distance
 
@@ -115,10 +114,11 @@ def test_packed_and_padded_give_the_same_numbers(name: str, attention: str) -> N
 
 def test_the_output_layer_sees_real_response_tokens_only() -> None:
     policy, seen = model("Llama"), []
+    logit_transform(policy)
     policy.lm_head.register_forward_hook(lambda _, args, output: seen.append(output.shape))
     rollout = tiny.rollout(1, [3, 9, 5], [4, 2, 7])
     policy_forward(policy, rollout, 1.0)
-    assert seen == [(1, 13, 300)]
+    assert seen == [(13, 300)]
     assert not policy.lm_head._forward_pre_hooks
 
 
@@ -196,50 +196,10 @@ def test_the_step_counts_real_tokens_whatever_the_packing(monkeypatch: pytest.Mo
     assert seen[0] <= 1.25 * int(rollout.mask.sum())
 
 
-def numbers(policy: Any, rollout: Rollout) -> list[Tensor]:
-    """Log-probs, entropy, states and gradients."""
-    policy.zero_grad()
-    read = policy_forward(policy, rollout, 0.8, entropy=True, states=True)
-    read.logprobs.square().sum().backward()
-    gradients = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
-    return [read.logprobs.detach(), read.entropy, read.states.detach() * rollout.response_mask[..., None], gradients]
-
-
-@pytest.mark.parametrize("filtered", [False, True])
-@pytest.mark.parametrize("name", ["Llama", "GPT2", "Gemma2"])
-def test_log_probs_in_parts_are_the_same(name: str, filtered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts of 3 tokens; a soft cap on the logits is not lost."""
-    policy, rollout = model(name), tiny.rollout(1, [3, 9, 5], [4, 2, 7])
-    if filtered:
-        allowed = torch.rand(3, 7, 300, generator=torch.Generator().manual_seed(2)) < 0.5
-        allowed |= torch.nn.functional.one_hot(rollout.response_ids, 300).bool()
-        rollout = replace(rollout, support=pack_bits(allowed))
-    whole = numbers(policy, rollout)
-    monkeypatch.setattr(forward_module, "MAX_LOGITS_AT_ONCE", 3 * 300)
-    parts = numbers(policy, rollout)
-    assert has_plain_head(policy) is (name != "Gemma2")
-    for ours, theirs in zip(parts, whole, strict=True):
-        assert distance(ours, theirs) < GRADIENT
-
-
-def test_no_more_logits_are_kept_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    policy, rollout = model("Llama"), tiny.rollout(1, [3, 9, 5], [4, 2, 7])
-    has_plain_head(policy)
-
-    def largest() -> int:
-        sizes: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
-            policy_forward(policy, rollout, 1.0)
-        return max(size for size in sizes if size % 300 == 0 and size != 300 * 32)  # but for the layer's own weights
-
-    assert largest() == 13 * 300
-    monkeypatch.setattr(forward_module, "MAX_LOGITS_AT_ONCE", 3 * 300)
-    assert largest() <= 3 * 300
-
-
 def test_a_padded_batch_is_read_as_it_is() -> None:
     policy, rollout, seen = model("Llama"), tiny.rollout(1, [3, 9, 5], [4, 2, 7]), list[tuple[int, ...]]()
     assert can_pack(policy)
+    logit_transform(policy)
     policy.model.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
@@ -253,7 +213,7 @@ def test_what_is_found_out_about_a_model_is_not_hung_on_it() -> None:
     policy = model("Llama")
     before = set(vars(policy))
     assert can_pack(policy)
-    assert has_plain_head(policy)
+    logit_transform(policy)
     assert set(vars(policy)) == before
 
 

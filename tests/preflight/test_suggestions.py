@@ -14,6 +14,7 @@ from torch import Tensor
 from rlhf.config.sections import Optim
 from rlhf.errors import TrainingError
 from rlhf.models import shared_base
+from rlhf.models.packed_batch import can_pack
 from rlhf.models.policy import policy_with_adapter
 from rlhf.models.reward_models import load_scorer, new_reward_model
 from rlhf.rollout.types import Rollout
@@ -32,8 +33,9 @@ from tests.trainers.setup import config, make, sometimes_ending
 def counted(trainer: Any) -> list[int]:
     """Sizes of the policy's forwards without a cache."""
     calls: list[int] = []
-    trainer.models.trained.policy.register_forward_pre_hook(
-        lambda _, __, kw: None if kw.get("past_key_values") is not None else calls.append(len(kw["input_ids"])),
+    can_pack(trainer.models.trained.policy)  # which runs the trunk as well, once
+    trainer.models.trained.policy.model.register_forward_pre_hook(
+        lambda _, __, kw: calls.append(len(kw["input_ids"])) if kw.get("use_cache") is False else None,
         with_kwargs=True,
     )
     return calls

@@ -27,6 +27,7 @@ COVERED_ELSEWHERE = {
     "rlhf.distributed.heartbeat": "tests/launch/test_launcher.py",
     "rlhf.distributed.launch_env": "tests/distributed/test_engine.py",
     "rlhf.distributed.zero_gather": "tests/trainers/supervised/test_phase_callback.py",
+    "rlhf.functional.bits": "tests/generation/test_distribution.py",
     "rlhf.functional.reduce": "tests/functional/test_masked.py",
     "rlhf.generation.interface": "tests/generation/test_native.py",
     "rlhf.launch.network": "tests/launch/test_machines.py",

@@ -68,7 +68,8 @@ def load_models(
     reference = as_reference(given.reference, policy)
     rewards = as_rewards(given.reward, settings, renderer, console)
     value_model = as_value_model(given.value_model, policy, given.reward, settings, renderer)
-    return PolicyAndValue(policy, value_model), reference, rewards
+    pair = PolicyAndValue(policy, value_model, entropy_gradient=settings.entropy_coef > 0)
+    return pair, reference, rewards
 
 
 def is_path(value: Any) -> bool:

@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rlhf.distributed.engine import all_gather_objects
 from rlhf.models.adapters import adapter_parameters
 from rlhf.models.heads import AdapterScorer, SharedValueHead, position_ids, trunk_owner
+from rlhf.models.output_layer import logit_transform, next_token_positions, token_numbers
 from rlhf.models.packed_batch import PackedBatch, can_pack
 from rlhf.models.shared_base import enable_activation_checkpointing
 from rlhf.rollout.forward import policy_forward, response_logprobs, response_values
@@ -34,9 +34,16 @@ class PolicyAndValue(nn.Module):
     on the policy's trunk.
     """
 
-    def __init__(self, policy: nn.Module, value_model: nn.Module) -> None:
+    def __init__(self, policy: nn.Module, value_model: nn.Module, *, entropy_gradient: bool = False) -> None:
+        """Take the two models.
+
+        Args:
+            entropy_gradient: the entropies of a forward pass are differentiable, as an entropy bonus needs them.
+        """
         super().__init__()
         self.policy, self.value_model = policy, value_model
+        self.entropy_gradient = entropy_gradient
+        logit_transform(policy)  # found out now: later an engine may have sharded the weights
         others = adapter_parameters(policy, value_model.adapter) if isinstance(value_model, AdapterScorer) else {}
         self._on_policy = frozenset(others)  # weights of the value model that lie on the policy's base
         self.keep(
@@ -84,10 +91,20 @@ class PolicyAndValue(nn.Module):
         """
         batch = PackedBatch.for_model(self.policy, rollout.ids, rollout.mask)
         if isinstance(self.value_model, SharedValueHead):
-            output = policy_forward(self.policy, rollout, temperature, entropy=entropy, states=True, batch=batch)
+            output = policy_forward(
+                self.policy,
+                rollout,
+                temperature,
+                entropy=entropy,
+                entropy_gradient=self.entropy_gradient,
+                states=True,
+                batch=batch,
+            )
             values = self.value_model.score(output.states).squeeze(-1).masked_fill(~rollout.response_mask, 0.0)
             return output.logprobs, output.entropy, values
-        logprobs, spread = response_logprobs(self.policy, rollout, temperature, entropy=entropy, batch=batch)
+        logprobs, spread = response_logprobs(
+            self.policy, rollout, temperature, entropy=entropy, entropy_gradient=self.entropy_gradient, batch=batch
+        )
         alike = can_pack(trunk_owner(self.value_model)) == can_pack(self.policy)
         return logprobs, spread, response_values(self.value_model, rollout, batch=batch if alike else None)
 
@@ -97,12 +114,12 @@ class PolicyAndValue(nn.Module):
 
 
 def _text_loss(policy: Any, text: TextBatch) -> Tensor:
-    ids, mask = text.ids, text.mask
-    logits = policy(input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False).logits[
-        :, :-1
-    ]
-    nll = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
-    return (nll * text.counts[:, 1:]).sum()
+    """Return the negative log-likelihood summed over the tokens that count, 0-d nats."""
+    inputs = {"input_ids": text.ids, "attention_mask": text.mask.long(), "position_ids": position_ids(text.mask)}
+    targets = text.ids[:, 1:][text.counts[:, 1:]]
+    return -token_numbers(
+        policy, inputs | {"use_cache": False}, next_token_positions(text.counts), targets
+    ).logprobs.sum()
 
 
 def gather_rollouts(measured: ScoredRollout, accelerator: Any, pad_id: int) -> ScoredRollout:

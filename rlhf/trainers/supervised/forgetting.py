@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from rlhf.data.collate import pad_right
 from rlhf.models.load import backbone
+from rlhf.models.output_layer import logprobs_with_weight, next_token_positions, token_numbers
 from rlhf.runs.metrics import METRICS
 
 ROWS_PER_BATCH = 32  # of text, read at once
@@ -44,20 +45,25 @@ def probe_text(model: Any, probed: ProbeData) -> tuple[float | None, Tensor]:
     device = next(model.parameters()).device
     model.eval()
     total, count, ends = 0.0, 0, []
+    logprobs: Tensor | None = None
     rows = sorted(probed.text, key=len)
     for i in range(0, len(rows), ROWS_PER_BATCH):
         ids, mask = (x.to(device) for x in pad_right(rows[i : i + ROWS_PER_BATCH], probed.pad_id))
-        states = backbone(model)(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
-        ends.append(states[torch.arange(len(ids)), mask.sum(dim=1) - 1].float().cpu())
+        inputs = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False}
+        positions, targets = next_token_positions(mask), ids[:, 1:][mask[:, 1:]]
         if probed.speaks:
-            logits = model.get_output_embeddings()(states[:, :-1])
-        elif probed.output is not None:
-            logits = states[:, :-1] @ probed.output.to(device, states.dtype).T
+            numbers = token_numbers(model, inputs, positions, targets, states=True)
+            assert numbers.states is not None
+            states, logprobs = numbers.states, numbers.logprobs
         else:
-            continue
-        nll = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
-        total += float((nll * mask[:, 1:]).sum())
-        count += int(mask[:, 1:].sum())
+            states = backbone(model)(**inputs).last_hidden_state.flatten(0, 1)
+            if probed.output is not None:
+                weight = probed.output.to(device, states.dtype)
+                logprobs = logprobs_with_weight(states[positions], weight, targets)
+        ends.append(states.view(*ids.shape, -1)[torch.arange(len(ids)), mask.sum(dim=1) - 1].float().cpu())
+        if logprobs is not None:
+            total -= float(logprobs.double().sum())
+            count += len(targets)
     return (total / count if count else None), torch.cat(ends)
 
 

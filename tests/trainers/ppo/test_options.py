@@ -289,3 +289,15 @@ def test_a_reward_part_is_of_exactly_one_kind(wrong: dict[str, Any]) -> None:
 def test_a_run_without_any_reward_is_refused() -> None:
     with pytest.raises(ValidationError, match="no reward"):
         config(reward_model=None)
+
+
+def test_the_entropy_bonus_is_trained_and_not_only_counted(reward_folder: str) -> None:
+    entropies = {}
+    for coef in (0.0, 3.0):
+        trainer = make(reward_folder, ppo={"entropy_coef": coef})
+        experience = experienced(trainer)
+        trainer.update(experience)
+        with torch.no_grad():
+            after = trainer.models.trained(experience, trainer.settings.sampling.temperature)[1]
+        entropies[coef] = float(after[experience.response_mask].mean())
+    assert entropies[3.0] > entropies[0.0] + 1e-3
