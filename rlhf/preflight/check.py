@@ -1,4 +1,4 @@
-"""`rlhf check`: check configuration, data, models and memory of a run before it starts; nothing is trained or written."""
+"""`rlhf check`: check configuration, data, models and memory before a run; nothing is trained or written."""
 
 from __future__ import annotations
 

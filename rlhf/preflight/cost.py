@@ -38,7 +38,7 @@ class ModelCost:
 
     @classmethod
     def from_model(cls, model: Any) -> ModelCost:
-        """Return the sizes of a causal LM or a scorer. Its active adapter counts as part of the blocks; others do not."""
+        """Return the sizes of a causal LM or a scorer. Its active adapter counts as blocks; other adapters do not."""
         adapter = "default"
         if isinstance(model, AdapterScorer):
             model, adapter = model.base, model.adapter
