@@ -176,10 +176,16 @@ def check_command(
     """
     from rlhf.preflight.check import run_preflight
 
-    how = (launcher, num_processes, num_machines)
-    known: dict[str, Any] = {"gpu_memory": gpu_memory, "response": response_tokens}
     raise typer.Exit(
-        run_preflight(config, overrides or [], make_console(quiet, as_json), stage=stage, how=how, **known)
+        run_preflight(
+            config,
+            overrides or [],
+            make_console(quiet, as_json),
+            stage=stage,
+            launch=(launcher, num_processes, num_machines),
+            gpu_memory=gpu_memory,
+            response_tokens=response_tokens,
+        )
     )
 
 

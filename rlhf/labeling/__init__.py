@@ -1,3 +1,4 @@
-"""Making of labels: weak labels from the votes of rules, functions and annotators, and the demo's simulated rater. The
-training on these labels is in `stages`.
+"""Creation of labels: weak labels from the votes of rules, functions and annotators, and the demo's simulated rater.
+
+The training on these labels is in `stages`.
 """

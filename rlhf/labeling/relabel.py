@@ -1,7 +1,7 @@
 """Comparison of a model's own replies by the demo's simulated rater.
 
-With people, this is the labelling round after SFT: the reward model is then trained on responses of the policy that PPO
-starts from (on-policy data), not only on responses of other writers.
+With human annotators this is the labelling round after SFT: the reward model is then trained on responses of the policy
+from which PPO starts (on-policy data), not only on responses from other sources.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ PROMPTS_PER_BATCH = 256
 
 
 def rate_responses(model: str, output: Path, *, rows: int, max_new_tokens: int, seed: int, console: Console) -> None:
-    """Have a model reply twice to each of some new demo prompts, and the simulated rater compare the two replies.
+    """Generate two replies of a model to each of `rows` new demo prompts, and let the simulated rater compare them.
 
-    Pairs of equal replies, or with a reply that was cut off, are left out.
+    Pairs of equal replies, or with a reply that reached the maximum length, are left out.
 
     Args:
         model: run directory, model folder or hub id.
@@ -40,10 +40,8 @@ def rate_responses(model: str, output: Path, *, rows: int, max_new_tokens: int, 
 
     def replies(prompts: list[Messages]) -> list[list[str]]:
         ids = [renderer.prompt(prompt) for prompt in prompts]
-        order = sorted(
-            range(len(ids)), key=lambda i: len(ids[i])
-        )  # sorted by length, so that batches have little padding
-        found: list[list[str]] = [[] for _ in ids]
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # batches of similar length have little padding
+        texts: list[list[str]] = [[] for _ in ids]
         with console.progress("rate", 2 * len(ids), "response") as bar:
             for start in range(0, len(order), PROMPTS_PER_BATCH):
                 chunk = order[start : start + PROMPTS_PER_BATCH]
@@ -53,9 +51,9 @@ def rate_responses(model: str, output: Path, *, rows: int, max_new_tokens: int, 
                     )
                     for i, reply in zip(chunk, drawn, strict=True):
                         # A reply that was cut off is not a finished turn, so it cannot be part of a pair.
-                        found[i].append(reply.text if reply.finished else "")
+                        texts[i].append(reply.text if reply.finished else "")
                 bar.update(2 * (start + len(chunk)), {})
-        return found
+        return texts
 
     pairs = DemoGenerator(0, 1.0).rated(rows, f"rated:{seed}", replies)
     write_rows(output, pairs)

@@ -1,4 +1,4 @@
-"""Reading of votes from columns, rules and functions into one table of records by sources.
+"""Reading of votes from columns, rules and functions into one table with a row per record and a column per source.
 
 A vote on a pair is 'chosen', 'rejected' or 'tie' (or 1, 0, 0.5); a vote on classes is a label. None, an empty cell and
 a tie are abstentions. Which of the two responses is called `chosen` carries no information here.
@@ -79,21 +79,21 @@ def read_votes(config: WeakLabelConfig, functions: Mapping[str, VoteFunction]) -
     Args:
         config: the records and the sources.
         functions: name in the configuration -> labelling function.
-    Raises: DataError for what cannot be read, with all bad rows and votes at once unless they are dropped; ConfigError
-        if two sources have the same name, or if there are fewer than two classes.
+    Raises: DataError if the data cannot be read, with all bad rows and votes at once unless they are dropped;
+        ConfigError if two sources have the same name, or if there are fewer than two classes.
     """
     data = config.data
     rows, columns, remark = read_rows(data)
-    reader, items, bad = _Reader(config, functions), list[VotedRecord](), list[BadRow]()
-    format, how = _format(config, columns)
+    reader, items, bad = _VoteReader(config, functions), list[VotedRecord](), list[BadRow]()
+    format, description = _format(config, columns)
     hidden = _hidden_columns(config)
     for number, value in rows:
         where = f"{data.path} row {number}"
         try:
             row = check_object(value, where)
             kept = {name: cell for name, cell in row.items() if name not in hidden}
-            bare = kept | {"label": []} if config.kind == "labelled" else kept
-            record: Any = convert_row(bare, format, config.kind, where)
+            with_empty_label = kept | {"label": []} if config.kind == "labelled" else kept
+            record: Any = convert_row(with_empty_label, format, config.kind, where)
             gold = reader.read(row.get(config.gold), config.gold, where) if config.gold else None
             items.append(VotedRecord(kept, record, gold, reader.collect(row, kept, record)))
         except BadRow as error:
@@ -105,7 +105,7 @@ def read_votes(config: WeakLabelConfig, functions: Mapping[str, VoteFunction]) -
         raise DataError(
             f"no record is left ({count_reasons(bad)}; first: {bad[0]})", where=data.path, do="correct the file"
         )
-    note = f"{data.path}: {how}{remark and ', '}{remark}, {len(items)} records"
+    note = f"{data.path}: {description}{remark and ', '}{remark}, {len(items)} records"
     note += f", {len(bad)} dropped ({count_reasons(bad)})" if bad else ""
     return _table(config, items, reader, [note, *reader.notes()])
 
@@ -137,12 +137,14 @@ def _format(config: WeakLabelConfig, columns: set[str]) -> tuple[str, str]:
     known = columns | {"label"} if config.kind == "labelled" else columns
     format = recognise_format(known, config.kind, data.path) if auto else data.format
     check_format(format, known, config.kind, data.path)
-    how = describe_format(format, known - _hidden_columns(config) | ({"label"} & known), config.kind, recognised=auto)
-    return format, how + (f", '{label}' is replaced" if label in columns else "")
+    description = describe_format(
+        format, known - _hidden_columns(config) | ({"label"} & known), config.kind, recognised=auto
+    )
+    return format, description + (f", '{label}' is replaced" if label in columns else "")
 
 
-class _Reader:
-    """Collects the votes of all sources on one record at a time, and counts what the notes report."""
+class _VoteReader:
+    """Reader of the votes of all sources on one record at a time; it counts the abstentions that the notes report."""
 
     def __init__(self, config: WeakLabelConfig, functions: Mapping[str, VoteFunction]) -> None:
         self.config, self.functions = config, functions
@@ -181,30 +183,32 @@ class _Reader:
             elif source.function:
                 found[name] = self._call(name, source.function, shown, record.where)
             else:
-                found[name] = _rule(source, record)
+                found[name] = _rule_vote(source, record)
         return found
 
-    def read(self, value: Any, who: str, where: str) -> str | None:
+    def read(self, value: Any, source_name: str, where: str) -> str | None:
         """Return the class that a value votes for, None for an abstention. Raises: BadRow if it is neither."""
         if _is_empty(value):
             return None
         if self.pairs:
             key = str(value)
             if isinstance(value, bool) or not isinstance(value, str | int | float) or key not in _PAIR_VOTES:
-                what = f"the vote of '{who}' on a pair is 'chosen', 'rejected' or 'tie' (1, 0, 0.5), or nothing"
-                raise BadRow("broken vote", what, found=f"{value!r:.40}", where=where)
+                message = (
+                    f"the vote of '{source_name}' on a pair is 'chosen', 'rejected' or 'tie' (1, 0, 0.5), or nothing"
+                )
+                raise BadRow("broken vote", message, found=f"{value!r:.40}", where=where)
             return _PAIR_VOTES[key]
         if isinstance(value, bool) or not isinstance(value, str | int):
-            what = f"the vote of '{who}' is one label, text or a whole number, or nothing"
-            raise BadRow("broken vote", what, found=f"{value!r:.40}", where=where)
+            message = f"the vote of '{source_name}' is one label, text or a whole number, or nothing"
+            raise BadRow("broken vote", message, found=f"{value!r:.40}", where=where)
         if self.config.labels and str(value) not in self.config.labels:
-            what = f"the vote of '{who}' is none of labels: {', '.join(self.config.labels)}"
-            raise BadRow("unknown label", what, found=f"{value!r:.40}", where=where)
+            message = f"the vote of '{source_name}' is none of labels: {', '.join(self.config.labels)}"
+            raise BadRow("unknown label", message, found=f"{value!r:.40}", where=where)
         return str(value)
 
-    def _count_vote(self, value: Any, who: str, where: str) -> str | None:
-        vote = self.read(value, who, where)
-        self.ties[who] += vote is None and not _is_empty(value)
+    def _count_vote(self, value: Any, source_name: str, where: str) -> str | None:
+        vote = self.read(value, source_name, where)
+        self.ties[source_name] += vote is None and not _is_empty(value)
         return vote
 
     def _mapping(self, value: Any, column: str, where: str) -> Mapping[str, Any]:
@@ -214,8 +218,8 @@ class _Reader:
         if _is_empty(value):
             return {}
         if not isinstance(value, Mapping) or not all(isinstance(name, str) and name.strip() for name in value):
-            what = f"'{column}' must be a mapping annotator -> vote"
-            raise BadRow("broken votes", what, found=f"{value!r:.40}", where=where)
+            message = f"'{column}' must be a mapping annotator -> vote"
+            raise BadRow("broken votes", message, found=f"{value!r:.40}", where=where)
         return value
 
     def _call(self, name: str, function: str, shown: VoteRow, where: str) -> str | None:
@@ -244,7 +248,9 @@ class _Reader:
 
     def notes(self) -> list[str]:
         """Return lines about votes that count as abstentions."""
-        lines = [f"{n} ties of '{who}' count as abstentions" for who, n in sorted(self.ties.items()) if n]
+        lines = [
+            f"{n} ties of '{source_name}' count as abstentions" for source_name, n in sorted(self.ties.items()) if n
+        ]
         for name, n in sorted(self.by_position.items()):
             lines.append(
                 f"'{name}' changes its vote when the two responses are swapped, on {n} records: counted as abstention"
@@ -256,7 +262,7 @@ def _is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, str) and not value.strip())
 
 
-def _rule(source: VoteSource, record: Comparison | Labelled) -> str | None:
+def _rule_vote(source: VoteSource, record: Comparison | Labelled) -> str | None:
     if isinstance(record, Labelled):
         last = record.content if isinstance(record.content, str) else record.content[-1]["content"]
         return source.vote if _rule_holds(source, last, "") else None
@@ -280,7 +286,7 @@ def _rule_holds(source: VoteSource, text: str, other: str) -> bool:
     return words - len(other.split()) >= source.longer_by
 
 
-def _table(config: WeakLabelConfig, items: Sequence[VotedRecord], reader: _Reader, notes: list[str]) -> VoteTable:
+def _table(config: WeakLabelConfig, items: Sequence[VotedRecord], reader: _VoteReader, notes: list[str]) -> VoteTable:
     names = tuple(dict.fromkeys((*reader.fixed, *sorted({name for item in items for name in item.votes}))))
     labels = SIDES if config.kind == "comparison" else config.labels
     if not labels:

@@ -18,8 +18,8 @@ from rlhf.functional import dawid_skene, majority_vote, vote_accuracy, vote_shar
 from rlhf.labeling.votes import VoteTable, read_votes
 from rlhf.rollout.rewards import import_reward_function
 
-FEWEST = 3
-"""Least number of sources for Dawid-Skene; the agreement of two does not determine their accuracies."""
+MIN_SOURCES = 3
+"""Minimum number of sources for Dawid-Skene; the agreement of two sources does not determine their accuracies."""
 
 
 def make_weak_labels(config: WeakLabelConfig, console: Console) -> None:
@@ -45,9 +45,9 @@ def make_weak_labels(config: WeakLabelConfig, console: Console) -> None:
     written = (votes >= 0).any(dim=1) if config.no_votes == "drop" else torch.ones(len(votes), dtype=torch.bool)
     count = write_jsonl(output, _rows(config, table, labels, written))
     _print_sources(votes, table, labels, console)
-    silent = int((votes < 0).all(dim=1).sum())
+    without_vote = int((votes < 0).all(dim=1).sum())
     console.note(
-        f"{count} records in {output}; {silent} without a vote "
+        f"{count} records in {output}; {without_vote} without a vote "
         + ("dropped (no_votes=keep keeps them)" if config.no_votes == "drop" else "kept")
     )
 
@@ -62,9 +62,9 @@ def _check_votes(config: WeakLabelConfig, votes: Tensor, table: VoteTable) -> No
         )
     active = int((votes >= 0).any(dim=0).sum())
     together = int((votes >= 0).sum(dim=1).max())
-    if config.label_model.kind == "dawid-skene" and (active < FEWEST or together < 2):
+    if config.label_model.kind == "dawid-skene" and (active < MIN_SOURCES or together < 2):
         raise DataError(
-            f"accuracies can be estimated only if at least {FEWEST} sources vote on common records",
+            f"accuracies can be estimated only if at least {MIN_SOURCES} sources vote on common records",
             found=f"{active} sources that vote, at most {together} on one record",
             where=config.data.path,
             do="add sources, or set label_model.kind=majority",
@@ -76,18 +76,18 @@ def _labels(config: WeakLabelConfig, votes: Tensor, table: VoteTable, console: C
     settings, classes = config.label_model, len(table.labels)
     if settings.kind == "majority":
         return majority_vote(votes, classes=classes)
-    one = _one_accuracy(config, votes, table)
+    single_accuracy = _one_accuracy(config, votes, table)
     found = dawid_skene(
         votes,
         classes=classes,
-        symmetric=one,
+        symmetric=single_accuracy,
         smoothing=settings.smoothing,
         tolerance=settings.tolerance,
         max_iterations=settings.max_iterations,
     )
     ended = "converged" if found.converged else "STOPPED BEFORE IT CONVERGED (label_model.max_iterations)"
-    what = "one accuracy" if one else "a confusion matrix"
-    console.note(f"dawid-skene: {what} per source; {ended} after {len(found.objective)} iterations")
+    parameters = "one accuracy" if single_accuracy else "a confusion matrix"
+    console.note(f"dawid-skene: {parameters} per source; {ended} after {len(found.objective)} iterations")
     return found.posterior
 
 

@@ -1,4 +1,4 @@
-"""Run a stage under `accelerate launch`. Imports no torch, so that a wrong launcher is refused at once."""
+"""Run a stage under `accelerate launch`. This module imports no torch, so invalid launches are rejected quickly."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from rlhf.errors import ConfigError, combine_errors
 from rlhf.launch.network import interface_towards
 from rlhf.launch.supervisor import JobResult, report_job, supervise
 
-MULTI_PROCESS_TYPES = ("MULTI_GPU", "DEEPSPEED", "FSDP")  # types that start one process each for a number of them
+MULTI_PROCESS_TYPES = ("MULTI_GPU", "DEEPSPEED", "FSDP")  # values of distributed_type that start several processes
 MACHINES, RANK, ADDRESS, PORT = "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"
 INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 @dataclass(frozen=True)
 class LaunchOptions:
-    """What the command line says about processes; None = as the accelerate file says."""
+    """Options of the command line about processes; None means the value of the accelerate file."""
 
     launcher: str | None = None
     processes: int | None = None  # over all machines
@@ -42,11 +42,11 @@ class LaunchOptions:
 
     @property
     def given(self) -> bool:
-        """Whether anything but a launcher was given."""
+        """Whether any option other than the launcher was given."""
         return self != LaunchOptions(launcher=self.launcher)
 
     def flags(self) -> list[str]:
-        """As they are typed, for the command that resumes."""
+        """Return the options as words of a command line, for the command that resumes the run."""
         named = {
             "launcher": self.launcher,
             "num-processes": self.processes,
@@ -62,7 +62,7 @@ class LaunchOptions:
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """A launch, resolved and found possible."""
+    """Resolved and checked settings of a launch."""
 
     path: Path
     settings: Mapping[str, Any]
@@ -74,17 +74,20 @@ class LaunchPlan:
 
     @property
     def kind(self) -> str:
-        """accelerate's distributed_type."""
+        """The `distributed_type` of accelerate."""
         return str(self.settings.get("distributed_type", "NO"))
 
-    def command(self, arguments: list[str], attempt: int = 0, seconds: int = DEFAULT_TIMEOUT) -> list[str]:
-        """The command; another attempt meets on another port, since the old one may still hold dead addresses.
+    def command(self, arguments: list[str], attempt: int = 0, timeout: int = DEFAULT_TIMEOUT) -> list[str]:
+        """Return the command that starts the processes of this machine.
 
         Args:
-            seconds: how long machines wait for each other.
+            arguments: the command line after `rlhf`.
+            attempt: number of restarts so far; it is added to the port, because the store behind the previous port may
+                still hold the addresses of ended processes.
+            timeout: seconds that machines wait for each other.
         """
         port = 0 if self.port is None else self.port + attempt
-        several = [
+        multi_machine_flags = [
             "--num_machines",
             str(self.machines),
             "--machine_rank",
@@ -92,10 +95,10 @@ class LaunchPlan:
             "--main_process_ip",
             str(self.ip),
             "--rdzv_conf",
-            f"timeout={max(seconds, RENDEZVOUS_SECONDS)}",
+            f"timeout={max(timeout, RENDEZVOUS_SECONDS)}",
         ]
-        if self.kind == "DEEPSPEED":
-            several += ["--deepspeed_multinode_launcher", "standard"]  # the others write the environment to a file
+        if self.kind == "DEEPSPEED":  # DeepSpeed's other launchers write the environment to a file
+            multi_machine_flags += ["--deepspeed_multinode_launcher", "standard"]
         return [
             sys.executable,
             "-m",
@@ -104,7 +107,7 @@ class LaunchPlan:
             str(self.path),
             "--num_processes",
             str(self.processes),
-            *(several if self.machines > 1 else []),
+            *(multi_machine_flags if self.machines > 1 else []),
             "--main_process_port",
             str(port),
             "-m",
@@ -114,25 +117,27 @@ class LaunchPlan:
 
 
 def accelerate_config(name: str) -> Path:
-    """The accelerate file that a launcher name means.
+    """Return the path of the accelerate file for a launcher name, or the path itself.
 
-    Raises: ConfigError listing the known ones.
+    Raises: ConfigError listing the known launchers.
     """
-    here = Path("configs/accelerate")
+    local = Path("configs/accelerate")
     package = Path(__file__).resolve().parents[2] / "configs" / "accelerate"
-    for candidate in (Path(name), here / f"{name}.yaml", package / f"{name}.yaml"):
+    for candidate in (Path(name), local / f"{name}.yaml", package / f"{name}.yaml"):
         if candidate.is_file():
             return candidate
-    known = sorted({p.stem for folder in (here, package) for p in folder.glob("*.yaml")})
-    raise ConfigError("no such launcher", found=name, where="--launcher", do=f"one of {', '.join(known)}, or a path")
+    known = sorted({p.stem for folder in (local, package) for p in folder.glob("*.yaml")})
+    raise ConfigError(
+        "no such launcher", found=name, where="--launcher", do=f"choose one of {', '.join(known)}, or give a path"
+    )
 
 
 def resolve_launch(options: LaunchOptions, environment: Mapping[str, str] = os.environ) -> LaunchPlan:
-    """What would be started.
+    """Resolve and check the settings of a launch.
 
-    Of several machines, what no flag says is read from the environment: NNODES or SLURM_NNODES, NODE_RANK or
-    SLURM_NODEID, MASTER_ADDR, MASTER_PORT.
-    Raises: ConfigError naming every problem: nothing is started wrong, or with fewer processes than were asked for.
+    For a launch on several machines, settings that no flag gives are read from the environment: NNODES or
+    SLURM_NNODES, NODE_RANK or SLURM_NODEID, MASTER_ADDR, MASTER_PORT.
+    Raises: ConfigError listing every problem, among them a launch that would start fewer processes than requested.
     """
     assert options.launcher is not None
     path = accelerate_config(options.launcher)
@@ -148,29 +153,29 @@ def resolve_launch(options: LaunchOptions, environment: Mapping[str, str] = os.e
             problems.append(str(ConfigError("expected a whole number", found=repr(value), where=where)))
             return 1
 
-    several = options.machines is not None or int(settings.get("num_machines", 1) or 1) > 1
-    from_environment = (MACHINES, "SLURM_NNODES") if several else ()
-    machines = number("--num-machines", options.machines, settings.get("num_machines", 1), *from_environment)
-    from_environment = (RANK, "SLURM_NODEID") if machines > 1 else ()
-    rank = number("--machine-rank", options.machine_rank, settings.get("machine_rank") or 0, *from_environment)
+    multi_machine = options.machines is not None or int(settings.get("num_machines", 1) or 1) > 1
+    variables = (MACHINES, "SLURM_NNODES") if multi_machine else ()
+    machines = number("--num-machines", options.machines, settings.get("num_machines", 1), *variables)
+    variables = (RANK, "SLURM_NODEID") if machines > 1 else ()
+    rank = number("--machine-rank", options.machine_rank, settings.get("machine_rank") or 0, *variables)
     processes = number("--num-processes", options.processes, settings.get("num_processes", 1))
     ip, port = options.ip, options.port
     if machines > 1:
         ip = ip or environment.get(ADDRESS) or settings.get("main_process_ip")
         port = number("--main-process-port", port, settings.get("main_process_port") or 29500, PORT)
     plan = LaunchPlan(path, settings, processes, machines, rank, ip, port)
-    raised = combine_errors(ConfigError, [*problems, *(str(error) for error in _impossible(plan))])
-    if raised is not None:
-        raise raised
+    error = combine_errors(ConfigError, [*problems, *(str(problem) for problem in _find_problems(plan))])
+    if error is not None:
+        raise error
     return plan
 
 
-def _impossible(plan: LaunchPlan) -> Iterator[ConfigError]:
-    """What is wrong with a launch, in words."""
+def _find_problems(plan: LaunchPlan) -> Iterator[ConfigError]:
+    """Yield an error for each reason why a launch is impossible or would go wrong."""
     kind, processes, machines = plan.kind, plan.processes, plan.machines
     if processes < 1 or machines < 1:
         yield ConfigError(
-            "expected one process and one machine at least",
+            "expected at least one process and one machine",
             found=f"{processes} and {machines}",
             where="--num-processes, --num-machines",
         )
@@ -186,43 +191,43 @@ def _impossible(plan: LaunchPlan) -> Iterator[ConfigError]:
             f"machines are numbered from 0 to {machines - 1}",
             found=str(plan.machine_rank),
             where="--machine-rank",
-            do="give each machine a number of its own, or raise --num-machines",
+            do="give each machine a different number in this range, or raise --num-machines",
         )
     if machines > 1 and not plan.ip:
         yield ConfigError(
-            f"{machines} machines have to find each other",
+            f"a launch on {machines} machines needs the address of machine 0",
             found="no address",
             where="--main-process-ip",
-            do=f"give the address of machine 0 (or set {ADDRESS}), the same on every machine",
+            do=f"give this address (or set {ADDRESS}), the same on every machine",
         )
     if processes > 1 and kind not in MULTI_PROCESS_TYPES:
         yield ConfigError(
-            f"distributed_type {kind} starts one process, in silence",
+            f"distributed_type {kind} starts only one process, without a warning",
             found=f"{processes} processes",
             where=str(plan.path),
             do="use --launcher ddp (also for several processes on a CPU), or zero2",
         )
     if processes == 1 and kind == "MULTI_GPU":
         yield ConfigError(
-            "data parallel needs two processes",
+            "data-parallel training needs at least two processes",
             found="1",
             where="--num-processes",
-            do="use --launcher single or cpu for one",
+            do="use --launcher single or cpu for one process",
         )
-    how = (plan.settings.get("deepspeed_config") or {}).get("deepspeed_multinode_launcher", "standard")
-    if kind == "DEEPSPEED" and machines > 1 and how != "standard":
+    deepspeed_launcher = (plan.settings.get("deepspeed_config") or {}).get("deepspeed_multinode_launcher", "standard")
+    if kind == "DEEPSPEED" and machines > 1 and deepspeed_launcher != "standard":
         yield ConfigError(
-            "this way to several machines writes the whole environment, tokens included, to .deepspeed_env",
-            found=f"deepspeed_multinode_launcher: {how}",
+            "this DeepSpeed launcher writes the whole environment, including access tokens, to .deepspeed_env",
+            found=f"deepspeed_multinode_launcher: {deepspeed_launcher}",
             where=str(plan.path),
             do="set it to standard, and start the command on every machine (configs/launch has scripts)",
         )
 
 
 def check_stage_launch(stage: str, config: Any, plan: LaunchPlan) -> None:
-    """What a stage and a launch must agree on.
+    """Check that a stage can run under a launch.
 
-    Raises: ConfigError for a batch that the processes cannot share, and for an engine that would not run.
+    Raises: ConfigError if the processes cannot share the batch equally, or the stage does not support the engine.
     """
     check_batch_shared(config, plan.processes)
     if plan.kind == "FSDP":
@@ -232,7 +237,7 @@ def check_stage_launch(stage: str, config: Any, plan: LaunchPlan) -> None:
 
 
 def check_batch_shared(config: Any, processes: int) -> None:
-    """Raises: ConfigError for a batch that the processes cannot share."""
+    """Check that the processes can share the batch equally. Raises: ConfigError if they cannot."""
     if hasattr(config, "ppo"):
         config.ppo.check_shared(processes)
     elif hasattr(config, "optim"):
@@ -240,26 +245,28 @@ def check_batch_shared(config: Any, processes: int) -> None:
 
 
 def launch_stage(options: LaunchOptions, stage: str, arguments: list[str], *, output: str | None = None) -> int:
-    """Run a stage of ours under `accelerate launch`, and again after a failure as often as is allowed.
+    """Run a stage under `accelerate launch`; after a failure restart it up to `max_restarts` times.
 
     Args:
-        arguments: what follows `rlhf STAGE`.
-        output: the stage's run directory, where its checkpoints lie.
-    Returns: the exit code of the last attempt; its failure has been explained.
+        options: launch options; the launcher must be set.
+        stage: name of the stage's command.
+        arguments: the command line after `rlhf STAGE`.
+        output: the stage's run directory, which contains its checkpoints.
+    Returns: the exit code of the last attempt; a message about its failure has been printed.
     Raises: ConfigError as `resolve_launch`.
     """
     plan = resolve_launch(options)
     environment = dict(os.environ)
     if options.timeout is not None:
         environment[TIMEOUT_VARIABLE] = str(options.timeout)
-    seconds = timeout_seconds(environment)
+    timeout = timeout_seconds(environment)
     environment[EXPECTED_PROCESSES] = str(plan.processes)
     if plan.machines > 1 and INTERFACE not in environment and (found := interface_towards(str(plan.ip))):
         environment[INTERFACE] = found
     local = plan.processes // plan.machines
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // local)))
-    several = plan.machines > 1
-    if several:  # whatever the environment said: the command is to work wherever it is pasted
+    multi_machine = plan.machines > 1
+    if multi_machine:  # the command to resume must also work in a shell without these environment variables
         options = replace(
             options,
             processes=plan.processes,
@@ -268,26 +275,24 @@ def launch_stage(options: LaunchOptions, stage: str, arguments: list[str], *, ou
             ip=plan.ip,
             port=plan.port,
         )
-    resume = "rlhf " + shlex.join([stage, *arguments, *options.flags()])
-    ended = JobResult(0)
+    resume_command = "rlhf " + shlex.join([stage, *arguments, *options.flags()])
+    join_timeout = max(timeout, RENDEZVOUS_SECONDS) + RENDEZVOUS_SECONDS / 2
+    result = JobResult(0)
     for attempt in range(options.max_restarts + 1):
-        command, meeting = (
-            plan.command([stage, *arguments], attempt, seconds),
-            max(seconds, RENDEZVOUS_SECONDS) + RENDEZVOUS_SECONDS / 2,
-        )
-        ended = supervise(command, environment, seconds, meeting if several else None)
-        if ended.code == 0:
+        command = plan.command([stage, *arguments], attempt, timeout)
+        result = supervise(command, environment, timeout, join_timeout if multi_machine else None)
+        if result.exit_code == 0:
             return 0
-        left = options.max_restarts - attempt
-        again = left > 0 and ended.may_restart
+        restarts_left = options.max_restarts - attempt
+        restart = restarts_left > 0 and result.may_restart
         report_job(
-            ended,
+            result,
             Path(output) if output else None,
-            resume,
-            restarts_left=left if again else 0,
-            meeting=f"{plan.ip}:{plan.port}" if several else "",
-            writes=plan.machine_rank == 0,
+            resume_command,
+            restarts_left=restarts_left if restart else 0,
+            rendezvous=f"{plan.ip}:{plan.port}" if multi_machine else "",
+            writes_checkpoints=plan.machine_rank == 0,
         )
-        if not again:
+        if not restart:
             break
-    return ended.code
+    return result.exit_code

@@ -1,7 +1,8 @@
-"""Which network interface leads to the other machines. Imports no torch.
+"""Find the network interface that reaches the other machines. This module imports no torch.
 
-Gloo looks up this machine's own name to find out where it can be reached. That name is often unknown, or means the
-loopback (as Debian writes it into /etc/hosts): the others would then try to reach themselves.
+Gloo resolves this machine's host name to find the address under which the other processes can reach it. The name is
+often unknown or resolves to the loopback address (Debian writes that into /etc/hosts), and the other processes would
+then connect to themselves.
 """
 
 from __future__ import annotations
@@ -13,34 +14,37 @@ import struct
 from contextlib import suppress
 from pathlib import Path
 
-GET_ADDRESS = 0x8915  # SIOCGIFADDR of Linux
-ANYWHERE = "192.0.2.1"  # an address that nobody has (RFC 5737): the way there is the default route
+SIOCGIFADDR = 0x8915  # Linux ioctl request that returns the IPv4 address of an interface
+UNASSIGNED_ADDRESS = "192.0.2.1"  # belongs to no machine (RFC 5737), so it is routed by the default route
 
 
 def interface_towards(address: str) -> str | None:
-    """Name of the interface that has the way to a machine, or that has its address if this is the machine.
+    """Return the name of the interface that routes to `address`, or that has this address if it is this machine's.
 
-    Nothing is sent. Returns: None if it cannot be told, or would be the loopback.
+    No packet is sent. Returns: None if the interface cannot be found, or is the loopback.
     """
-    for target in (address, ANYWHERE):
+    for target in (address, UNASSIGNED_ADDRESS):
         with suppress(OSError):
-            family, kind, protocol, _, to = socket.getaddrinfo(target, 9, type=socket.SOCK_DGRAM)[0]
+            family, kind, protocol, _, socket_address = socket.getaddrinfo(target, 9, type=socket.SOCK_DGRAM)[0]
             with socket.socket(family, kind, protocol) as probe:
-                probe.connect(to)
-                ours = ipaddress.ip_address(probe.getsockname()[0].partition("%")[0])
-            if not ours.is_loopback:  # machine 0 may know its own name as the loopback
-                return next((name for name, has in _addresses() if has == ours), None)
+                probe.connect(socket_address)
+                own_address = ipaddress.ip_address(probe.getsockname()[0].partition("%")[0])
+            if not own_address.is_loopback:  # on machine 0 its own name may resolve to the loopback
+                return next(
+                    (name for name, interface_address in _interface_addresses() if interface_address == own_address),
+                    None,
+                )
     return None
 
 
-def _addresses() -> list[tuple[str, ipaddress.IPv4Address | ipaddress.IPv6Address]]:
-    """Interfaces of this machine with their addresses."""
+def _interface_addresses() -> list[tuple[str, ipaddress.IPv4Address | ipaddress.IPv6Address]]:
+    """Return (name, address) of every network interface of this machine that has an address."""
     found: list[tuple[str, ipaddress.IPv4Address | ipaddress.IPv6Address]] = []
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         for _, name in socket.if_nameindex():
-            with suppress(OSError):  # one without an address, or a system that is not Linux
-                answer = fcntl.ioctl(any_socket, GET_ADDRESS, struct.pack("256s", name.encode()[:15]))
-                found.append((name, ipaddress.IPv4Address(answer[20:24])))
+            with suppress(OSError):  # the interface has no address, or the system is not Linux
+                reply = fcntl.ioctl(any_socket, SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                found.append((name, ipaddress.IPv4Address(reply[20:24])))
     with suppress(OSError):
         for line in Path("/proc/net/if_inet6").read_text(encoding="ascii").splitlines():
             words = line.split()

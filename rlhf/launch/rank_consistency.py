@@ -1,5 +1,8 @@
-"""Whether all processes see the same, asked before anything is loaded. Machines may have disks of their own: a process
-that begins anew beside one that goes on would wait for it for ever, or train apart."""
+"""Check before anything is loaded that all processes have the same configuration, input files and run directory.
+
+Machines may have separate disks. If one process started a new run while another resumed, they would wait for each other
+for ever, or train different models.
+"""
 
 from __future__ import annotations
 
@@ -28,125 +31,151 @@ SHARED_DISK_ADVICE = (
     "put output_dir on a disk that all machines share, or copy that folder from the machine of rank 0 to the same "
     "place on the others (and delete what they have there)"
 )
-MAX_DIFFERENCES_SHOWN = 3  # differences in a message
-FINAL_WAIT = timedelta(seconds=10)  # for the others to have read what is wrong, before the machine of the store ends
-_question = itertools.count()
+MAX_DIFFERENCES_SHOWN = 3  # in one error message
+FINAL_WAIT = timedelta(seconds=10)  # rank 0 lets the others read the values for this long before its store ends
+_exchange_number = itertools.count()
 
 
 def check_same_run(
-    run: RunDir, state: str, config: BaseModel, inputs: Mapping[str, str], trouble: RLHFError | None
+    run: RunDir, state: str, config: BaseModel, inputs: Mapping[str, str], local_error: RLHFError | None
 ) -> None:
-    """Before a stage: every process has the same configuration, the same input files and the same run directory.
+    """Check before a stage that every process has the same configuration, input files and run directory.
 
     Args:
-        trouble: what is wrong here; the others then need not wait for this process.
-    Raises: `trouble`; ConfigError, CheckpointError or TrainingError if the processes do not agree.
+        run: the run directory.
+        state: 'new', 'interrupted' or 'finished', as `RunDir.check` returns it.
+        config: the resolved configuration.
+        inputs: path -> fingerprint of everything the stage reads.
+        local_error: an error of this process; it is sent to the others so that they do not wait for this process.
+    Raises: `local_error`; ConfigError, CheckpointError or TrainingError if the processes differ.
     """
-    seen = {f"{key} of the configuration": value for key, value in _flat("", config_to_dict(config))}
-    seen |= {f"input {path}": mark for path, mark in inputs.items()}
-    seen[RUN_KEY] = f"{state} {run.info.get('id', '')[:8]}".strip()
+    values = {f"{key} of the configuration": value for key, value in _flatten("", config_to_dict(config))}
+    values |= {f"input {path}": mark for path, mark in inputs.items()}
+    values[RUN_KEY] = f"{state} {run.info.get('id', '')[:8]}".strip()
     if state == "interrupted":
-        seen |= {f"{CHECKPOINT_KEY} {p.parent.name}": file_sha256(p)[:8] for p in run.checkpoints.glob(f"*/{MANIFEST}")}
-    check_same_on_all_ranks(seen, where=f"output_dir {run.path}", trouble=trouble)
+        values |= {
+            f"{CHECKPOINT_KEY} {p.parent.name}": file_sha256(p)[:8] for p in run.checkpoints.glob(f"*/{MANIFEST}")
+        }
+    check_same_on_all_ranks(values, where=f"output_dir {run.path}", local_error=local_error)
 
 
 def check_same_checkpoint(name: str | None, run: RunDir) -> None:
-    """Every process goes on from the same checkpoint: a copy of it may be damaged on one machine.
+    """Check that every process resumes from the same checkpoint: on one machine its copy may be damaged.
 
+    Args:
+        name: name of the checkpoint that this process has chosen; None = it starts from the beginning.
+        run: the run directory.
     Raises: CheckpointError or TrainingError.
     """
     check_same_on_all_ranks({CHECKPOINT_KEY: name or "none"}, where=f"output_dir {run.path}")
 
 
-def check_same_on_all_ranks(seen: Mapping[str, str], *, where: str, trouble: RLHFError | None = None) -> None:
-    """Compare what this process sees with what the others see. Does nothing in a single process.
+def check_same_on_all_ranks(values: Mapping[str, str], *, where: str, local_error: RLHFError | None = None) -> None:
+    """Compare the values of this process with those of all others; a single process only raises `local_error`.
 
-    Raises: `trouble`; ConfigError, CheckpointError or TrainingError, the same on every process.
+    Args:
+        values: name -> value of everything that must be equal on all ranks.
+        where: place that error messages name.
+        local_error: an error of this process.
+    Raises: `local_error`; ConfigError, CheckpointError or TrainingError, the same on every process.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    store = _meeting_point() if world > 1 else None
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    store = _launcher_store() if world_size > 1 else None
     if store is not None:
-        compare_through_store(store, get_rank(), world, seen, where=where, trouble=trouble)
-    if trouble is not None:
-        raise trouble
+        compare_through_store(store, get_rank(), world_size, values, where=where, local_error=local_error)
+    if local_error is not None:
+        raise local_error
 
 
-def _meeting_point() -> Any:
-    """The launcher's store, which is there before any group of processes; None under a launcher that has none."""
+def _launcher_store() -> Any:
+    """Return the launcher's key-value store, which exists before any process group; None if the launcher has none."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     from torch.distributed import PrefixStore, rendezvous
 
     store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=max(timeout_seconds(), RENDEZVOUS_SECONDS))))
-    return PrefixStore(f"rlhf/{next(_question)}", store)
+    return PrefixStore(f"rlhf/{next(_exchange_number)}", store)
 
 
 def compare_through_store(
-    store: Any, rank: int, world: int, seen: Mapping[str, str], *, where: str, trouble: RLHFError | None = None
+    store: Any,
+    rank: int,
+    world_size: int,
+    values: Mapping[str, str],
+    *,
+    where: str,
+    local_error: RLHFError | None = None,
 ) -> None:
-    """`same_everywhere`, with the store at which the processes meet.
+    """Compare the values of all processes through a key-value store that they share.
 
-    Raises: as `same_everywhere`.
+    Args:
+        store: a store of `torch.distributed`.
+        rank: rank of this process.
+        world_size: number of processes.
+        values, where, local_error: as in `check_same_on_all_ranks`.
+    Raises: as `check_same_on_all_ranks`.
     """
-    trouble_here = f"{type(trouble).__name__}: {trouble}" if trouble is not None else ""
-    store.set(f"{rank}", json.dumps({"host": socket.gethostname(), "trouble": trouble_here, "seen": dict(seen)}))
-    views = []
-    for other in range(world):
+    error_text = f"{type(local_error).__name__}: {local_error}" if local_error is not None else ""
+    store.set(f"{rank}", json.dumps({"host": socket.gethostname(), "error": error_text, "values": dict(values)}))
+    reports = []
+    for other in range(world_size):
         try:
-            views.append(json.loads(store.get(f"{other}")))
-        except RuntimeError as error:  # of several kinds, by what is missing
+            reports.append(json.loads(store.get(f"{other}")))
+        except RuntimeError as error:  # a subclass that depends on whether the value or the store is missing
             raise TrainingError(
                 f"rank {other} did not join in time",
                 found=str(error).split("\n")[0][:200],
                 where=where,
                 do="see its log; the same command has to be started on every machine",
             ) from None
-    wrong = _difference(views, where)
-    if wrong is None:
+    common_error = _find_difference(reports, where)
+    if common_error is None:
         return
     store.set(f"{rank}/read", "")
-    if rank == 0:  # as a rule its launcher has the store
+    if rank == 0:  # its launcher usually hosts the store
         with suppress(RuntimeError):
-            store.wait([f"{other}/read" for other in range(world)], FINAL_WAIT)
-    raise trouble or wrong
+            store.wait([f"{other}/read" for other in range(world_size)], FINAL_WAIT)
+    raise local_error or common_error
 
 
-def _difference(views: list[Any], where: str) -> RLHFError | None:
-    """What is wrong, in words."""
-    stopped = [i for i, view in enumerate(views) if view["trouble"]]
+def _find_difference(reports: list[Any], where: str) -> RLHFError | None:
+    """Return an error about a process that cannot start or about different values; None if all values are equal."""
+    stopped = [i for i, report in enumerate(reports) if report["error"]]
     if stopped:
         i = stopped[0]
         return TrainingError(
-            f"rank {i} on {views[i]['host']} cannot start",
-            found=views[i]["trouble"],
+            f"rank {i} on {reports[i]['host']} cannot start",
+            found=reports[i]["error"],
             where=where,
-            do="correct it there, and start the same command again on every machine",
+            do="correct this on that machine, then start the same command again on every machine",
         )
-    first, differing = views[0]["seen"], {}
-    for i, view in enumerate(views):
-        for key in sorted(first.keys() | view["seen"].keys(), key=lambda key: (key != RUN_KEY, key)):
-            ours, theirs = (seen.get(key, MISSING) for seen in (first, view["seen"]))
-            if ours != theirs and key not in differing:
-                differing[key] = f"{key}: {ours} on rank 0 ({views[0]['host']}), {theirs} on rank {i} ({view['host']})"
-    if not differing:
+    first, first_host, differences = reports[0]["values"], reports[0]["host"], {}
+    for i, report in enumerate(reports):
+        for key in sorted(first.keys() | report["values"].keys(), key=lambda key: (key != RUN_KEY, key)):
+            expected, actual = (values.get(key, MISSING) for values in (first, report["values"]))
+            if expected != actual and key not in differences:
+                differences[key] = (
+                    f"{key}: {expected} on rank 0 ({first_host}), {actual} on rank {i} ({report['host']})"
+                )
+    if not differences:
         return None
-    folder = {key: words for key, words in differing.items() if key.split(" ")[0] in (RUN_KEY, CHECKPOINT_KEY)}
-    shown = list(differing.values())
+    in_run_dir = {key for key in differences if key.split(" ")[0] in (RUN_KEY, CHECKPOINT_KEY)}
+    shown = list(differences.values())
     found = "; ".join(shown[:MAX_DIFFERENCES_SHOWN]) + (
         f"; and {len(shown) - MAX_DIFFERENCES_SHOWN} more" if len(shown) > MAX_DIFFERENCES_SHOWN else ""
     )
-    if folder.keys() == differing.keys():
+    if in_run_dir == differences.keys():
         return CheckpointError("the processes do not see the same run", found=found, where=where, do=SHARED_DISK_ADVICE)
     return ConfigError(
-        "the processes were not started alike",
+        "the processes were started with different configurations or input files",
         found=found,
         where=where,
         do="start the same command, with the same files, on every machine",
     )
 
 
-def _flat(prefix: str, value: Any) -> list[tuple[str, str]]:
-    """Every value of a configuration by its key, as text."""
+def _flatten(prefix: str, value: Any) -> list[tuple[str, str]]:
+    """Return (dotted key, text) of every value of a configuration; long values are replaced by a hash."""
     if isinstance(value, dict) and value:
-        return [pair for key, inner in value.items() for pair in _flat(f"{prefix}.{key}".lstrip("."), inner)]
+        return [pair for key, inner in value.items() for pair in _flatten(f"{prefix}.{key}".lstrip("."), inner)]
     return [(prefix, hashlib.sha256(repr(value).encode()).hexdigest()[:8] if len(repr(value)) > 60 else repr(value))]

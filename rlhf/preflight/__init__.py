@@ -1,1 +1,1 @@
-"""TODO."""
+"""Checks and estimates before a run: data, batch sizes, memory and speed, without training."""

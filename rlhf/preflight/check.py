@@ -1,4 +1,4 @@
-"""`rlhf check`: everything that can be known about a run before it starts. Trains nothing and writes nothing."""
+"""`rlhf check`: check configuration, data, models and memory before a run; nothing is trained or written."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from rlhf.console import Console
 from rlhf.errors import CheckpointError, ConfigError, DataError, RLHFError, ShapeError
 from rlhf.launch.launcher import LaunchOptions, LaunchPlan, check_batch_shared, resolve_launch
 from rlhf.models.load import check_context, resolve_model
-from rlhf.preflight import memory_model
+from rlhf.preflight import memory_formulas
 from rlhf.preflight.data_audit import DataAudit, audit_data
-from rlhf.preflight.memory_estimate import DataProfile, EstimateInput, device_bytes, estimate_memory
-from rlhf.preflight.memory_model import Sharding, format_bytes
+from rlhf.preflight.memory_formulas import Sharding, format_bytes
 from rlhf.preflight.model_shapes import (
     NO_ADAPTER,
     ModelShape,
@@ -30,30 +29,30 @@ from rlhf.preflight.model_shapes import (
     reward_sources,
     trained_model_shape,
 )
+from rlhf.preflight.stage_memory import DataProfile, EstimateInput, device_bytes, estimate_memory
 from rlhf.preflight.suggestions import memory_suggestions, with_lora
 from rlhf.rollout.reward_loading import check_offload, same_tokenizer
 from rlhf.stages import lifecycle
 
-FAILS, WELL = 1, 0
+FAILS, WELL = 1, 0  # exit codes
 
 
 @dataclass
 class PreflightReport:
-    """What is checked against what, and what was found."""
+    """Conditions under which one stage is checked, and the problems that were found."""
 
     console: Console
     sharding: Sharding
-    limit: float | None  # bytes of one device
+    limit: float | None  # bytes of one device; None = unknown
     gpu: bool
-    response: int | None = None  # mean length of PPO's responses, if known
-    planned: dict[str, PlannedModel] = field(
-        default_factory=dict
-    )  # models that earlier stages of the pipeline will make
-    templates: dict[str, str | None] = field(default_factory=dict)
+    response_tokens: int | None = None  # mean length of PPO's responses, if known
+    # The next two are by path of models that earlier stages of the pipeline will create.
+    planned: dict[str, PlannedModel] = field(default_factory=dict)
+    templates: dict[str, str | None] = field(default_factory=dict)  # chat template files
     problems: list[str] = field(default_factory=list)
 
-    def fails(self, problem: str) -> None:
-        """Note something that would go wrong."""
+    def add_problem(self, problem: str) -> None:
+        """Record and print a problem because of which the stage would fail."""
         self.problems.append(problem)
         self.console.text(f"FAILS  {problem}")
 
@@ -64,25 +63,31 @@ def run_preflight(
     console: Console,
     *,
     stage: str | None,
-    how: tuple[str | None, int | None, int | None],
+    launch: tuple[str | None, int | None, int | None],
     gpu_memory: str | None,
-    response: int | None = None,
+    response_tokens: int | None = None,
 ) -> int:
-    """Check a stage's file or a pipeline's. Returns 0 if all is well, else 1.
+    """Check the configuration file of a stage or of a pipeline, and print what was found.
 
     Args:
-        how: launcher, processes over all machines, machines.
-        gpu_memory: of one device, such as 80G.
-        response: mean tokens of PPO's responses, if known; else what the policy's hand-over record says is shown, and
-            as long as they may be is what must fit.
-
-    Raises: ConfigError for a configuration, a launch or an amount of memory that means nothing.
+        path: the file.
+        overrides: `key=value` settings of the command line.
+        console: where the results are printed.
+        stage: stage that the file configures, or 'pipeline'; None = by the name of the file.
+        launch: launcher, processes over all machines, machines.
+        gpu_memory: memory of one device, such as 80G; None = that of this machine's GPU.
+        response_tokens: mean length of PPO's responses. If None, the table shows the memory for the mean length in the
+            policy's handover record, but responses of the maximum length must fit.
+    Returns: 0 if no problems were found, else 1.
+    Raises: ConfigError for an invalid configuration, launch or amount of memory.
     """
     limit = None
     if gpu_memory is not None:
-        limit = memory_model.parse_bytes(gpu_memory)
+        limit = memory_formulas.parse_bytes(gpu_memory)
         if limit is None:
-            raise ConfigError("expected an amount of memory", found=gpu_memory, where="--gpu-memory", do="e.g. 80G")
+            raise ConfigError(
+                "expected an amount of memory", found=gpu_memory, where="--gpu-memory", do="give an amount such as 80G"
+            )
     gpu = limit is not None or device_bytes() is not None
     jobs, notes = _jobs(path, overrides, stage)
     for note in notes:
@@ -90,21 +95,22 @@ def run_preflight(
     problems: list[str] = []
     planned: dict[str, PlannedModel] = {}
     templates: dict[str, str | None] = {}
-    for name, config, own in jobs:
+    for name, config, pipeline_launcher in jobs:
         if name == "evaluate":
             console.note("evaluate: trains nothing, so it is not checked")
             continue
-        sharding = _sharding(name, config, how[0] or own, *how[1:])
-        checkup = PreflightReport(console, sharding, limit or device_bytes(), gpu, response, planned, templates)
+        sharding = _sharding(config, launch[0] or pipeline_launcher, *launch[1:])
+        report = PreflightReport(console, sharding, limit or device_bytes(), gpu, response_tokens, planned, templates)
         console.title(f"{name} ({config.output_dir})")
         try:
-            replies = _stage(checkup, name, config)
+            reply_tokens = _check_stage(report, name, config)
         except (DataError, CheckpointError, ShapeError) as error:
-            checkup.fails(f"{type(error).__name__}: {error}")
-            replies = None
-        problems += checkup.problems
-        _plan(planned, templates, name, config, replies)
-    console.text("all is well" if not problems else f"{len(problems)} problem{'s' if len(problems) > 1 else ''}")
+            report.add_problem(f"{type(error).__name__}: {error}")
+            reply_tokens = None
+        problems += report.problems
+        _add_planned_model(planned, templates, name, config, reply_tokens)
+    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    console.text(f"{count} found" if problems else "no problems found")
     return FAILS if problems else WELL
 
 
@@ -127,102 +133,119 @@ def _jobs(
     return [(name, loaded.config, None)], loaded.notes
 
 
-def _sharding(
-    name: str, config: StageConfig, launcher: str | None, processes: int | None, machines: int | None
-) -> Sharding:
+def _sharding(config: StageConfig, launcher: str | None, processes: int | None, machines: int | None) -> Sharding:
+    """Return the sharding of a launch. Raises: ConfigError if the launch is impossible or cannot share the batch."""
     if launcher is None:
         number = processes or 1
         plan = LaunchPlan(Path(), {"distributed_type": "MULTI_GPU"}, number, 1, 0, None, None)
     else:
-        address = "machine-0" if machines is None or machines > 1 else None  # any will do: nothing is started
+        address = "machine-0" if machines is None or machines > 1 else None  # a placeholder: nothing is started
         plan = resolve_launch(LaunchOptions(launcher, processes, machines, 0, address), {})
     check_batch_shared(config, plan.processes)
-    return Sharding.of(plan.settings, plan.processes)
+    return Sharding.from_accelerate(plan.settings, plan.processes)
 
 
-def _plan(
-    planned: dict[str, PlannedModel], templates: dict[str, str | None], name: str, config: Any, replies: float | None
+def _add_planned_model(
+    planned: dict[str, PlannedModel],
+    templates: dict[str, str | None],
+    name: str,
+    config: Any,
+    reply_tokens: float | None,
 ) -> None:
-    """Remember the model that a stage makes: later stages may start from it."""
+    """Record the model that a stage will create, since later stages may start from it."""
     source = getattr(config, "model", None) or getattr(config, "policy", None)
-    made = PlannedModel(
-        name, source, getattr(config, "architecture", None), getattr(config, "peft", NO_ADAPTER), replies
+    model = PlannedModel(
+        name, source, getattr(config, "architecture", None), getattr(config, "peft", NO_ADAPTER), reply_tokens
     )
     for path in (config.output_dir.rstrip("/"), f"{config.output_dir.rstrip('/')}/model"):
-        planned[path] = made
+        planned[path] = model
         templates[path] = getattr(config, "chat_template", None) or templates.get(getattr(source, "path", ""))
 
 
-def _stage(checkup: PreflightReport, name: str, config: Any) -> float | None:
-    """Check one. Returns: mean tokens of what it teaches to say, if it is known."""
-    console = checkup.console
+def _check_stage(report: PreflightReport, name: str, config: Any) -> float | None:
+    """Check one stage. Returns: the mean length of the replies in SFT's demonstrations; None for other stages."""
+    console = report.console
     source = config.policy if name == "ppo" else getattr(config, "model", None)
-    base = base_weights(source, checkup.planned)[0] if source is not None else None
-    found: tuple[DataAudit, DataAudit | None] | None = None
+    base = base_weights(source, report.planned)[0] if source is not None else None
+    audits: tuple[DataAudit, DataAudit | None] | None = None
     renderer = None
     if source is not None and base is not None:
         start = source if Path(source.path).exists() else base
-        template = getattr(config, "chat_template", None) or checkup.templates.get(source.path)
+        template = getattr(config, "chat_template", None) or report.templates.get(source.path)
         tokenizer, renderer = lifecycle.open_tokenizer(start, console, template=lifecycle.read_template(template))
         console.note(
             f"tokens: {len(tokenizer)}; a response ends with {tokenizer.convert_ids_to_tokens(renderer.end_id)!r}"
         )
-        found = audit_data(name, config, renderer)
-        for one in found:
-            if one is not None:
-                one.show(console, end_matters=name in ("sft", "reward"))
-                for problem in one.problems:
-                    checkup.fails(problem)
+        audits = audit_data(name, config, renderer)
+        for audit in audits:
+            if audit is not None:
+                audit.print(console, loss_and_end=name in ("sft", "reward"))
+                for problem in audit.problems:
+                    report.add_problem(problem)
     else:
-        console.note("data: not audited, since the tokenizer is yet to be made by 'pretrain'")
-    fits = _pairing(checkup, config, renderer) if isinstance(config, PPOConfig) else True
-    models = _models(checkup, name, config, fits)
-    _lengths(config, models)
-    load = _load(config, found[0] if found else None)
-    _run(config, load, checkup.sharding.processes, console)
-    case = EstimateInput(name, config, models, load, checkup.sharding, checkup.gpu, checkup.response)
-    _memory(checkup, case, expected_reply_tokens(config, checkup.planned), fits)
-    return found[0].reply_tokens if found is not None and name == "sft" else None
+        console.note("data: not checked, because the tokenizer does not exist yet; 'pretrain' will create it")
+    shared_tokenizer = _check_tokenizers(report, config, renderer) if isinstance(config, PPOConfig) else True
+    models = _model_shapes(report, name, config, shared_tokenizer)
+    _check_context_length(config, models)
+    data = _data_profile(config, audits[0] if audits else None)
+    _print_run(config, data, report.sharding.processes, console)
+    inputs = EstimateInput(name, config, models, data, report.sharding, report.gpu, report.response_tokens)
+    _check_memory(report, inputs, expected_reply_tokens(config, report.planned), shared_tokenizer)
+    return audits[0].reply_tokens if audits is not None and name == "sft" else None
 
 
-def _pairing(checkup: PreflightReport, config: PPOConfig, renderer: Any) -> bool:
-    """Whether the models of PPO read the same tokens; says so by their hand-over records. Returns: whether the reward
-    model, if any, has the policy's tokenizer."""
-    fits = True
+def _check_tokenizers(report: PreflightReport, config: PPOConfig, renderer: Any) -> bool:
+    """Compare the tokenizers of PPO's reward models with the policy's, and print the results.
+
+    Returns: whether the first reward model has the policy's tokenizer; True if there is none.
+    """
+    shared_tokenizer = True
     for i, source in enumerate(reward_sources(config)):
-        if not Path(source.path).exists() and source.path in checkup.planned:
-            checkup.console.note(
-                f"pairing: {source.path} is yet to be made; it will have the tokenizer of what it starts from"
+        if not Path(source.path).exists() and source.path in report.planned:
+            report.console.note(
+                f"tokenizers: {source.path} does not exist yet; it will have the tokenizer of the model it starts from"
             )
             continue
         if renderer is None:
             continue
         same = same_tokenizer(source, renderer)
         record = lifecycle.handover.read_handover(resolve_model(source))
-        said = "agrees with the policy's hand-over record" if record is not None else "has no hand-over record"
-        other = "has another tokenizer: responses will be decoded and tokenised again"
-        checkup.console.note(f"pairing: {source.path} {said if same else other}")
+        result = "has a different tokenizer: responses will be decoded and tokenized again"
+        if same:
+            handover = "and a handover record" if record is not None else "but no handover record"
+            result = f"has the policy's tokenizer, {handover}"
+        report.console.note(f"tokenizers: {source.path} {result}")
         if i == 0:
-            fits = same
+            shared_tokenizer = same
         needed = config.ppo.normalize_scores == "stored" and source is config.reward_model
         if needed and (record is None or record.score_std is None):
-            checkup.fails(
-                f"{source.path}: no mean and deviation of its scores; train it with 'rlhf reward', or set "
+            report.add_problem(
+                f"{source.path}: no mean and standard deviation of its scores; train it with 'rlhf reward', or set "
                 "ppo.normalize_scores=running or raw"
             )
-    return fits
+    return shared_tokenizer
 
 
-def _models(checkup: PreflightReport, name: str, config: Any, fits: bool) -> ModelShape | PPOModelShapes:
+def _model_shapes(
+    report: PreflightReport, name: str, config: Any, shared_tokenizer: bool
+) -> ModelShape | PPOModelShapes:
     if not isinstance(config, PPOConfig):
-        return trained_model_shape(name, config, checkup.planned)
-    found = ppo_model_shapes(config, checkup.planned, shared=_shared(config, checkup.planned), fits=fits)
-    check_offload(config, 0 if found.shared else len(found.scorers))
-    return found
+        return trained_model_shape(name, config, report.planned)
+    shapes = ppo_model_shapes(
+        config,
+        report.planned,
+        shared_base=_has_shared_base(config, report.planned),
+        shared_tokenizer=shared_tokenizer,
+    )
+    check_offload(config, 0 if shapes.shared_base else len(shapes.reward_models))
+    return shapes
 
 
-def _shared(config: PPOConfig, planned: Mapping[str, PlannedModel]) -> bool:
-    """Whether the roles will share a base; of models that are yet to be made, by the adapters that they will be."""
+def _has_shared_base(config: PPOConfig, planned: Mapping[str, PlannedModel]) -> bool:
+    """Return whether the roles will share a base model.
+
+    For a reward model that does not exist yet it depends on whether its adapter will be of the same kind.
+    """
     if not config.peft.enabled or config.roles == "separate":
         return False
     scorer = config.reward_model
@@ -233,7 +256,7 @@ def _shared(config: PPOConfig, planned: Mapping[str, PlannedModel]) -> bool:
     return decide_shared_base(config, Console(quiet=True))
 
 
-def _lengths(config: Any, models: ModelShape | PPOModelShapes) -> None:
+def _check_context_length(config: Any, models: ModelShape | PPOModelShapes) -> None:
     model = models.policy if isinstance(models, PPOModelShapes) else models
     context = getattr(model.config, "max_position_embeddings", None)
     if isinstance(config, PPOConfig):
@@ -243,111 +266,115 @@ def _lengths(config: Any, models: ModelShape | PPOModelShapes) -> None:
         check_context(config.data.max_length, context, "data.max_length")
 
 
-def _load(config: Any, found: DataAudit | None) -> DataProfile:
+def _data_profile(config: Any, audit: DataAudit | None) -> DataProfile:
     limit = config.data.max_prompt_tokens if isinstance(config, PPOConfig) else config.data.max_length
-    if found is None or not found.kept:
+    if audit is None or not audit.kept:
         return DataProfile(0, 0, limit, 1.0)
-    micro = config.optim.microbatch_size
-    longest, loss = found.longest(micro)
-    tokens = sum(n for n, _ in sorted(found.kept, reverse=True)[:micro])
-    lengths = tuple(sorted(n for n, _ in found.kept))
-    return DataProfile(len(found.kept), found.tokens, longest, loss / max(tokens, 1), lengths)
+    microbatch = config.optim.microbatch_size
+    longest, loss = audit.longest(microbatch)
+    tokens = sum(n for n, _ in sorted(audit.kept, reverse=True)[:microbatch])
+    lengths = tuple(sorted(n for n, _ in audit.kept))
+    return DataProfile(len(audit.kept), audit.tokens, longest, loss / max(tokens, 1), lengths)
 
 
-def _run(config: Any, load: DataProfile, processes: int, console: Console) -> None:
-    """Batch arithmetic, steps and tokens in words."""
+def _print_run(config: Any, data: DataProfile, processes: int, console: Console) -> None:
+    """Print how batches are divided, and the numbers of steps, updates and tokens of the run."""
     if isinstance(config, PPOConfig):
         plan = PPOPlan(config.ppo, processes)
-        console.text(f"{plan.describe()}, backward of {config.optim.microbatch_size} episodes at a time")
+        console.text(f"{plan.describe()}, backward passes of {config.optim.microbatch_size} episodes")
         console.text(
             f"run: {config.ppo.steps} steps = {plan.episodes:,} episodes, {plan.updates:,} updates; at most "
-            f"{plan.episodes * config.sampling.max_new_tokens:,} sampled tokens ({load.records:,} prompts, each "
-            f"{plan.episodes / max(load.records, 1):.1f} times)"
+            f"{plan.episodes * config.sampling.max_new_tokens:,} sampled tokens ({data.records:,} prompts, each "
+            f"{plan.episodes / max(data.records, 1):.1f} times)"
         )
         return
-    supervised = SupervisedPlan(config.optim, processes, load.rows(config) if load.records else 0)
+    supervised = SupervisedPlan(config.optim, processes, data.rows_per_epoch(config) if data.records else 0)
     console.text(supervised.describe())
-    if not load.records:
+    if not data.records:
         return
     rows, per_epoch = supervised.rows, supervised.updates_per_epoch
     phases = config.unfreeze if isinstance(config, FineTuningStage) else ()
     if any(phase.train == "top-down" for phase in phases):
-        console.text(
-            f"run: {per_epoch:,} updates an epoch; a phase from the top down repeats its length for each block"
-        )
+        console.text(f"run: {per_epoch:,} updates per epoch; a top-down phase repeats its length for each block")
         return
-    updates, short = supervised.updates(phases), supervised.filled_rows
-    tokens = load.tokens * updates / per_epoch
-    packed = f" packed into {rows:,} sequences" if rows < load.records else ""
-    filled = f", the last batch filled up with {short:,} of them" if short else ""
+    updates, repeated = supervised.updates(phases), supervised.filled_rows
+    tokens = data.tokens * updates / per_epoch
+    packed = f" packed into {rows:,} sequences" if rows < data.records else ""
+    filled = f", the last batch filled up with {repeated:,} of them" if repeated else ""
     console.text(
-        f"run: {updates:,} updates ({updates / per_epoch:.2g} epochs of {load.records:,} records{packed}{filled}), "
+        f"run: {updates:,} updates ({updates / per_epoch:.2g} epochs of {data.records:,} records{packed}{filled}), "
         f"about {tokens:,.0f} tokens"
     )
 
 
-def _memory(checkup: PreflightReport, case: EstimateInput, replies: int | None, fits: bool) -> None:
-    """The table of the worst phase, and what would help if it does not fit.
+def _check_memory(
+    report: PreflightReport, inputs: EstimateInput, reply_tokens: int | None, shared_tokenizer: bool
+) -> None:
+    """Print the memory of the largest phase, and report a problem with a suggestion if the stage does not fit.
 
     Args:
-        replies: tokens of a response as PPO starts. They are what the table shows, if nobody says better; but responses
-            may grow, so that the longest must fit.
+        report: conditions of the check.
+        inputs: the stage.
+        reply_tokens: length of PPO's responses at the start, if known. The table shows the memory for it, unless the
+            user gave a length; but responses may become longer, so the maximum length must fit.
+        shared_tokenizer: whether the reward model has the policy's tokenizer.
     """
-    limit, longest = checkup.limit, estimate_memory(case)
-    expected = replies is not None and case.response is None
-    found = estimate_memory(replace(case, response=replies)) if expected else longest
-    where = "GPU" if checkup.gpu else "process, above what imports take"
+    limit, longest = report.limit, estimate_memory(inputs)
+    from_record = reply_tokens is not None and inputs.response_tokens is None
+    shown = estimate_memory(replace(inputs, response_tokens=reply_tokens)) if from_record else longest
+    device = "GPU" if report.gpu else "process, in addition to imported libraries"
     rows = [
-        [part.name, format_bytes(part.bytes), "host" if part.host and checkup.gpu else ""]
-        for part in found.phases[found.largest]
+        [part.name, format_bytes(part.bytes), "host" if part.host and report.gpu else ""]
+        for part in shown.phases[shown.largest_phase]
     ]
-    rows.append([f"peak (while: {found.largest})", format_bytes(found.peak), ""])
-    if len(found.phases) > 1:
-        rows += [[f"  {phase}", format_bytes(found.needed(phase)), ""] for phase in found.phases]
-    if expected:
-        rows.append(["peak if all responses grow to their limit", format_bytes(longest.peak), ""])
-    s = case.sharding
-    spread = f"ZeRO-{s.zero}" if s.deepspeed else "FSDP" if s.zero else "whole models"
-    passes = f"{'bfloat16' if case.bfloat16 else 'float32'} passes"
-    checkup.console.table(
-        f"Memory of each {where} ({count_processes(s.processes)}, {spread}, {passes})",
+    rows.append([f"peak ({shown.largest_phase})", format_bytes(shown.peak), ""])
+    if len(shown.phases) > 1:
+        rows += [[f"  {phase}", format_bytes(shown.phase_bytes(phase)), ""] for phase in shown.phases]
+    if from_record:
+        rows.append(["peak if all responses reach the maximum length", format_bytes(longest.peak), ""])
+    s = inputs.sharding
+    sharding = f"ZeRO-{s.zero}" if s.deepspeed else "FSDP" if s.zero else "no sharding"
+    passes = f"{'bfloat16' if inputs.bfloat16 else 'float32'} passes"
+    report.console.table(
+        f"Memory of each {device} ({count_processes(s.processes)}, {sharding}, {passes})",
         ["part", "bytes", ""],
         rows,
     )
-    if expected:
-        checkup.console.note(
-            f"responses count as {replies} tokens, the mean of what the policy learnt to say; at most "
-            f"{case.config.sampling.max_new_tokens} (--response-tokens sets another mean)"
+    if from_record:
+        report.console.note(
+            f"the table assumes responses of {reply_tokens} tokens, the mean length recorded for the policy; the "
+            f"maximum is {inputs.config.sampling.max_new_tokens} (--response-tokens sets another mean)"
         )
     if limit is None:
         return
     if longest.peak <= limit:
-        checkup.console.text(f"fits: {format_bytes(longest.peak)} of {format_bytes(limit)}")
+        report.console.text(f"fits: {format_bytes(longest.peak)} of {format_bytes(limit)}")
         return
-    begins = f" (as it begins {format_bytes(found.peak)})" if expected else ""
-    checkup.fails(
-        f"{case.stage} needs {format_bytes(longest.peak)} of {format_bytes(limit)}{begins}: "
-        f"{_way_out(checkup, case, limit, fits)}"
+    at_start = f" ({format_bytes(shown.peak)} at the start)" if from_record else ""
+    report.add_problem(
+        f"{inputs.stage} needs {format_bytes(longest.peak)}{at_start}, but the limit is {format_bytes(limit)}: "
+        f"{_suggest_change(report, inputs, limit, shared_tokenizer)}"
     )
 
 
-def _way_out(checkup: PreflightReport, case: EstimateInput, limit: float, fits: bool) -> str:
-    least, words = math.inf, ""
-    for change, other in memory_suggestions(case):
+def _suggest_change(report: PreflightReport, inputs: EstimateInput, limit: float, shared_tokenizer: bool) -> str:
+    """Return a text about the cheapest change with which the stage fits, or about the one that needs least memory."""
+    smallest, smallest_change = math.inf, ""
+    for change, changed in memory_suggestions(inputs):
         try:
-            needed = estimate_memory(other).peak
-        except RLHFError:  # a batch that so many processes cannot share
+            needed = estimate_memory(changed).peak
+        except RLHFError:  # this number of processes cannot share the batch
             continue
         if needed <= limit:
             return f"the cheapest change that fits is {change} ({format_bytes(needed)})"
-        if needed < least:
-            least, words = needed, change
-    config = with_lora(case.config)
+        if needed < smallest:
+            smallest, smallest_change = needed, change
+    config = with_lora(inputs.config)
     if config is not None:
-        models = _models(checkup, case.stage, config, fits)
-        needed = estimate_memory(replace(case, config=config, models=models)).peak
+        models = _model_shapes(report, inputs.stage, config, shared_tokenizer)
+        needed = estimate_memory(replace(inputs, config=config, models=models)).peak
         if needed <= limit:
             return f"only adapters fit, which train other weights: peft.method=lora ({format_bytes(needed)})"
-    if not words:
-        return "nothing smaller was found"
-    return f"nothing fits; the least is {format_bytes(least)} with {words}"
+    if not smallest_change:
+        return "no change that needs less memory was found"
+    return f"no change fits; the smallest need is {format_bytes(smallest)} with {smallest_change}"

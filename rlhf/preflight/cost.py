@@ -1,12 +1,12 @@
-"""What PPO must cost: operations and bytes from shapes, and what this machine can do, measured.
+"""Lower bounds on the cost of PPO (operations and bytes, from model shapes), and measured rates of this machine.
 
-    forward of a token at context c    2 N + 4 L H c          (+ 2 H V where logits are needed)
-    with backward                      3 times that; 2 times if only adapters learn (no weight gradients)
+    forward of a token at context c    2 N + 4 L H c          (+ 2 H V if logits are needed)
+    with backward                      3 times that; 2 times if only adapters are trained (no weight gradients)
     decode step of a rows              max(operations / F, (N + H V) bytes / W)
-    AdamW on float32 weights           28 bytes a parameter and update
+    AdamW on float32 weights           28 bytes per parameter and update
 
-N: weights of the blocks; L layers, H width, V vocabulary; F operations and W bytes a second. A limit counts real tokens
-only: no padding, no overhead, nothing computed twice.
+N: weights of the blocks; L layers, H hidden size, V vocabulary; F operations and W bytes per second. A limit counts
+real tokens only: no padding, no overhead, and nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -21,49 +21,50 @@ from rlhf.models.adapters import adapter_parameters
 from rlhf.models.heads import AdapterScorer
 from rlhf.models.load import backbone
 
-GEMM_SIZES = (256, 512, 1024)  # sides of the matrices that F is measured with: the best counts
+GEMM_SIZES = (256, 512, 1024)  # sizes of the square matrices with which F is measured; the fastest counts
 ADAMW_BYTES = 28
 
 
 @dataclass(frozen=True)
 class ModelCost:
-    """What the formulas need of a model."""
+    """Sizes of a model that the formulas need."""
 
     blocks: int  # N: weights of the blocks, without embeddings
     layers: int
     hidden: int
     vocabulary: int
     trainable: int
-    weight_bytes: int  # bytes a weight
+    weight_bytes: int  # bytes per weight
 
     @classmethod
-    def of(cls, model: Any) -> ModelCost:
-        """Of a causal LM or a scorer; the adapter that it computes with counts as blocks, others do not."""
+    def from_model(cls, model: Any) -> ModelCost:
+        """Return the sizes of a causal LM or a scorer. Its active adapter counts as blocks; other adapters do not."""
         adapter = "default"
         if isinstance(model, AdapterScorer):
             model, adapter = model.base, model.adapter
         config = model.config.get_text_config()
         trunk: Any = backbone(model)
-        others = [name for name in getattr(model, "peft_config", {}) if name != adapter]
-        foreign = {id(p) for name in others for p in adapter_parameters(model, name).values()}
-        own = [p for p in model.parameters() if id(p) not in foreign]
-        embedded = {id(p) for p in trunk.get_input_embeddings().parameters()} | foreign
+        inactive_names = [name for name in getattr(model, "peft_config", {}) if name != adapter]
+        inactive = {id(p) for name in inactive_names for p in adapter_parameters(model, name).values()}
+        active = [p for p in model.parameters() if id(p) not in inactive]
+        excluded = {id(p) for p in trunk.get_input_embeddings().parameters()} | inactive
         first = next(trunk.parameters())
         return cls(
-            sum(p.numel() for p in trunk.parameters() if id(p) not in embedded),
+            sum(p.numel() for p in trunk.parameters() if id(p) not in excluded),
             config.num_hidden_layers,
             config.hidden_size,
             config.vocab_size,
-            sum(p.numel() for p in own if p.requires_grad),
+            sum(p.numel() for p in active if p.requires_grad),
             first.element_size(),
         )
 
     def forward(self, tokens: float, context: float, logits: float = 0.0) -> float:
-        """Operations of a forward pass.
+        """Return the operations of a forward pass.
 
         Args:
-            tokens: real ones, all sequences together. context: mean number of tokens that each attends to.
-            logits: tokens that pass the output layer.
+            tokens: number of real tokens in all sequences.
+            context: mean number of tokens to which each token attends.
+            logits: number of tokens that pass the output layer.
         """
         return tokens * (2 * self.blocks + 4 * self.layers * self.hidden * context) + logits * self.head
 
@@ -74,54 +75,59 @@ class ModelCost:
 
     @property
     def decode_bytes(self) -> float:
-        """Weights that one decode step reads."""
+        """Bytes of weights that one decode step reads."""
         return float(self.weight_bytes * (self.blocks + self.hidden * self.vocabulary))
 
-    def backward_factor(self, whole: bool) -> float:
-        """Forward and backward together, in forwards."""
-        return 3.0 if whole else 2.0
+    def backward_factor(self, all_trained: bool) -> float:
+        """Return the cost of forward and backward together, divided by the cost of the forward pass.
+
+        Args:
+            all_trained: whether all weights are trained; otherwise only adapters are.
+        """
+        return 3.0 if all_trained else 2.0
 
 
 @dataclass(frozen=True)
 class MachineRates:
     """Measured rates of one device."""
 
-    flops: float  # operations a second in float32
+    flops: float  # operations per second in float32
     flops_bfloat16: float
-    bandwidth: float  # bytes a second, reading and writing together
+    bandwidth: float  # bytes per second, reading and writing together
 
     @classmethod
     def measure(cls, device: torch.device) -> MachineRates:
-        """A few seconds of matrix products and copies; the best of each counts."""
+        """Measure matrix products and copies for a few seconds; the fastest of each counts."""
         rates = {
-            dtype: max(_gemm(side, dtype, device) for side in GEMM_SIZES) for dtype in (torch.float32, torch.bfloat16)
+            dtype: max(_measure_matmul(side, dtype, device) for side in GEMM_SIZES)
+            for dtype in (torch.float32, torch.bfloat16)
         }
-        return cls(rates[torch.float32], rates[torch.bfloat16], _copy(device))
+        return cls(rates[torch.float32], rates[torch.bfloat16], _measure_copy(device))
 
     def rate(self, bfloat16: bool) -> float:
-        """Operations a second in the precision that is computed in."""
+        """Return the operations per second in bfloat16 or float32."""
         return self.flops_bfloat16 if bfloat16 else self.flops
 
 
-def _best(function: Any, device: torch.device, rounds: int = 7) -> float:
-    """Seconds of the fastest of some calls."""
+def _fastest_seconds(function: Any, device: torch.device, rounds: int = 7) -> float:
+    """Return the seconds of the fastest of `rounds` calls."""
     times = []
     for _ in range(rounds):
-        begun = time.perf_counter()
+        started_at = time.perf_counter()
         function()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - begun)
+        times.append(time.perf_counter() - started_at)
     return min(times)
 
 
-def _gemm(side: int, dtype: torch.dtype, device: torch.device) -> float:
+def _measure_matmul(side: int, dtype: torch.dtype, device: torch.device) -> float:
     size = side if device.type == "cpu" else side * 8
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return float(2 * size**3 / _best(lambda: a @ b, device))
+    return float(2 * size**3 / _fastest_seconds(lambda: a @ b, device))
 
 
-def _copy(device: torch.device) -> float:
+def _measure_copy(device: torch.device) -> float:
     source = torch.empty(2**26, dtype=torch.float32, device=device).normal_()
     target = torch.empty_like(source)
-    return float(2 * source.numel() * 4 / _best(lambda: target.copy_(source), device))
+    return float(2 * source.numel() * 4 / _fastest_seconds(lambda: target.copy_(source), device))

@@ -1,6 +1,6 @@
-"""The models of a stage as shapes: how many weights are trained and frozen in which role, and what a microbatch keeps.
+"""Shapes of a stage's models: how many weights are trained and frozen in each role, and which blocks keep activations.
 
-Nothing is read but configuration files of models, so a 70B model takes as long as a small one.
+Only the configuration files of models are read, so a 70B model takes as long as a small one.
 """
 
 from __future__ import annotations
@@ -24,64 +24,65 @@ from rlhf.models import handover
 from rlhf.models.adapters import add_adapter, base_source
 from rlhf.models.load import disable_dropout, dtype_of, is_adapter, resolve_model
 from rlhf.models.parameter_selection import ParameterMap, map_parameters
-from rlhf.preflight.memory_model import WeightCounts
+from rlhf.preflight.memory_formulas import WeightCounts
 from rlhf.trainers.phase_schedule import PhaseSchedule, ResolvedPhase, make_ppo_schedule, make_schedule
 
-PhasePlanner = Callable[[ParameterMap], PhaseSchedule]  # of the weights that may be trained at all
+PhasePlanner = Callable[[ParameterMap], PhaseSchedule]  # map of the trainable parameters -> their phases
 NO_ADAPTER = Peft()
 
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """A model that an earlier stage of the pipeline will make."""
+    """Model that an earlier stage of the pipeline will create."""
 
     stage: str
-    source: ModelSource | None  # what it starts from; None if it is made from nothing
-    architecture: Any  # then its size
+    source: ModelSource | None  # the model from which that stage starts; None if it creates a new one
+    architecture: Any  # architecture of a new model
     peft: Peft
-    replies: float | None = None  # mean tokens of what it learns to say
+    reply_tokens: float | None = None  # mean length of the replies on which it is trained
 
 
 @dataclass(frozen=True)
 class TrainablePhase:
-    """What takes gradients in a phase: so many weights, and the blocks that keep activations for them.
+    """Trained weights of one phase, and the number of blocks that keep activations for their gradients.
 
-    A block that keeps any counts as if all of it were trained.
+    A block that keeps any activations counts as if all of it were trained.
     """
 
-    begins: int  # PPO: step
+    first_step: int  # PPO step, or update of another stage
     weights: int
-    kept: int
+    blocks_with_activations: int
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """One model: how to build it with any number of blocks, and what it has."""
+    """Size of one model, and a function that builds it with any number of blocks."""
 
     name: str
-    build: Callable[[int | None], Any]
+    build: Callable[[int | None], Any]  # number of blocks, None = all -> the model
     config: Any
-    weights: WeightCounts  # trained = in any phase
+    weights: WeightCounts  # a weight counts as trained if any phase trains it
     blocks: int
     phases: tuple[TrainablePhase, ...]
 
     @property
     def vocabulary(self) -> int:
-        """Rows of the embeddings."""
+        """Size of the vocabulary: rows of the embeddings."""
         return int(self.config.vocab_size)
 
 
 def base_weights(source: ModelSource, planned: Mapping[str, PlannedModel]) -> tuple[ModelSource | None, Any]:
-    """The full weights below a model: their source, or the architecture of one that is yet to be made.
+    """Return (source, None) of the full model below any adapters, or (None, architecture) if a stage will create it.
 
     Args:
-        planned: models that earlier stages will make, by path.
+        source: the model.
+        planned: path -> model that an earlier stage will create.
     Raises: CheckpointError if there is no such model.
     """
     path = source.path.rstrip("/")
     if not Path(path).exists() and path in planned:
-        made = planned[path]
-        return (None, made.architecture) if made.source is None else base_weights(made.source, planned)
+        model = planned[path]
+        return (None, model.architecture) if model.source is None else base_weights(model.source, planned)
     folder = resolve_model(source)
     return base_weights(base_source(source, folder), planned) if is_adapter(folder) else (source, None)
 
@@ -96,13 +97,17 @@ def model_shape(
     trained: bool = True,
     plan: PhasePlanner | None = None,
 ) -> ModelShape:
-    """A model in one role.
+    """Return the shape of a model in one role.
 
     Args:
-        scorer: a trunk with one output instead of a language model.
-        trained: else it is frozen.
-        plan: what is trained of it, and when; None = everything throughout.
-    Raises: CheckpointError, or ConfigError for a selection that matches nothing.
+        name: name of the role.
+        source: the model.
+        planned: path -> model that an earlier stage will create.
+        scorer: whether it has one output per sequence instead of a language-model head.
+        peft: adapter that is added to a trained model.
+        trained: whether the model is trained; otherwise it is frozen.
+        plan: function that returns the phases of training; None = all weights are trained throughout.
+    Raises: CheckpointError if there is no such model; ConfigError for a selection that matches no parameter.
     """
     base, architecture = base_weights(source, planned)
     config = _config(base, architecture)
@@ -113,20 +118,21 @@ def model_shape(
         return _build(config, blocks, scorer, attention, dtype, peft, trained)
 
     with torch.device("meta"):
-        whole = build(None)
-    places, numbers = map_parameters(whole), {name: p.numel() for name, p in whole.named_parameters()}
-    free = frozenset(name for name, p in whole.named_parameters() if p.requires_grad)
-    stretches = plan(places.only(free)).stretches if plan is not None else (ResolvedPhase(free, 1, 1.0),)
-    blocks, begins, phases = int(config.num_hidden_layers), 0, []
-    for stretch in stretches:
-        phases.append(
-            TrainablePhase(begins, sum(numbers[n] for n in stretch.names), _kept(places, stretch.names, blocks))
-        )
-        begins += stretch.length
-    ever = sum(numbers[name] for name in frozenset().union(*(stretch.names for stretch in stretches)))
-    size = torch.empty((), dtype=dtype).element_size()
-    wide = next((p.element_size() for p in whole.parameters() if p.requires_grad), size)
-    weights = WeightCounts(ever, sum(numbers.values()) - ever, wide, size)
+        model = build(None)
+    parameters, sizes = map_parameters(model), {name: p.numel() for name, p in model.named_parameters()}
+    trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+    resolved_phases = (
+        plan(parameters.only(trainable)).stretches if plan is not None else (ResolvedPhase(trainable, 1, 1.0),)
+    )
+    blocks, first_step, phases = int(config.num_hidden_layers), 0, []
+    for resolved in resolved_phases:
+        number = sum(sizes[n] for n in resolved.names)
+        phases.append(TrainablePhase(first_step, number, _count_differentiated(parameters, resolved.names, blocks)))
+        first_step += resolved.length
+    ever_trained = sum(sizes[name] for name in frozenset().union(*(resolved.names for resolved in resolved_phases)))
+    frozen_bytes = torch.empty((), dtype=dtype).element_size()
+    trained_bytes = next((p.element_size() for p in model.parameters() if p.requires_grad), frozen_bytes)
+    weights = WeightCounts(ever_trained, sum(sizes.values()) - ever_trained, trained_bytes, frozen_bytes)
     return ModelShape(name, build, config, weights, blocks, tuple(phases))
 
 
@@ -175,21 +181,24 @@ def _build(
     return model
 
 
-def _kept(of: ParameterMap, names: Collection[str], blocks: int) -> int:
-    """Blocks from the lowest one with a trained weight upwards; a trained soft prompt or embedding keeps all."""
-    lowest = min((of.places[name].depth for name in names), default=blocks + 1)
+def _count_differentiated(parameters: ParameterMap, names: Collection[str], blocks: int) -> int:
+    """Return the number of blocks from the lowest one with a trained weight upwards.
+
+    With a trained soft prompt or trained embeddings these are all blocks.
+    """
+    lowest = min((parameters.places[name].depth for name in names), default=blocks + 1)
     return blocks if lowest == 0 else max(0, blocks + 1 - lowest)
 
 
 def trained_model_shape(stage: str, config: Any, planned: Mapping[str, PlannedModel]) -> ModelShape:
-    """The one model that a stage other than PPO trains."""
+    """Return the shape of the model that a stage other than PPO trains."""
     if stage == "pretrain":
-        made = {config.output_dir: PlannedModel("pretrain", None, config.architecture, NO_ADAPTER)}
-        return model_shape("model", ModelSource(path=config.output_dir), {**planned, **made})
+        new = {config.output_dir: PlannedModel("pretrain", None, config.architecture, NO_ADAPTER)}
+        return model_shape("model", ModelSource(path=config.output_dir), {**planned, **new})
 
-    def plan(of: ParameterMap) -> PhaseSchedule:
-        plan = SupervisedPlan(config.optim, 1, config.optim.batch_size)  # lengths do not matter here
-        return make_schedule(of, plan, freeze=config.freeze, unfreeze=config.unfreeze, factors={})
+    def plan(parameters: ParameterMap) -> PhaseSchedule:
+        plan = SupervisedPlan(config.optim, 1, config.optim.batch_size)  # the lengths of phases do not matter here
+        return make_schedule(parameters, plan, freeze=config.freeze, unfreeze=config.unfreeze, factors={})
 
     return model_shape(
         "model", config.model, planned, scorer=stage in ("reward", "classify"), peft=config.peft, plan=plan
@@ -198,34 +207,42 @@ def trained_model_shape(stage: str, config: Any, planned: Mapping[str, PlannedMo
 
 @dataclass(frozen=True)
 class PPOModelShapes:
-    """The roles of PPO. What is None costs nothing: the reference of an adapter, the trunk of a shared value head."""
+    """Shapes of the models of PPO."""
 
     policy: ModelShape
-    value: ModelShape | None
-    reference: ModelShape | None
-    scorers: tuple[ModelShape, ...]
-    shared: bool  # value model and scorers are adapters on the policy's base
+    value: ModelShape | None  # None: a value head on the policy's trunk, which needs no memory of its own
+    reference: ModelShape | None  # None: the policy without its adapter, which needs no memory of its own
+    reward_models: tuple[ModelShape, ...]
+    shared_base: bool  # value model and reward models are adapters on the policy's base
 
 
 def ppo_model_shapes(
-    config: PPOConfig, planned: Mapping[str, PlannedModel], *, shared: bool, fits: bool
+    config: PPOConfig, planned: Mapping[str, PlannedModel], *, shared_base: bool, shared_tokenizer: bool
 ) -> PPOModelShapes:
-    """Of a configuration.
+    """Return the shapes of the models of a PPO configuration.
 
     Args:
-        shared: the roles share a base. fits: the reward model reads the policy's tokens.
+        config: configuration of PPO.
+        planned: path -> model that an earlier stage will create.
+        shared_base: whether the roles share the policy's base model.
+        shared_tokenizer: whether the reward model has the policy's tokenizer.
     """
 
-    def plan(where: str, of: ParameterMap) -> PhaseSchedule:
-        freeze, unfreeze = getattr(config.freeze, where), getattr(config.unfreeze, where)
+    def plan(role: str, parameters: ParameterMap) -> PhaseSchedule:
         return make_ppo_schedule(
-            of, freeze=freeze, unfreeze=unfreeze, steps=config.ppo.steps, learning_rate=1.0, where=where, factors={}
+            parameters,
+            freeze=getattr(config.freeze, role),
+            unfreeze=getattr(config.unfreeze, role),
+            steps=config.ppo.steps,
+            learning_rate=1.0,
+            where=role,
+            factors={},
         )
 
     policy = model_shape("policy", config.policy, planned, peft=config.peft, plan=partial(plan, "policy"))
     kind = config.ppo.value_model
     if kind == "auto":
-        kind = "reward" if fits and config.reward_model is not None else "policy"
+        kind = "reward" if shared_tokenizer and config.reward_model is not None else "policy"
     start = config.reward_model if kind == "reward" and config.reward_model is not None else config.policy
     value = None
     if kind != "trunk":
@@ -233,14 +250,14 @@ def ppo_model_shapes(
             "value model", start, planned, scorer=True, peft=config.peft, plan=partial(plan, "value_model")
         )
     reference = None if config.peft.enabled else model_shape("reference", config.policy, planned, trained=False)
-    scorers = tuple(
+    reward_models = tuple(
         model_shape("reward model", source, planned, scorer=True, trained=False) for source in reward_sources(config)
     )
-    return PPOModelShapes(policy, value, reference, scorers, shared)
+    return PPOModelShapes(policy, value, reference, reward_models, shared_base)
 
 
 def reward_sources(config: PPOConfig) -> list[ModelSource]:
-    """Every model that scores."""
+    """Return the sources of every model that computes a reward: reward models, ensembles and classifiers."""
     found = [config.reward_model] if config.reward_model is not None else []
     for part in config.rewards:
         found += [
@@ -252,13 +269,16 @@ def reward_sources(config: PPOConfig) -> list[ModelSource]:
 
 
 def expected_reply_tokens(config: Any, planned: Mapping[str, PlannedModel]) -> int | None:
-    """Mean tokens of what PPO's policy says as it starts: of the demonstrations that it learnt from, or of its last
-    step of PPO."""
+    """Return the mean length in tokens of the responses that PPO's policy gives at the start; None if it is unknown.
+
+    It is the mean length of the replies in the demonstrations on which the policy was trained, or of the responses in
+    its last step of PPO, but at least `sampling.min_new_tokens`.
+    """
     if not isinstance(config, PPOConfig):
         return None
     path = config.policy.path.rstrip("/")
     if not Path(path).exists() and path in planned:
-        found = planned[path].replies
+        found = planned[path].reply_tokens
     else:
         record = handover.read_handover(resolve_model(config.policy))
         found = record.reply_tokens if record is not None else None

@@ -1,4 +1,4 @@
-"""What would need less memory than a stage as it is configured: changes that `rlhf check` tries one after the other."""
+"""Changes of a stage's configuration or launch that need less memory; `rlhf check` tries them one after the other."""
 
 from __future__ import annotations
 
@@ -8,99 +8,105 @@ from typing import Any
 
 from rlhf.config.schema import PPOConfig
 from rlhf.config.sections import Peft
-from rlhf.preflight.memory_estimate import EstimateInput, offloadable
-from rlhf.preflight.memory_model import Sharding
+from rlhf.preflight.memory_formulas import Sharding
 from rlhf.preflight.model_shapes import PPOModelShapes
+from rlhf.preflight.stage_memory import EstimateInput, offloadable
 
-Suggestion = tuple[str, EstimateInput]
+Suggestion = tuple[str, EstimateInput]  # the change as command-line words, and the input of its estimate
 
 
-def memory_suggestions(case: EstimateInput) -> Iterator[Suggestion]:
-    """What would need less, in words, the cheapest first: smaller microbatches, frozen models off the device,
-    recomputed activations, fewer rows decoded at once, sharding on the processes that there are, more processes,
-    adapters (which train something else)."""
-    yield from _smaller(case, "")
-    case, words = _offloaded(case)
-    if words:
-        yield words, case
-        yield from _smaller(case, words)
-    optim, before, frugal = case.config.optim, words, case
+def memory_suggestions(inputs: EstimateInput) -> Iterator[Suggestion]:
+    """Yield changes that need less memory, the cheapest first.
+
+    The order is: smaller microbatches, offloaded frozen models, activation checkpointing, fewer rows decoded at once,
+    more sharding over the same processes, more processes.
+    """
+    yield from _smaller_microbatches(inputs, "")
+    inputs, change = _with_offload(inputs)
+    if change:
+        yield change, inputs
+        yield from _smaller_microbatches(inputs, change)
+    optim, offload_change, smallest = inputs.config.optim, change, inputs
     if not optim.activation_checkpointing:
-        micro = optim.microbatch_size
-        while micro >= 1:
-            if _divides(case, micro):
-                frugal = _with(case, "optim", activation_checkpointing=True, microbatch_size=micro)
-                cut = "" if micro == optim.microbatch_size else f" optim.microbatch_size={micro}"
-                words = f"{before} optim.activation_checkpointing=true{cut}".strip()
-                yield words, frugal
-            micro //= 2
-    if isinstance(case.config, PPOConfig):
-        rows = case.config.sampling.batch_size
+        microbatch = optim.microbatch_size
+        while microbatch >= 1:
+            if _is_possible(inputs, microbatch):
+                smallest = _with_settings(inputs, "optim", activation_checkpointing=True, microbatch_size=microbatch)
+                smaller = "" if microbatch == optim.microbatch_size else f" optim.microbatch_size={microbatch}"
+                change = f"{offload_change} optim.activation_checkpointing=true{smaller}".strip()
+                yield change, smallest
+            microbatch //= 2
+    if isinstance(inputs.config, PPOConfig):
+        rows = inputs.config.sampling.batch_size
         while rows > 8:
             rows //= 2
-            frugal = _with(frugal, "sampling", batch_size=rows)
-            yield f"{words} sampling.batch_size={rows}".strip(), frugal
-    yield from _spread(frugal, words)
+            smallest = _with_settings(smallest, "sampling", batch_size=rows)
+            yield f"{change} sampling.batch_size={rows}".strip(), smallest
+    yield from _more_sharding(smallest, change)
 
 
-def _smaller(case: EstimateInput, words: str) -> Iterator[Suggestion]:
-    """Microbatches, halved again and again."""
-    small = case.config.optim.microbatch_size
-    while small > 1:
-        small //= 2
-        if _divides(case, small):
-            yield f"{words} optim.microbatch_size={small}".strip(), _with(case, "optim", microbatch_size=small)
+def _smaller_microbatches(inputs: EstimateInput, change: str) -> Iterator[Suggestion]:
+    """Yield suggestions that repeatedly halve the microbatch, in addition to `change`."""
+    size = inputs.config.optim.microbatch_size
+    while size > 1:
+        size //= 2
+        if _is_possible(inputs, size):
+            smaller = _with_settings(inputs, "optim", microbatch_size=size)
+            yield f"{change} optim.microbatch_size={size}".strip(), smaller
 
 
-def _offloaded(case: EstimateInput) -> tuple[EstimateInput, str]:
-    """The case with all frozen models at rest that can be, and the words for it; none if nothing changes."""
-    if not isinstance(case.models, PPOModelShapes) or not case.gpu:
-        return case, ""
-    roles = offloadable(case.models)
-    if set(roles) <= set(case.config.offload):
-        return case, ""
-    away = replace(case, config=case.config.model_copy(update={"offload": roles}))
-    return away, f"offload=[{','.join(roles)}]"
+def _with_offload(inputs: EstimateInput) -> tuple[EstimateInput, str]:
+    """Return the input with all frozen models offloaded, and the change; '' if no more models can be offloaded."""
+    if not isinstance(inputs.models, PPOModelShapes) or not inputs.gpu:
+        return inputs, ""
+    roles = offloadable(inputs.models)
+    if set(roles) <= set(inputs.config.offload):
+        return inputs, ""
+    offloaded = replace(inputs, config=inputs.config.model_copy(update={"offload": roles}))
+    return offloaded, f"offload=[{','.join(roles)}]"
 
 
-def _spread(case: EstimateInput, words: str) -> Iterator[Suggestion]:
-    s = case.sharding
-    most = _most(case)
+def _more_sharding(inputs: EstimateInput, change: str) -> Iterator[Suggestion]:
+    """Yield suggestions of launchers that shard more, in addition to `change`."""
+    s = inputs.sharding
+    max_processes = _max_processes(inputs)
     for stage, name in ((1, "zero1"), (2, "zero2"), (3, "zero3")):
         if s.processes > 1 and s.zero < stage:
-            yield f"--launcher {name} {words}".strip(), replace(case, sharding=replace(s, zero=stage, deepspeed=True))
+            sharding = replace(s, zero=stage, deepspeed=True)
+            yield f"--launcher {name} {change}".strip(), replace(inputs, sharding=sharding)
     processes = s.processes * 2
-    while processes <= most:
-        wide = Sharding(processes, 3, True)
-        yield f"--launcher zero3 --num-processes {processes} {words}".strip(), replace(case, sharding=wide)
+    while processes <= max_processes:
+        sharding = Sharding(processes, 3, True)
+        yield f"--launcher zero3 --num-processes {processes} {change}".strip(), replace(inputs, sharding=sharding)
         processes *= 2
-    if case.gpu and not s.offload_weights:
-        near = replace(s, zero=3, deepspeed=True, offload_optimizer=True, offload_weights=True)
-        yield f"--launcher zero3_offload {words}".strip(), replace(case, sharding=near)
+    if inputs.gpu and not s.offload_weights:
+        sharding = replace(s, zero=3, deepspeed=True, offload_optimizer=True, offload_weights=True)
+        yield f"--launcher zero3_offload {change}".strip(), replace(inputs, sharding=sharding)
 
 
-def _most(case: EstimateInput) -> int:
-    """Processes that can share the batch, at most 64."""
-    if isinstance(case.config, PPOConfig):
-        return min(64, case.config.ppo.rollout_size // case.config.ppo.minibatches)
-    return min(64, int(case.config.optim.batch_size))
+def _max_processes(inputs: EstimateInput) -> int:
+    """Return the largest number of processes that can share the batch, at most 64."""
+    if isinstance(inputs.config, PPOConfig):
+        return min(64, inputs.config.ppo.rollout_size // inputs.config.ppo.minibatches)
+    return min(64, int(inputs.config.optim.batch_size))
 
 
-def _divides(case: EstimateInput, micro: int) -> bool:
-    """Whether a microbatch is possible."""
-    if isinstance(case.config, PPOConfig):
+def _is_possible(inputs: EstimateInput, microbatch: int) -> bool:
+    """Return whether the batch can be divided into microbatches of this size."""
+    if isinstance(inputs.config, PPOConfig):
         return True
-    share = case.config.optim.batch_size // case.sharding.processes
-    return bool(share % min(micro, share) == 0)
+    share = inputs.config.optim.batch_size // inputs.sharding.processes
+    return bool(share % min(microbatch, share) == 0)
 
 
-def _with(case: EstimateInput, section: str, **values: Any) -> EstimateInput:
-    part = getattr(case.config, section).model_copy(update=values)
-    return replace(case, config=case.config.model_copy(update={section: part}))
+def _with_settings(inputs: EstimateInput, section: str, **values: Any) -> EstimateInput:
+    """Return the input with changed settings in one section of the configuration."""
+    changed = getattr(inputs.config, section).model_copy(update=values)
+    return replace(inputs, config=inputs.config.model_copy(update={section: changed}))
 
 
 def with_lora(config: Any) -> Any | None:
-    """The same configuration with LoRA, if all weights are trained and an adapter is possible."""
+    """Return the configuration with LoRA added; None if it has an adapter already or the stage supports none."""
     peft = getattr(config, "peft", None)
     if peft is None or peft.enabled:
         return None

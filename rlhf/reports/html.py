@@ -1,4 +1,4 @@
-"""report.html: one self-contained page with tables, training curves and answers side by side."""
+"""report.html: one self-contained page with tables, training curves and the responses of all models side by side."""
 
 from __future__ import annotations
 
@@ -27,37 +27,44 @@ td:nth-child(2),th:nth-child(2){text-align:left}.talk td{text-align:left;vertica
 
 
 def write_report(path: Path, results: Mapping[str, Any], runs: Mapping[str, Path]) -> None:
-    """Write the page.
+    """Write the report.
 
     Args:
-        results: what the evaluate stage measured.
-        runs: name -> run directory, for the curves.
+        path: HTML file to write.
+        results: results of the evaluate stage.
+        runs: name -> run directory, for the training curves.
     """
     parts = ["<h1>From a pretrained model to an aligned one</h1>", "<h2>Models on the same prompts</h2>"]
-    parts.append(_models(results["models"], results["reference"]))
+    parts.append(_models_table(results["models"], results["reference"]))
     parts.append(
         "<p class='note'>Win rate: share of prompts on which the judge prefers the model's response to the "
         "reference's, ties half, with a 95 % bootstrap interval over prompts. KL: mean log-ratio to the reference, "
         "summed over the response (for best-of-n its upper bound). Perplexity: on held-out plain text.</p>"
     )
     if "reward_model" in results:
-        parts += ["<h2>Reward model</h2>", _reward(results["reward_model"])]
+        parts += ["<h2>Reward model</h2>", _reward_table(results["reward_model"])]
     for name, folder in runs.items():
-        picture = _curves(name, folder)
-        if picture:
-            parts += [f"<h2>Training: {html.escape(name)}</h2>", picture]
+        image = _curves_image(name, folder)
+        if image:
+            parts += [f"<h2>Training: {html.escape(name)}</h2>", image]
     parts += ["<h2>Answers side by side</h2>", _side_by_side(results["side_by_side"])]
     path.write_text(html_page("rlhf report", "\n".join(parts)), encoding="utf-8")
 
 
 def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
-    """An HTML table; cells are HTML already."""
+    """Return an HTML table.
+
+    Args:
+        header: plain text of the header cells.
+        rows: HTML of the other cells.
+        kind: CSS class of the table.
+    """
     head = "".join(f"<th>{html.escape(h)}</th>" for h in header)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table class='{kind}'><tr>{head}</tr>{body}</table>"
 
 
-def _models(rows: Sequence[Mapping[str, Any]], reference: str) -> str:
+def _models_table(rows: Sequence[Mapping[str, Any]], reference: str) -> str:
     cells, measures = [], list(rows[0].get("measures", {}))
     for r in rows:
         win = f"{100 * r['win']:.1f} % [{100 * r['low']:.1f}, {100 * r['high']:.1f}]" if "win" in r else "–"
@@ -66,12 +73,12 @@ def _models(rows: Sequence[Mapping[str, Any]], reference: str) -> str:
                 html.escape(r["split"]),
                 html.escape(r["model"]),
                 win,
-                _number(r.get("utility")),
-                _number(r["kl"]),
-                _number(r["length"], 1),
+                _format_number(r.get("utility")),
+                _format_number(r["kl"]),
+                _format_number(r["length"], 1),
                 f"{100 * r['ended']:.0f} %",
-                _number(r.get("perplexity")),
-                *(_number(r["measures"][m], 3) for m in measures),
+                _format_number(r.get("perplexity")),
+                *(_format_number(r["measures"][m], 3) for m in measures),
             ]
         )
     win = f"win rate vs {reference} [95 %]"
@@ -79,11 +86,11 @@ def _models(rows: Sequence[Mapping[str, Any]], reference: str) -> str:
     return html_table([*header, *map(html.escape, measures)], cells)
 
 
-def _number(value: float | None, digits: int = 2) -> str:
+def _format_number(value: float | None, digits: int = 2) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def _reward(row: Mapping[str, Any]) -> str:
+def _reward_table(row: Mapping[str, Any]) -> str:
     names = {
         "accuracy": "reward model",
         "ceiling": "ceiling: the judge itself on the same noisy labels",
@@ -91,14 +98,14 @@ def _reward(row: Mapping[str, Any]) -> str:
         "longer_wins": "longer wins",
     }
     cells = []
-    for key, words in names.items():
+    for key, name in names.items():
         if key in row:
             interval = f" [{100 * row['low']:.1f}, {100 * row['high']:.1f}]" if key == "accuracy" else ""
-            cells.append([words, f"{100 * row[key]:.1f} %{interval}"])
+            cells.append([name, f"{100 * row[key]:.1f} %{interval}"])
     return html_table(["", f"accuracy on {row['pairs']} held-out pairs"], cells)
 
 
-def _curves(name: str, folder: Path) -> str:
+def _curves_image(name: str, folder: Path) -> str:
     lines = list(read_jsonl(folder / "metrics.jsonl"))
     wanted = next((names for stage, names in CURVES_BY_STAGE.items() if stage in folder.name or stage == name), ())
     series = {m: [(line["step"], line[m]) for line in lines if m in line] for m in wanted}
@@ -124,7 +131,7 @@ def _curves(name: str, folder: Path) -> str:
 
 
 def embed_figure(figure: Any, alt: str) -> str:
-    """A matplotlib figure as an image inside the page; the figure is closed."""
+    """Return a matplotlib figure as an HTML image that contains its data, and close the figure."""
     from matplotlib import pyplot
 
     figure.tight_layout()
@@ -136,7 +143,7 @@ def embed_figure(figure: Any, alt: str) -> str:
 
 
 def html_page(title: str, body: str) -> str:
-    """A whole HTML page that needs nothing else."""
+    """Return a complete HTML page that loads no other file."""
     head = f"<meta charset='utf-8'><title>{html.escape(title)}</title><style>{PAGE_STYLE}</style>"
     return f"<!doctype html><html lang='en'><head>{head}</head><body>{body}</body></html>\n"
 
@@ -144,7 +151,7 @@ def html_page(title: str, body: str) -> str:
 def _side_by_side(items: Sequence[Mapping[str, Any]]) -> str:
     rows = []
     for item in items:
-        talk = "\n".join(f"{m['role']}: {m['content']}" for m in item["prompt"])
+        prompt = "\n".join(f"{m['role']}: {m['content']}" for m in item["prompt"])
         replies = "".join(f"<p><b>{html.escape(n)}</b>: {html.escape(t)}</p>" for n, t in item["replies"].items())
-        rows.append([html.escape(item["split"]), f"<div class='prompt'>{html.escape(talk)}</div>", replies])
+        rows.append([html.escape(item["split"]), f"<div class='prompt'>{html.escape(prompt)}</div>", replies])
     return html_table(["split", "prompt", "replies"], rows, "talk")

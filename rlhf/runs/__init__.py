@@ -1,1 +1,1 @@
-"""Run directories, metrics, hand-over records, console, report."""
+"""Run directories: their files, metrics and lock, and the handling of SIGTERM."""

@@ -1,4 +1,4 @@
-"""Two runs cannot write into one folder. The kernel gives the lock back when its holder dies, however it dies."""
+"""A lock that keeps two runs from writing to one folder. The kernel releases it when the process that holds it ends."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from typing import IO
 from rlhf.errors import ConfigError
 
 LOCK_FILE = ".lock"
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+UNSUPPORTED_ERRNOS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
 class Lock:
-    """An exclusive hold on a run directory, by this process."""
+    """Exclusive lock of this process on a run directory."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / LOCK_FILE
         self._file: IO[str] | None = None
 
     def take(self) -> bool:
-        """Hold it until `release`. Returns: False if this file system knows no locks.
+        """Acquire the lock and hold it until `release`.
 
-        Raises: ConfigError naming the holder.
+        Returns: False if the file system does not support locks.
+        Raises: ConfigError naming the process that holds the lock.
         """
         while self._file is None:
             file = self.path.open("a+", encoding="utf-8")
@@ -37,20 +38,20 @@ class Lock:
                 file.seek(0)
                 holder = file.read()
                 file.close()
-                if error.errno in NO_LOCKS:
+                if error.errno in UNSUPPORTED_ERRNOS:
                     return False
-                raise _held(self.path.parent, holder) from None
+                raise _locked_error(self.path.parent, holder) from None
             if self.path.exists() and os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
                 self._file = file
-            else:  # its holder removed it between our opening and our locking
+            else:  # the previous holder removed the file after it was opened here and before it was locked
                 file.close()
         self._file.truncate(0)
-        self._file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}) + "\n")
+        self._file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": _timestamp()}) + "\n")
         self._file.flush()
         return True
 
     def release(self) -> None:
-        """Give it back."""
+        """Release the lock and remove its file."""
         if self._file is not None:
             self.path.unlink(missing_ok=True)
             self._file.close()
@@ -58,9 +59,9 @@ class Lock:
 
 
 def refuse_if_held(folder: Path) -> None:
-    """Look whether a live process writes into a folder; changes nothing.
+    """Check that no running process holds the lock of a folder. Nothing is changed.
 
-    Raises: ConfigError naming it.
+    Raises: ConfigError naming the process that holds it.
     """
     path = folder / LOCK_FILE
     if not path.is_file():
@@ -69,16 +70,16 @@ def refuse_if_held(folder: Path) -> None:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise _held(folder, file.read()) from None
+            if error.errno not in UNSUPPORTED_ERRNOS:
+                raise _locked_error(folder, file.read()) from None
 
 
-def _held(folder: Path, holder: str) -> ConfigError:
+def _locked_error(folder: Path, holder: str) -> ConfigError:
     try:
-        who = json.loads(holder)
-        found = f"process {who['pid']} on {who['host']}, since {who['since']}"
+        process = json.loads(holder)
+        found = f"process {process['pid']} on {process['host']}, since {process['since']}"
     except (ValueError, KeyError, TypeError):
-        found = "a process that has not yet said its name"
+        found = "a process that has not yet written its id"
     return ConfigError(
         "another process is writing into the output folder",
         found=found,
@@ -87,5 +88,5 @@ def _held(folder: Path, holder: str) -> ConfigError:
     )
 
 
-def _now() -> str:
+def _timestamp() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")

@@ -1,9 +1,9 @@
-"""The run directory: what a stage leaves behind, and the only way it is written.
+"""The run directory of a stage: its files, and the functions that write them.
 
 - config.yaml: resolved configuration; run.json: status, versions, seeds, fingerprints, timings
-- metrics.jsonl: one object a log line; samples.jsonl: prompts and responses while training
+- metrics.jsonl: one object per logged step; samples.jsonl: prompts and responses sampled during training
 - model/: plain save_pretrained folder, with handover.json
-- checkpoints/: what an interrupted run continues from
+- checkpoints/: checkpoints from which an interrupted run resumes
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from rlhf.version import __version__
 
 RUN_FILE, CONFIG_FILE = "run.json", "config.yaml"
 FILES_AT_START = {LOCK_FILE, f"{RUN_FILE}.tmp", f"{CONFIG_FILE}.new", f"{CONFIG_FILE}.new.tmp"}
-"""What a run that dies in its first moment leaves behind: it may begin again."""
+"""Files that a run may leave if it dies before run.json exists; a folder with no others counts as new."""
 
 
 def fsync_path(path: Path) -> None:
-    """Have the disk hold a file, or the names in a folder, before going on."""
+    """Flush a file, or the directory entries of a folder, to disk with fsync."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -46,7 +46,7 @@ def fsync_path(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the new one, never a half, also after a power cut."""
+    """Write a file atomically: a reader finds the old or the new content, never a part, even after a power cut."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     fsync_path(temporary)
@@ -54,7 +54,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file atomically (`write_text`)."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, sort_keys=False) + "\n")
 
 
@@ -72,7 +72,7 @@ def read_json(path: Path) -> Any:
 
 
 def peak_memory_gib() -> float:
-    """Most memory that this process has held so far, in GiB; on Linux since its mark was last set back."""
+    """Return the peak resident memory of this process in GiB; on Linux, since the peak was last reset."""
     status = Path("/proc/self/status")
     lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
     for line in lines:
@@ -82,7 +82,7 @@ def peak_memory_gib() -> float:
 
 
 class RunDir:
-    """One stage's output folder. Only the main process writes; `start` runs before anything expensive."""
+    """Output folder of one stage. Only the main process writes to it; call `start` before anything expensive."""
 
     _unfinished: RunDir | None = None
 
@@ -94,26 +94,30 @@ class RunDir:
 
     @classmethod
     def unfinished(cls) -> RunDir | None:
-        """The run that this process has started last, if it has not finished."""
+        """Return the run that this process started last, or None if that run has finished."""
         return cls._unfinished
 
     @property
     def model(self) -> Path:
-        """Where the finished model lies."""
+        """Folder of the finished model."""
         return self.path / "model"
 
     @property
     def checkpoints(self) -> Path:
-        """Where an interrupted run continues from."""
+        """Folder of the checkpoints from which an interrupted run resumes."""
         return self.path / "checkpoints"
 
     def check(self, stage: str, config: BaseModel, inputs: Mapping[str, str]) -> str:
-        """'new', 'interrupted' (same configuration and inputs, may continue) or 'finished' (the same).
+        """Return the state of the folder: 'new', 'interrupted' or 'finished'.
+
+        The last two mean a run of the same stage with the same configuration and inputs; an interrupted one can resume.
 
         Args:
+            stage: name of the stage.
+            config: its resolved configuration.
             inputs: path -> fingerprint of everything the stage reads.
-        Raises: ConfigError if the folder holds another run, a run on other inputs, or foreign files, if it cannot be
-            written to, or if another process does so.
+        Raises: ConfigError if the folder contains another run, a run on other inputs, or other files, if it cannot be
+            written to, or if another process is writing to it.
         """
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(
@@ -124,15 +128,17 @@ class RunDir:
             return "new"
         if not (self.path / RUN_FILE).is_file():
             raise ConfigError(
-                "the output folder holds files that are no run",
+                "the output folder contains files that do not belong to a run",
                 where=f"output_dir {self.path}",
                 found=", ".join(sorted(p.name for p in self.path.iterdir())[:5]),
                 do="choose another output_dir",
             )
         info = read_json(self.path / RUN_FILE)
         saved = self._saved_config()
-        known = yaml.safe_load(saved.read_text(encoding="utf-8")) if saved.is_file() else None
-        same = isinstance(known, dict) and rename_old_keys(type(config), known).values == config_to_dict(config)
+        saved_config = yaml.safe_load(saved.read_text(encoding="utf-8")) if saved.is_file() else None
+        same = isinstance(saved_config, dict) and rename_old_keys(type(config), saved_config).values == config_to_dict(
+            config
+        )
         if info.get("stage") != stage or not same:
             raise ConfigError(
                 "the output folder already holds another run",
@@ -140,7 +146,10 @@ class RunDir:
                 where=f"output_dir {self.path}",
                 do="choose another output_dir, or delete that folder",
             )
-        changed = sorted(path for path, mark in inputs.items() if info.get("inputs", {}).get(path, mark) != mark)
+        saved_inputs = info.get("inputs", {})
+        changed = sorted(
+            path for path, fingerprint in inputs.items() if saved_inputs.get(path, fingerprint) != fingerprint
+        )
         if changed:
             raise ConfigError(
                 "the output folder holds a run on inputs that have changed since",
@@ -155,12 +164,15 @@ class RunDir:
         return "interrupted"
 
     def _saved_config(self) -> Path:
-        """config.yaml; it gets its name after run.json, so that no kill leaves it alone in the folder."""
+        """Return the path of the saved configuration: config.yaml, or config.yaml.new if that is missing.
+
+        `start` renames it only after run.json is written, so that a kill never leaves config.yaml without run.json.
+        """
         saved = self.path / CONFIG_FILE
         return saved if saved.is_file() else saved.with_name(f"{CONFIG_FILE}.new")
 
     def _check_writable(self) -> None:
-        """Raises: ConfigError before anything expensive."""
+        """Check that the folder can be written to and is not locked. Raises: ConfigError if not."""
         if not self.main:
             return
         refuse_if_held(self.path)
@@ -183,21 +195,21 @@ class RunDir:
         versions: dict[str, str],
         inputs: Mapping[str, str],
     ) -> None:
-        """Create the folder (or take over an interrupted one), lock it, and write run.json and config.yaml.
+        """Create the folder (or reuse that of an interrupted run), lock it, and write run.json and config.yaml.
 
-        Raises: ConfigError if another process writes into the folder, or has done so since it was checked.
+        Raises: ConfigError if another process writes to the folder, or has done so since `check`.
         """
         if not self.main:
             RunDir._unfinished = self
             return
         self.path.mkdir(parents=True, exist_ok=True)
         locked = self.lock.take()
-        known = read_json(self.path / RUN_FILE).get("id") if (self.path / RUN_FILE).is_file() else None
-        if known != self.info.get("id"):
+        saved_id = read_json(self.path / RUN_FILE).get("id") if (self.path / RUN_FILE).is_file() else None
+        if saved_id != self.info.get("id"):
             raise ConfigError(
-                "another process has begun to write into the output folder",
+                "another process has started to write into the output folder",
                 where=f"output_dir {self.path}",
-                do="start again: the folder is then looked at anew",
+                do="run the command again; it then checks the folder again",
             )
         new = self.path / f"{CONFIG_FILE}.new"
         if not (self.path / CONFIG_FILE).is_file():
@@ -214,7 +226,7 @@ class RunDir:
             "seed": seed,
             "processes": processes,
             "attempts": attempts,
-            "started": _now(),
+            "started": _timestamp(),
             "inputs": dict(inputs),
             "data": {},
             "timings_s": {},
@@ -226,7 +238,7 @@ class RunDir:
         RunDir._unfinished = self
 
     def note(self, **values: Any) -> None:
-        """Add facts to run.json."""
+        """Add values to run.json; a dict is merged into a dict that exists under the same key."""
         for key, value in values.items():
             if isinstance(value, dict) and isinstance(self.info.get(key), dict):
                 self.info[key].update(value)
@@ -235,38 +247,41 @@ class RunDir:
         self.save()
 
     def save(self) -> None:
-        """Write run.json (main process, once the run has started)."""
+        """Write run.json, on the main process and only after the run has started."""
         if self.main and self.path.is_dir() and self.info:
             write_json(self.path / RUN_FILE, self.info)
 
     def finish(self) -> None:
-        """Mark the run finished, and give the folder back."""
-        self.note(status="finished", ended=_now(), peak_memory_gib=round(peak_memory_gib(), 2))
+        """Mark the run as finished and release the lock."""
+        self.note(status="finished", ended=_timestamp(), peak_memory_gib=round(peak_memory_gib(), 2))
         self.lock.release()
         RunDir._unfinished = None
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Record how a stage ended; an exception passes through, and the folder is given back."""
-        begun = time.monotonic()
-        how: dict[str, Any] = {}
+        """Record in run.json how the stage inside the context ended; after an exception also release the lock.
+
+        The exception is raised again. Without one the status does not change, and the lock is kept until `finish`.
+        """
+        started_at = time.monotonic()
+        outcome: dict[str, Any] = {}
         try:
             yield
         except (KeyboardInterrupt, RunStopped):
-            how = {"status": "interrupted", "ended": _now()}
+            outcome = {"status": "interrupted", "ended": _timestamp()}
             raise
         except BaseException as error:
-            how = {"status": "failed", "ended": _now(), "error": f"{type(error).__name__}: {error}"[:2000]}
+            outcome = {"status": "failed", "ended": _timestamp(), "error": f"{type(error).__name__}: {error}"[:2000]}
             raise
         finally:
-            with suppress(OSError):  # on a full disk the error itself is what matters
-                self.note(**how, timings_s={"total": round(time.monotonic() - begun, 2)})
-            if how:
+            with suppress(OSError):  # a full disk must not hide the original exception
+                self.note(**outcome, timings_s={"total": round(time.monotonic() - started_at, 2)})
+            if outcome:
                 self.lock.release()
 
     @contextmanager
     def new_model(self) -> Iterator[Path]:
-        """A folder to save the model into; it becomes `model/` only when complete."""
+        """Yield a temporary folder for the model; it is renamed to `model/` when the context ends without an error."""
         temporary = self.path / "model.tmp"
         if self.main:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -280,7 +295,11 @@ class RunDir:
 
 
 def fingerprint_path(path: Path) -> str:
-    """A mark that changes when a file or model folder does: content of a file, identity of the run behind a model."""
+    """Return a text that changes when a file or model folder does.
+
+    For a file it is a hash of the content; for a folder it is the id of the run that made the model, or, if there is no
+    run.json, a hash of the files' names and sizes.
+    """
     if path.is_file():
         digest = hashlib.sha256()
         with path.open("rb") as file:
@@ -295,11 +314,11 @@ def fingerprint_path(path: Path) -> str:
 
 
 def config_to_dict(config: BaseModel) -> dict[str, Any]:
-    """The configuration as YAML-able values."""
+    """Return the configuration as values that YAML can represent."""
     return config.model_dump(mode="json")
 
 
-def _now() -> str:
+def _timestamp() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 

@@ -15,7 +15,7 @@ OUTPUT = [
         "foreign files",
         "sft sft.yaml",
         (
-            "output_dir out: the output folder holds files that are no run (found: mine.txt)",
+            "output_dir out: the output folder contains files that do not belong to a run (found: mine.txt)",
             "choose another output_dir",
         ),
         put("out/mine.txt", "x"),

@@ -27,11 +27,11 @@ def test_a_good_stage(stage: str, place: Path, call_cli: Run, contents: Contents
         "batch: ",
         "run: ",
         "Memory of each process",
-        "all is well",
+        "no problems found",
     ):
         assert said in out, said
     assert ("end token present" in out) is (stage in ("sft", "reward"))
-    assert ("agrees with the policy's hand-over record" in out) is (stage == "ppo")
+    assert ("has the policy's tokenizer, and a handover record" in out) is (stage == "ppo")
     assert ("kernels' copies" in out, "KV cache" in out) == (False, False)
 
 
@@ -66,7 +66,7 @@ def test_ppo_on_models_of_the_pipeline(place: Path, call_cli: Run) -> None:
     )
     code, out, err = call_cli(["check", "pipeline.yaml", "sft.peft.method=lora", "reward.peft.method=lora"], cwd=place)
     assert (code, err) == (0, "")
-    assert "is yet to be made" in out
+    assert "does not exist yet" in out
     assert out.count("Memory of each process") == 3
 
 
@@ -81,7 +81,7 @@ def needed(out: str) -> dict[str, float]:
 def test_every_sharding(launcher: str, place: Path, call_cli: Run) -> None:
     code, out, err = call_cli(["check", "sft.yaml", "--launcher", launcher, "--json"], cwd=place)
     assert (code, err) == (0, "")
-    assert "peak (while: update)" in needed(out)
+    assert "peak (update)" in needed(out)
     assert ("gathered weights" in out) is launcher.startswith("zero3")
 
 
@@ -96,7 +96,7 @@ def test_what_does_not_fit_comes_with_a_way_out(place: Path, call_cli: Run) -> N
     assert "the cheapest change that fits is optim.microbatch_size=" in out
     code, out, _ = call_cli(["check", *long, "--gpu-memory", "1M"], cwd=place)
     assert code == 1
-    assert "nothing fits; the least is" in out
+    assert "no change fits; the smallest need is" in out
 
 
 @pytest.mark.parametrize(
@@ -127,8 +127,8 @@ def append(path: Path, **row: Any) -> None:
 def test_what_would_fail_exits_with_1(place: Path, call_cli: Run) -> None:
     code, out, _ = call_cli(["check", "ppo.yaml", "reward_model.path=foreign"], cwd=place)
     assert code == 1
-    assert "has another tokenizer" in out
-    assert "no mean and deviation of its scores" in out
+    assert "has a different tokenizer" in out
+    assert "no mean and standard deviation of its scores" in out
     code, out, _ = call_cli(["check", "ppo.yaml", "policy.path=nowhere"], cwd=place)
     assert code == 1
     assert "FAILS  CheckpointError: nowhere: no such model" in out
@@ -166,13 +166,14 @@ def test_responses_count_as_the_policys_record_says_and_the_longest_must_fit(pla
     record.write_text(json.dumps(json.loads(record.read_text()) | {"reply_tokens": 3.2}))
     known = needed(call_cli([*big, "--json"], cwd=place).stdout)
     told = needed(call_cli([*big, "--json", "--response-tokens", "4"], cwd=place).stdout)
-    grown = "peak if all responses grow to their limit"
-    assert known["peak (while: update)"] == told["peak (while: update)"] < unknown["peak (while: update)"]
-    assert known[grown] == unknown["peak (while: update)"]
+    grown = "peak if all responses reach the maximum length"
+    assert known["peak (update)"] == told["peak (update)"] < unknown["peak (update)"]
+    assert known[grown] == unknown["peak (update)"]
     assert grown not in told.keys() | unknown.keys()
     _, out, _ = call_cli([*big, "--gpu-memory", "1M"], cwd=place)
-    assert "responses count as 4 tokens" in out
-    most, first = map(int, re.findall(r"ppo needs (\d+) MiB of 1 MiB \(as it begins (\d+) MiB\)", out)[0])
+    assert "the table assumes responses of 4 tokens" in out
+    message = r"ppo needs (\d+) MiB \((\d+) MiB at the start\), but the limit is 1 MiB"
+    most, first = map(int, re.findall(message, out)[0])
     assert first + 2 < most
     for limit, fits in ((first + 1, False), (most + 1, True)):
         code, out, _ = call_cli([*big, "--gpu-memory", f"{limit}M"], cwd=place)
@@ -184,8 +185,8 @@ def test_a_pipeline_knows_what_its_policy_will_have_learnt_to_say(place: Path, c
         "output_dir: out\nsft: {config: sft.yaml}\nreward: {config: reward.yaml}\nppo: {config: ppo.yaml}\n"
     )
     out = call_cli(["check", "pipeline.yaml"], cwd=place).stdout
-    assert "responses count as" in out
-    assert "the mean of what the policy learnt to say" in out
+    assert "the table assumes responses of" in out
+    assert "the mean length recorded for the policy" in out
 
 
 def test_a_reward_model_on_the_shared_base_cannot_be_offloaded(place: Path, call_cli: Run) -> None:

@@ -48,7 +48,7 @@ def test_a_launcher_that_dies_of_sigterm_does_not_leave_a_stage_behind(
 
 
 def test_a_launcher_that_ends_by_itself_hands_on_its_code() -> None:
-    assert supervise([sys.executable, "-c", "raise SystemExit(3)"], os.environ, 60.0).code == 3
+    assert supervise([sys.executable, "-c", "raise SystemExit(3)"], os.environ, 60.0).exit_code == 3
 
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:

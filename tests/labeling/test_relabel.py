@@ -1,4 +1,4 @@
-"""Pairs of a model's own replies: real replies, prompts that no test pair has, labels by the rater of the others."""
+"""`rlhf rate`: comparisons of a model's own replies to new prompts, labelled by the demo's simulated rater."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_equal_and_blank_replies_make_no_pair_and_no_prompt_is_a_shipped_one() -
 
 
 def test_the_better_reply_is_usually_chosen() -> None:
-    """A reply that is right against one that is rude and says nothing."""
+    """One reply of each pair is correct and polite, the other is rude and does not answer."""
     maker = DemoGenerator(0, 0.02)
     chats = Chats(maker._rng("writer"))
     known: dict[str, dict[str, Any]] = {}

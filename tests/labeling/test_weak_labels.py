@@ -1,4 +1,4 @@
-"""Weak labels through the real command line: the file, the messages, and that the next stages train on it."""
+"""Weak labels by the command line: the file, the messages, and the training of the next stages on the file."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ CLASSES = ("ham", "spam", "eggs")
 
 
 def vote(record: Row) -> str | None:
-    """A labelling function: the reply that is no refusal."""
+    """Vote for the reply that is not a refusal."""
     refuses = [record[side].startswith("no ") for side in ("chosen", "rejected")]
     return None if refuses[0] == refuses[1] else "rejected" if refuses[0] else "chosen"
 
 
 def first(record: Row) -> str:
-    """One that looks at the place."""
+    """Vote for the first reply, whatever it contains."""
     return "chosen"
 
 
 def pairs(count: int = 120, seed: int = 0) -> list[Row]:
-    """Good and bad replies in random order, with votes of four annotators; the third record has none."""
+    """Return pairs of a good and a bad reply in random order, with votes of four annotators; the third has no votes."""
     rng, rows = random.Random(seed), list[Row]()
     for i in range(count):
         thing = f"{rng.choice(setup.THINGS)} {i}"
@@ -49,7 +49,7 @@ def pairs(count: int = 120, seed: int = 0) -> list[Row]:
 
 
 def texts(count: int = 90) -> list[Row]:
-    """Three classes, three annotators, a gap here and there."""
+    """Return texts of three classes with the votes of three annotators, some of which are missing."""
     rng, rows = random.Random(1), list[Row]()
     for i in range(count):
         truth = rng.choice(CLASSES)
@@ -59,7 +59,7 @@ def texts(count: int = 90) -> list[Row]:
 
 
 def config(folder: Path, rows: list[Row], **settings: Any) -> str:
-    """The configuration of a labelling, as a file."""
+    """Write records and a configuration file of `rlhf data weak`, and return the path of the configuration."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -68,7 +68,7 @@ def config(folder: Path, rows: list[Row], **settings: Any) -> str:
 
 
 def label(call_cli: Any, folder: Path, rows: list[Row], *options: str, **settings: Any) -> tuple[str, list[Row]]:
-    """What the command prints and writes."""
+    """Run `rlhf data weak` and return what it prints, and the rows that it writes."""
     code, out, err = call_cli(["data", "weak", config(folder, rows, **settings), *options])
     assert code == 0, err
     return out, [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
@@ -83,7 +83,7 @@ def matrix(rows: list[Row]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["dawid-skene", "majority"])
-def test_a_pairs_label_is_that_of_the_label_model(kind: str, call_cli: Any, tmp_path: Path) -> None:
+def test_the_label_of_a_pair_is_the_label_models_probability(kind: str, call_cli: Any, tmp_path: Path) -> None:
     rows = pairs()
     options = (f"label_model.kind={kind}", "label_model.smoothing=2")
     out, written = label(call_cli, tmp_path, rows, *options, gold="truth")
@@ -136,7 +136,7 @@ def test_the_table_shows_each_source_and_gold_beside_the_estimates(call_cli: Any
     assert all(set(row) == {"prompt", "chosen", "rejected", "preference"} for row in written)
 
 
-def test_gold_is_read_by_nothing_but_the_table(call_cli: Any, tmp_path: Path) -> None:
+def test_gold_affects_only_the_table(call_cli: Any, tmp_path: Path) -> None:
     rows = pairs()
     lies = [row | {"truth": "chosen" if row["truth"] == "rejected" else "rejected"} for row in rows]
     half = [*rows[:60], *(row | {"truth": None} for row in rows[60:])]
@@ -178,7 +178,7 @@ def test_functions_and_rules_vote_beside_annotators(call_cli: Any, tmp_path: Pat
         {"name": "short", "words_under": 2, "vote": "without"},
     ]
     out, written = label(call_cli, tmp_path, pairs(), sources=sources, gold="truth")
-    assert len(written) == 120  # the rules speak where annotators do not
+    assert len(written) == 120  # the rules vote on the record without annotators' votes
     assert (
         "'tests.labeling.test_weak_labels:first' changes its vote when the two responses are swapped, on 120 records"
         in out
@@ -191,7 +191,7 @@ def test_functions_and_rules_vote_beside_annotators(call_cli: Any, tmp_path: Pat
 
 
 def test_the_reward_model_trains_on_the_file(full: Any, call_cli: Any, run_stage: Any, tmp_path: Path) -> None:
-    """As it is: soft labels reach the loss, those below one half included."""
+    """The file is used unchanged, with soft labels below one half."""
     _, written = label(call_cli, tmp_path, pairs())
     assert any(row["preference"] < 0.3 for row in written)
     data = full.configs["reward"]["data"] | {"train": [{"path": str(tmp_path / "out.jsonl")}]}
@@ -209,7 +209,7 @@ def test_the_reward_model_trains_on_the_file(full: Any, call_cli: Any, run_stage
 
 
 @pytest.mark.parametrize("accuracy", ["auto", "one", "per-class"])
-def test_a_class_label_is_that_of_the_label_model(accuracy: str, call_cli: Any, tmp_path: Path) -> None:
+def test_class_labels_are_the_label_models_probabilities(accuracy: str, call_cli: Any, tmp_path: Path) -> None:
     rows = texts()
     options = {"kind": "labelled", "sources": [{"votes": "who"}], "gold": "gold"}
     out, written = label(call_cli, tmp_path, rows, f"label_model.accuracy={accuracy}", **options)
@@ -225,7 +225,7 @@ def test_a_class_label_is_that_of_the_label_model(accuracy: str, call_cli: Any, 
     assert ("one accuracy per source" if accuracy == "one" else "a confusion matrix per source") in out
 
 
-def test_sources_that_know_one_class_have_one_accuracy(call_cli: Any, tmp_path: Path) -> None:
+def test_sources_that_vote_for_one_class_only_have_one_accuracy(call_cli: Any, tmp_path: Path) -> None:
     rules = [
         {"name": f"{name}-{k}", "regex": word, "vote": name}
         for name in CLASSES
@@ -259,7 +259,7 @@ def test_the_classifier_trains_on_the_file(full: Any, call_cli: Any, run_stage: 
 # What is said or refused
 
 
-def test_a_source_below_chance_is_pointed_at(call_cli: Any, tmp_path: Path) -> None:
+def test_a_source_estimated_below_chance_is_noted(call_cli: Any, tmp_path: Path) -> None:
     rows, mirror = pairs(), {"chosen": "rejected", "rejected": "chosen"}
     for row in rows:
         row["votes"]["liar"] = mirror[row["truth"]]
@@ -267,7 +267,7 @@ def test_a_source_below_chance_is_pointed_at(call_cli: Any, tmp_path: Path) -> N
     assert "estimated worse than chance: liar. Either this is true, or most other sources make the same" in out
 
 
-def test_em_that_was_stopped_says_so(call_cli: Any, tmp_path: Path) -> None:
+def test_a_stop_before_convergence_is_reported(call_cli: Any, tmp_path: Path) -> None:
     out, _ = label(call_cli, tmp_path, pairs(), "label_model.max_iterations=2")
     assert "STOPPED BEFORE IT CONVERGED (label_model.max_iterations) after 2 iterations" in out
     out, _ = label(call_cli, tmp_path / "b", pairs(), "label_model.tolerance=0.01")
@@ -292,7 +292,7 @@ def test_a_tie_is_half_right(labels: Any, gold: Any, share: float) -> None:
     assert label_accuracy(torch.tensor(labels), torch.tensor(gold)) == share
 
 
-def test_a_function_that_does_not_import(tmp_path: Path) -> None:
+def test_a_function_that_cannot_be_imported_is_refused(tmp_path: Path) -> None:
     from rlhf.config.schema import WeakLabelConfig
     from rlhf.console import Console
     from rlhf.labeling.weak_labels import make_weak_labels

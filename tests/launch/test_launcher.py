@@ -1,4 +1,4 @@
-"""What would be started is settled, or refused in words, before anything starts."""
+"""Launches are resolved or rejected with an explanation before any process starts; failed jobs end in time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAMES = ("cpu", "single", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fs
 
 
 def refused(options: LaunchOptions, environment: dict[str, str] | None = None) -> str:
-    """The message of a launch that is refused."""
+    """Return the error message of a launch that is rejected."""
     with pytest.raises(ConfigError) as caught:
         resolve_launch(options, environment or {})
     return str(caught.value)
@@ -41,13 +41,13 @@ def test_every_launcher_resolves(name: str) -> None:
     assert ("--machine_rank" in command) is (name == "multinode")
 
 
-def test_no_launcher_is_forgotten() -> None:
+def test_every_accelerate_file_is_tested() -> None:
     assert {p.stem for p in (ROOT / "configs" / "accelerate").glob("*.yaml")} == set(NAMES)
 
 
 def test_flags_go_to_accelerate() -> None:
     options = LaunchOptions("zero3", processes=8, machines=2, machine_rank=1, ip="10.0.0.1", port=1234)
-    command = resolve_launch(options, {}).command(["ppo", "c.yaml", "seed=2"], seconds=600)
+    command = resolve_launch(options, {}).command(["ppo", "c.yaml", "seed=2"], timeout=600)
     assert command[1:3] == ["-m", "accelerate.commands.launch"]
     words = dict(zip(command[3::2], command[4::2], strict=False))
     assert (words["--num_processes"], words["--num_machines"], words["--machine_rank"]) == ("8", "2", "1")
@@ -70,50 +70,50 @@ def test_ranks_come_from_the_environment(environment: dict[str, str]) -> None:
     assert (plan.machines, plan.machine_rank, plan.ip, plan.port) == (4, 3, "a", 7)
     assert (
         resolve_launch(LaunchOptions("multinode", machine_rank=0, ip="b"), environment).machine_rank == 0
-    )  # a flag counts more
+    )  # a flag takes precedence
     assert (
         resolve_launch(LaunchOptions("ddp"), environment).machines == 1
-    )  # another job's variables do not concern one machine
+    )  # the variables are not read for a launch on one machine
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "expected_text"),
     [
         (LaunchOptions("multinode", machine_rank=2, ip="a"), "numbered from 0 to 1"),
         (LaunchOptions("multinode", machine_rank=-1, ip="a"), "numbered from 0 to 1"),
-        (LaunchOptions("multinode"), "have to find each other"),
+        (LaunchOptions("multinode"), "needs the address of machine 0"),
         (LaunchOptions("multinode", processes=3, ip="a"), "give a multiple of 2"),
-        (LaunchOptions("single", processes=2), "starts one process, in silence"),
+        (LaunchOptions("single", processes=2), "starts only one process, without a warning"),
         (LaunchOptions("cpu", processes=2), "use --launcher ddp"),
-        (LaunchOptions("ddp", processes=1), "data parallel needs two processes"),
-        (LaunchOptions("ddp", processes=0), "one process and one machine at least"),
+        (LaunchOptions("ddp", processes=1), "data-parallel training needs at least two processes"),
+        (LaunchOptions("ddp", processes=0), "at least one process and one machine"),
         (LaunchOptions("dpp"), "no such launcher"),
     ],
 )
-def test_a_wrong_launch_is_refused(options: LaunchOptions, says: str) -> None:
-    assert says in refused(options)
+def test_a_wrong_launch_is_refused(options: LaunchOptions, expected_text: str) -> None:
+    assert expected_text in refused(options)
 
 
-def test_all_problems_come_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     message = refused(LaunchOptions("multinode", processes=3), {"NODE_RANK": "five", "MASTER_PORT": "x"})
     assert "4 problems" in message
-    for says in ("'five'", "'x'", "multiple of 2", "find each other"):
-        assert says in message
+    for expected_text in ("'five'", "'x'", "multiple of 2", "address of machine 0"):
+        assert expected_text in message
 
 
 @pytest.mark.parametrize("how", ["pdsh", "nossh"])
-def test_a_launcher_that_writes_the_environment_down_is_refused(how: str, tmp_path: Path) -> None:
+def test_a_deepspeed_launcher_that_writes_the_environment_to_a_file_is_refused(how: str, tmp_path: Path) -> None:
     settings = yaml.safe_load((ROOT / "configs/accelerate/multinode.yaml").read_text(encoding="utf-8"))
     settings["deepspeed_config"]["deepspeed_multinode_launcher"] = how
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    assert "tokens included" in refused(LaunchOptions(str(path), ip="a"))
+    assert "including access tokens" in refused(LaunchOptions(str(path), ip="a"))
 
 
 def test_several_processes_of_a_type_that_starts_one(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("distributed_type: MULTI_CPU\nnum_processes: 2\n", encoding="utf-8")
-    assert "MULTI_CPU starts one process, in silence" in refused(LaunchOptions(str(path)))
+    assert "MULTI_CPU starts only one process, without a warning" in refused(LaunchOptions(str(path)))
 
 
 def test_a_file_of_credentials_is_refused(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_file_of_credentials_is_refused(tmp_path: Path) -> None:
     check_no_secrets(tmp_path)
 
 
-def test_what_looks_like_a_credential() -> None:
+def test_names_of_variables_that_look_like_credentials() -> None:
     names = [
         "WANDB_API_KEY",
         "HF_TOKEN",
@@ -154,7 +154,7 @@ def test_fsdp_is_refused_on_a_cpu_and_for_ppo(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "expected_text"),
     [
         ("--launcher fsdp2", "use --launcher zero3"),
         ("--launcher ddp --num-processes 3", "nearest: 6, 9"),
@@ -163,7 +163,7 @@ def test_fsdp_is_refused_on_a_cpu_and_for_ppo(monkeypatch: pytest.MonkeyPatch) -
     ],
 )
 def test_the_command_line_starts_nothing_wrong(
-    words: str, says: str, call_cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: str, expected_text: str, call_cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr("rlhf.launch.launcher.supervise", lambda *_: pytest.fail("it started"))
@@ -173,7 +173,7 @@ def test_the_command_line_starts_nothing_wrong(
     )
     code, _, err = call_cli(["sft", str(path), *words.split()], cwd=tmp_path)
     assert code == 2
-    assert says in err
+    assert expected_text in err
 
 
 def test_the_timeout_is_a_number_of_seconds() -> None:
@@ -184,7 +184,7 @@ def test_the_timeout_is_a_number_of_seconds() -> None:
             timeout_seconds({"RLHF_TIMEOUT": wrong})
 
 
-# --- a job that ends before it should: processes that only say that they live --------------------------------------
+# --- jobs that end early; their processes do nothing but write heartbeats ------------------------------------------
 
 JOB = """
 import os, signal, subprocess, sys, time
@@ -214,11 +214,11 @@ write_heartbeat("finished")
 
 @pytest.fixture
 def job(tmp_path: Path) -> Callable[[str, float], JobResult]:
-    """job(kind, seconds) -> how it ended."""
+    """job(kind, timeout) -> result of a job of two processes of which rank 1 fails in the given way."""
     path = tmp_path / "job.py"
     path.write_text(JOB, encoding="utf-8")
-    return lambda kind, seconds: supervise(
-        [sys.executable, str(path), kind], {"PYTHONPATH": str(ROOT), "PATH": ""}, seconds
+    return lambda kind, timeout: supervise(
+        [sys.executable, str(path), kind], {"PYTHONPATH": str(ROOT), "PATH": ""}, timeout
     )
 
 
@@ -227,19 +227,19 @@ def test_a_job_that_ends_well(job: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "silent", "again"), [("killed", True, True), ("broken", False, True), ("refused", False, False)]
+    ("kind", "without_message", "again"), [("killed", True, True), ("broken", False, True), ("refused", False, False)]
 )
-def test_a_dead_rank_ends_the_job_in_time(kind: str, silent: bool, again: bool, job: Any) -> None:
-    begun = time.monotonic()
-    ended = job(kind, 2)
-    assert time.monotonic() - begun < 20
-    assert ended.code != 0
-    assert ended.culprit is not None
-    assert (ended.culprit.rank, ended.silent, ended.may_restart) == (1, silent, again)
-    assert ended.culprit.step == 7
+def test_a_dead_rank_ends_the_job_in_time(kind: str, without_message: bool, again: bool, job: Any) -> None:
+    started_at = time.monotonic()
+    result = job(kind, 2)
+    assert time.monotonic() - started_at < 20
+    assert result.exit_code != 0
+    assert result.failed_process is not None
+    assert (result.failed_process.rank, result.without_message, result.may_restart) == (1, without_message, again)
+    assert result.failed_process.step == 7
 
 
-def test_the_message_says_who_when_and_how_to_go_on(
+def test_the_message_names_the_failed_rank_the_checkpoint_and_how_to_resume(
     job: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -247,43 +247,43 @@ def test_the_message_says_who_when_and_how_to_go_on(
     assert newest_checkpoint_path(run) is None  # incomplete
     (run / "checkpoints" / "checkpoint-12" / MANIFEST).write_text("{}")
     report_job(job("killed", 1), run, "rlhf sft x.yaml --launcher ddp", restarts_left=0)
-    said = capsys.readouterr().err
-    assert "rank 1" in said
-    assert "died without a message" in said
-    assert "after step 7" in said
-    assert "checkpoint-12" in said
-    assert "to resume: rlhf sft x.yaml --launcher ddp" in said
+    message = capsys.readouterr().err
+    assert "rank 1" in message
+    assert "died without a message" in message
+    assert "after step 7" in message
+    assert "checkpoint-12" in message
+    assert "to resume: rlhf sft x.yaml --launcher ddp" in message
     report_job(JobResult(1), None, "rlhf", restarts_left=2)
     assert "restarting from there (2 restarts left)" in capsys.readouterr().err
 
 
-def test_a_process_that_finishes_no_step_ends_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_watchdog_ends_a_process_that_finishes_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(HEARTBEAT_FOLDER, str(tmp_path))
     monkeypatch.setenv("RANK", "3")
     codes: list[int] = []
-    dog = Watchdog(0.4, codes.append)
-    dog.start()
+    watchdog = Watchdog(0.4, codes.append)
+    watchdog.start()
     for step in range(6):
         time.sleep(0.1)
-        dog.beat(step)
+        watchdog.beat(step)
     assert codes == []
     time.sleep(1.0)
     assert codes == [STUCK_EXIT_CODE]
-    (sign,) = read_heartbeats(tmp_path)
-    assert (sign.rank, sign.what, sign.step) == (3, "stuck", 5)
-    assert "no step was finished for 0.4 s" in sign.words
+    (heartbeat,) = read_heartbeats(tmp_path)
+    assert (heartbeat.rank, heartbeat.what, heartbeat.step) == (3, "stuck", 5)
+    assert "no step was finished for 0.4 s" in heartbeat.words
 
 
 def test_a_watchdog_that_is_stopped_does_nothing() -> None:
     codes: list[int] = []
-    dog = Watchdog(0.2, codes.append)
-    dog.start()
-    dog.stop()
+    watchdog = Watchdog(0.2, codes.append)
+    watchdog.start()
+    watchdog.stop()
     time.sleep(0.5)
     assert codes == []
 
 
-def test_a_sign_that_nobody_reads_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_heartbeat_is_written_without_a_supervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(HEARTBEAT_FOLDER, raising=False)
     write_heartbeat("running")
     monkeypatch.setenv(HEARTBEAT_FOLDER, str(tmp_path / "gone"))

@@ -1,4 +1,4 @@
-"""Processes that do not see the same refuse together, and in words: none waits for the others, none trains apart."""
+"""Processes with different configurations, inputs or run directories all stop with the same error; none hangs."""
 
 from __future__ import annotations
 
@@ -25,19 +25,21 @@ from rlhf.stages.lifecycle import inputs_of
 SAME = {"seed of the configuration": "1", "input data.jsonl": "abc", "run": "interrupted 7f", "checkpoint step-2": "0d"}
 
 
-def answers(*views: dict[str, str], trouble: dict[int, RLHFError] | None = None) -> list[RLHFError | None]:
-    """What each process is told."""
+def compare_on_all_ranks(
+    *views: dict[str, str], local_error: dict[int, RLHFError] | None = None
+) -> list[RLHFError | None]:
+    """Return the error of each process, None if it had none; one thread stands for each process."""
     store, found = HashStore(), [None] * len(views)
 
-    def ask(rank: int) -> None:
+    def compare(rank: int) -> None:
         try:
             rank_consistency.compare_through_store(
-                store, rank, len(views), views[rank], where="out", trouble=(trouble or {}).get(rank)
+                store, rank, len(views), views[rank], where="out", local_error=(local_error or {}).get(rank)
             )
         except RLHFError as error:
             found[rank] = error
 
-    threads = [threading.Thread(target=ask, args=(rank,)) for rank in range(len(views))]
+    threads = [threading.Thread(target=compare, args=(rank,)) for rank in range(len(views))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -45,12 +47,12 @@ def answers(*views: dict[str, str], trouble: dict[int, RLHFError] | None = None)
     return found
 
 
-def test_processes_that_see_the_same_go_on() -> None:
-    assert answers(SAME, SAME, SAME) == [None, None, None]
+def test_processes_with_equal_values_continue() -> None:
+    assert compare_on_all_ranks(SAME, SAME, SAME) == [None, None, None]
 
 
 @pytest.mark.parametrize(
-    ("other", "kind", "says"),
+    ("other", "kind", "expected_text"),
     [
         ({"run": "new"}, CheckpointError, "run: interrupted 7f on rank 0"),
         ({"checkpoint step-2": ""}, CheckpointError, "checkpoint step-2: 0d on rank 0"),
@@ -59,42 +61,44 @@ def test_processes_that_see_the_same_go_on() -> None:
         ({"input data.jsonl": "abd"}, ConfigError, "input data.jsonl: abc on rank 0"),
     ],
 )
-def test_all_are_told_what_one_sees_otherwise(other: dict[str, str], kind: type[RLHFError], says: str) -> None:
-    told = answers(SAME, SAME, SAME | other)
-    assert len({str(error) for error in told}) == 1
-    assert isinstance(told[0], kind)
-    assert says in str(told[0])
-    assert "on rank 2 (" in str(told[0])
-    assert (told[0].where, "all machines share" in told[0].do) == ("out", kind is CheckpointError)
+def test_every_process_raises_the_same_error_about_a_value_that_differs(
+    other: dict[str, str], kind: type[RLHFError], expected_text: str
+) -> None:
+    errors = compare_on_all_ranks(SAME, SAME, SAME | other)
+    assert len({str(error) for error in errors}) == 1
+    assert isinstance(errors[0], kind)
+    assert expected_text in str(errors[0])
+    assert "on rank 2 (" in str(errors[0])
+    assert (errors[0].where, "all machines share" in errors[0].do) == ("out", kind is CheckpointError)
 
 
-def test_one_that_does_not_begin_is_not_waited_for() -> None:
+def test_the_others_do_not_wait_for_a_process_with_an_error_of_its_own() -> None:
     own = ConfigError("the output folder is a file")
-    told = answers(SAME, {}, trouble={1: own})
-    assert told[1] is own
-    assert isinstance(told[0], TrainingError)
-    assert "rank 1 on" in str(told[0])
-    assert "the output folder is a file" in str(told[0])
+    errors = compare_on_all_ranks(SAME, {}, local_error={1: own})
+    assert errors[1] is own
+    assert isinstance(errors[0], TrainingError)
+    assert "rank 1 on" in str(errors[0])
+    assert "the output folder is a file" in str(errors[0])
 
 
-def test_one_that_does_not_come_is_named() -> None:
+def test_a_process_that_does_not_join_in_time_is_named() -> None:
     store = HashStore()
     store.set_timeout(timedelta(seconds=0.2))
     with pytest.raises(TrainingError, match="rank 1 did not join in time"):
         rank_consistency.compare_through_store(store, 0, 2, SAME, where="out")
 
 
-def test_a_single_process_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rank_consistency, "compare_through_store", lambda *_, **__: pytest.fail("it asked"))
+def test_a_single_process_does_not_use_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_consistency, "compare_through_store", lambda *_, **__: pytest.fail("it used the store"))
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setenv("WORLD_SIZE", "1")
     rank_consistency.check_same_on_all_ranks(SAME, where="out")
     with pytest.raises(ConfigError, match="wrong"):
-        rank_consistency.check_same_on_all_ranks({}, where="out", trouble=ConfigError("wrong"))
+        rank_consistency.check_same_on_all_ranks({}, where="out", local_error=ConfigError("wrong"))
 
 
 def interrupted(path: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run directory below a folder, with a checkpoint."""
+    """Create an interrupted run with a checkpoint below `folder`."""
     monkeypatch.chdir(folder)
     config = load_stage_config(SFTConfig, Path(path), []).config
     run = RunDir(config.output_dir)
@@ -104,10 +108,10 @@ def interrupted(path: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     run.lock.release()
 
 
-def test_disks_that_are_not_shared_refuse_to_resume(
+def test_resuming_is_refused_on_disks_that_are_not_shared(
     tiny_model_dir: Path, write_jsonl: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two processes as a launcher starts them, each in a folder of its own; the first has the run's directory."""
+    """Start two processes as a launcher does, each in its own folder; only the first has the run directory."""
     data = write_jsonl(tmp_path / "sft.jsonl", [{"prompt": "a", "completion": "b"}])
     path = tmp_path / "sft.yaml"
     source = {"output_dir": "out", "model": {"path": str(tiny_model_dir)}, "data": {"train": [{"path": str(data)}]}}

@@ -1,4 +1,4 @@
-"""A trace holds what the real pass holds: counted by hand on one layer, and against real tensors on a tiny Llama."""
+"""Traced activations agree with values computed by hand for one layer, and with real tensors for a tiny Llama."""
 
 from __future__ import annotations
 
@@ -22,39 +22,39 @@ def build(blocks: int, *, adapter: bool = False, frozen: bool = False, attention
     return model.requires_grad_(not frozen)
 
 
-def test_a_tally_by_hand() -> None:
+def test_live_and_peak_bytes_computed_by_hand() -> None:
     layer, x = nn.Linear(8, 16, bias=False), torch.zeros(4, 8)
-    with LiveBytes() as tally:
+    with LiveBytes() as counter:
         y = layer(x)  # 4 x 16 floats
-        assert tally.live == 4 * 16 * 4
+        assert counter.live == 4 * 16 * 4
         z = y.view(16, 4)  # the same memory
-        assert tally.live == 4 * 16 * 4
+        assert counter.live == 4 * 16 * 4
         w = y + 1
-        assert tally.live == 2 * 4 * 16 * 4
+        assert counter.live == 2 * 4 * 16 * 4
         del y, z, w
-    assert (tally.live, tally.peak) == (0, 2 * 4 * 16 * 4)
+    assert (counter.live, counter.peak) == (0, 2 * 4 * 16 * 4)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("bfloat16", [False, True])
-def test_it_agrees_with_real_tensors(attention: str, bfloat16: bool) -> None:
-    rows, length, blocks = 16, 64, 5  # so many that gradients of weights hardly count
+def test_the_trace_agrees_with_real_tensors(attention: str, bfloat16: bool) -> None:
+    rows, length, blocks = 16, 64, 5  # so many rows that the gradients of the weights are small in comparison
     traced = trace_activations(lambda n: build(n, attention=attention), rows=rows, length=length, bfloat16=bfloat16)
     model = build(blocks, attention=attention).train()
     ids = torch.zeros(rows, length, dtype=torch.long)
     mask = torch.ones_like(ids)
-    mask[0, -1] = 0  # as in training; without any padding the real pass makes no mask
-    with LiveBytes() as tally:
+    mask[0, -1] = 0  # as in training; without padding the real pass creates no mask
+    with LiveBytes() as counter:
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             hidden = backbone(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        forward = tally.peak
+        forward = counter.peak
         hidden.sum().backward()
     gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.grad is not None)
     found = traced.fixed + blocks * traced.block
-    assert found == pytest.approx(max(forward, tally.peak - gradients), rel=0.05)
+    assert found == pytest.approx(max(forward, counter.peak - gradients), rel=0.05)
 
 
-def test_longer_and_more_rows_never_need_less() -> None:
+def test_longer_or_more_rows_never_need_less() -> None:
     sizes = [
         trace_activations(build, rows=r, length=t, bfloat16=False)
         for r, t in ((1, 8), (2, 8), (2, 16), (4, 16), (4, 32))
@@ -65,7 +65,7 @@ def test_longer_and_more_rows_never_need_less() -> None:
     ]
 
 
-def test_a_frozen_model_keeps_next_to_nothing() -> None:
+def test_a_frozen_model_keeps_few_activations() -> None:
     trained = trace_activations(build, rows=4, length=32, bfloat16=False)
     frozen = trace_activations(lambda n: build(n, frozen=True), rows=4, length=32, bfloat16=False)
     assert frozen.block < 0.1 * trained.block

@@ -1,4 +1,4 @@
-"""`rlhf bench`: a table of the phases, nothing written."""
+"""`rlhf bench` prints a table of the phases and writes nothing."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ def test_every_phase_has_a_time_and_a_limit(trained: Any, call_cli: Any, tmp_pat
     for row in tables[0]["rows"]:
         taken, limit = (float(row[name].removesuffix(" s")) for name in ("time", "limit"))
         assert taken > 0
-        assert 0 <= limit < taken  # 30 000 weights: overhead is nearly all there is
+        assert 0 <= limit < taken  # the model has 30 000 weights, so nearly all of the time is overhead
         assert 0.1 < float(row["memory"].removesuffix(" GiB")) < 16
     assert not (tmp_path / "run").exists()

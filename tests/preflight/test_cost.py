@@ -1,4 +1,4 @@
-"""The formulas of what a pass must cost, against operations that are counted while a model runs."""
+"""The formulas for the cost of a pass agree with the operations counted while a model runs."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests.models import tiny
 ROWS, LENGTH = 3, 20
 
 
-def counted(model: Any, *, backward: bool = False, **options: Any) -> int:
-    """Operations of one call on unpadded rows."""
+def count_operations(model: Any, *, backward: bool = False, **options: Any) -> int:
+    """Return the operations of one call on unpadded rows."""
     ids = torch.randint(10, 290, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
     with FlopCounterMode(display=False) as counter:
         output = model(input_ids=ids, use_cache=False, **options).logits
@@ -30,17 +30,17 @@ def counted(model: Any, *, backward: bool = False, **options: Any) -> int:
 @pytest.fixture
 def policy() -> Any:
     model = tiny.new(1)
-    model.set_attn_implementation("eager")  # whose products can be counted: all T x T of them, not the half that counts
+    model.set_attn_implementation("eager")  # its products are counted, all T x T of them including the masked half
     return model
 
 
-def test_a_forward_costs_what_the_formula_says(policy: Any) -> None:
-    shape, tokens = ModelCost.of(policy), ROWS * LENGTH
-    assert counted(policy) == pytest.approx(shape.forward(tokens, LENGTH, tokens), rel=0.03)
-    assert counted(policy, logits_to_keep=1) == pytest.approx(shape.forward(tokens, LENGTH, ROWS), rel=0.03)
+def test_the_formula_of_a_forward_pass_agrees_with_counted_operations(policy: Any) -> None:
+    shape, tokens = ModelCost.from_model(policy), ROWS * LENGTH
+    assert count_operations(policy) == pytest.approx(shape.forward(tokens, LENGTH, tokens), rel=0.03)
+    assert count_operations(policy, logits_to_keep=1) == pytest.approx(shape.forward(tokens, LENGTH, ROWS), rel=0.03)
 
 
-def test_a_scorer_has_no_output_layer_to_speak_of(reward_folder: str) -> None:
+def test_the_output_layer_of_a_scorer_is_negligible(reward_folder: str) -> None:
     scorer = load_scorer(tiny.source(reward_folder))
     scorer.set_attn_implementation("eager")
     scorer.config.pad_token_id = None
@@ -48,31 +48,31 @@ def test_a_scorer_has_no_output_layer_to_speak_of(reward_folder: str) -> None:
     ids = torch.randint(10, 290, (ROWS, LENGTH))
     with FlopCounterMode(display=False) as counter:
         scorer.model(input_ids=ids, use_cache=False)
-    assert counter.get_total_flops() == pytest.approx(ModelCost.of(scorer).forward(tokens, LENGTH), rel=0.03)
+    assert counter.get_total_flops() == pytest.approx(ModelCost.from_model(scorer).forward(tokens, LENGTH), rel=0.03)
 
 
-def test_with_backward_it_is_three_times_that(policy: Any) -> None:
-    shape, tokens = ModelCost.of(policy), ROWS * LENGTH
-    wanted = shape.forward(tokens, LENGTH, tokens) * shape.backward_factor(whole=True)
-    assert counted(policy, backward=True) == pytest.approx(wanted, rel=0.03)
+def test_forward_and_backward_cost_three_forward_passes(policy: Any) -> None:
+    shape, tokens = ModelCost.from_model(policy), ROWS * LENGTH
+    wanted = shape.forward(tokens, LENGTH, tokens) * shape.backward_factor(all_trained=True)
+    assert count_operations(policy, backward=True) == pytest.approx(wanted, rel=0.03)
 
 
-def test_frozen_weights_save_a_third(policy: Any) -> None:
-    """Rank 1, so that the adapters themselves are small."""
-    shape, tokens = ModelCost.of(policy), ROWS * LENGTH
+def test_with_frozen_weights_forward_and_backward_cost_two_forward_passes(policy: Any) -> None:
+    """The rank is 1, so that the cost of the adapters themselves is small."""
+    shape, tokens = ModelCost.from_model(policy), ROWS * LENGTH
     adapted = add_adapter(policy, Peft(method="lora", r=1), "CAUSAL_LM").train()
-    wanted = shape.forward(tokens, LENGTH, tokens) * shape.backward_factor(whole=False)
-    assert counted(adapted, backward=True) == pytest.approx(wanted, rel=0.2)
-    assert ModelCost.of(adapted).trainable < 0.15 * shape.trainable
+    wanted = shape.forward(tokens, LENGTH, tokens) * shape.backward_factor(all_trained=False)
+    assert count_operations(adapted, backward=True) == pytest.approx(wanted, rel=0.2)
+    assert ModelCost.from_model(adapted).trainable < 0.15 * shape.trainable
 
 
 def test_a_decode_step_reads_every_weight_once(policy: Any) -> None:
-    shape = ModelCost.of(policy)
+    shape = ModelCost.from_model(policy)
     tied = sum(p.numel() for p in policy.parameters())  # embeddings and output layer are one
     assert shape.decode_bytes == 4 * tied
 
 
-def test_the_machine_does_something() -> None:
+def test_measured_rates_are_plausible() -> None:
     machine = MachineRates.measure(torch.device("cpu"))
     assert 1e8 < machine.flops < 1e15
     assert machine.rate(False) == machine.flops

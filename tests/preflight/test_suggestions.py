@@ -1,4 +1,4 @@
-"""What saves time or memory must not change what is learnt."""
+"""Settings that save time or memory do not change the result of training."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from tests.trainers.setup import config, make, sometimes_ending
 # Log-probs kept from sampling
 
 
-def counted(trainer: Any) -> list[int]:
-    """Sizes of the policy's forwards without a cache."""
+def record_forward_passes(trainer: Any) -> list[int]:
+    """Return a list that receives the batch size of every forward pass of the policy without a KV cache."""
     calls: list[int] = []
     can_pack(trainer.models.trained.policy)  # which runs the trunk as well, once
     trainer.models.trained.policy.model.register_forward_pre_hook(
@@ -41,12 +41,12 @@ def counted(trainer: Any) -> list[int]:
     return calls
 
 
-def test_kept_log_probs_save_the_policys_pass_and_change_next_to_nothing(reward_folder: str) -> None:
+def test_kept_log_probs_save_a_forward_pass_of_the_policy_and_change_results_slightly(reward_folder: str) -> None:
     policies, lines, calls = {}, {}, {}
     for kind in ("scored", "sampled"):
         lines[kind] = found = []
         trainer = make(reward_folder, ppo={"old_logprobs": kind}, report=lambda _, __, s, to=found: to.append(s))
-        calls[kind] = counted(trainer)
+        calls[kind] = record_forward_passes(trainer)
         trainer.score(trainer.sample())
         assert bool(calls[kind]) is (kind == "scored")
         trainer.train()
@@ -57,7 +57,7 @@ def test_kept_log_probs_save_the_policys_pass_and_change_next_to_nothing(reward_
     assert_close(policies["sampled"], policies["scored"].tolist())
 
 
-def test_kept_log_probs_of_another_temperature_stop_the_run(reward_folder: str, tmp_path: Path) -> None:
+def test_log_probs_kept_from_sampling_at_another_temperature_stop_the_run(reward_folder: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"ppo": {"old_logprobs": "sampled"}, "watch": {"broken": "stop"}, "folder": tmp_path}
     make(reward_folder, reference=sometimes_ending(tiny.new(1)).requires_grad_(False), **options).train()  # as it is
     trainer = make(reward_folder, reference=sometimes_ending(tiny.new(1)).requires_grad_(False), **options)
@@ -72,7 +72,7 @@ def test_kept_log_probs_of_another_temperature_stop_the_run(reward_folder: str, 
         trainer.train()
 
 
-def test_a_trunk_that_is_read_anyway_has_nothing_to_save() -> None:
+def test_kept_log_probs_are_refused_with_a_value_head_on_the_trunk() -> None:
     with pytest.raises(ValidationError, match="saves nothing with value_model=trunk"):
         config(ppo={"old_logprobs": "sampled", "value_model": "trunk"})
 
@@ -100,8 +100,8 @@ def adapted_reward(sft_folder: str, tmp_path_factory: pytest.TempPathFactory) ->
     return tiny.save(shake(model, 8), tmp_path_factory.mktemp("reward"), with_tokenizer=False)
 
 
-def passed(model: PolicyAndValue) -> tuple[Tensor, int]:
-    """Gradient of everything trained, and bytes that the forward kept for the backward."""
+def run_forward_backward(model: PolicyAndValue) -> tuple[Tensor, int]:
+    """Return the gradient of all trained parameters, and the bytes that the forward pass kept for the backward pass."""
     kept = 0
 
     def keep(tensor: Tensor) -> Tensor:
@@ -122,27 +122,27 @@ def test_recomputed_activations_give_the_same_gradient_from_less_memory(
 ) -> None:
     build = {"separate": separate, "adapters": adapters}[kind]
     folder = {"separate": reward_folder, "adapters": adapted_reward}[kind]
-    plain, much = passed(build(folder, sft_folder))
+    plain, plain_bytes = run_forward_backward(build(folder, sft_folder))
     model = build(folder, sft_folder)
     model.recompute_activations()
-    found, little = passed(model)
+    found, found_bytes = run_forward_backward(model)
     assert plain.abs().max() > 0
     assert_close(found, plain.tolist())
-    assert little < 0.5 * much
+    assert found_bytes < 0.5 * plain_bytes
 
 
-def test_recomputing_under_another_adapter_would_be_seen(
+def test_recomputing_with_the_wrong_adapter_changes_the_gradient(
     adapted_reward: str, sft_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain, _ = passed(adapters(adapted_reward, sft_folder))
+    plain, _ = run_forward_backward(adapters(adapted_reward, sft_folder))
     monkeypatch.setattr(shared_base, "use_adapter", lambda *_: nullcontext())
     model = adapters(adapted_reward, sft_folder)
     model.recompute_activations()
-    found, _ = passed(model)
+    found, _ = run_forward_backward(model)
     assert (found - plain).abs().max() > 0.01 * plain.abs().max()
 
 
-def test_the_other_stages_have_the_same_switch(tmp_path: Path) -> None:
+def test_activation_checkpointing_of_the_other_stages(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     for on in (True, False):
         plan = PhaseSchedule((ResolvedPhase(frozenset("w"), 10, 1e-3),), {})

@@ -36,7 +36,7 @@ COVERED_ELSEWHERE = {
     "rlhf.models.policy": "tests/models/test_load.py",
     "rlhf.preflight.check": "tests/cli/test_check.py",
     "rlhf.preflight.data_audit": "tests/cli/test_check.py",
-    "rlhf.preflight.model_shapes": "tests/preflight/test_memory_estimate.py",
+    "rlhf.preflight.model_shapes": "tests/preflight/test_stage_memory.py",
     "rlhf.rollout.experience": "tests/rollout/test_score.py",
     "rlhf.rollout.forward": "tests/rollout/test_score.py",
     "rlhf.rollout.reward_loading": "tests/stages/test_ppo_settings.py",

@@ -1,4 +1,4 @@
-"""report.html: one file that needs nothing else, with model text shown and never run."""
+"""report.html loads no other file, and shows the text of models without executing it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RESULTS = {
 
 
 class Page(HTMLParser):
-    """Collects tags with their attributes, and text."""
+    """Parser that collects tags with their attributes, and text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -46,8 +46,8 @@ class Page(HTMLParser):
         self.words += data
 
 
-def outside(page: Page) -> Iterator[str]:
-    """Everything in a page that would load or run something."""
+def external_references(page: Page) -> Iterator[str]:
+    """Yield everything in a page that would load a file or run code."""
     for tag, attributes in page.tags:
         if tag in ("script", "link", "iframe", "object", "embed", "base"):
             yield tag
@@ -58,7 +58,7 @@ def outside(page: Page) -> Iterator[str]:
 
 @pytest.fixture
 def page(tmp_path: Path) -> Page:
-    """A report with every part, and one training run."""
+    """Write a report with all sections and one training run, and parse it."""
     run = tmp_path / "3-ppo"
     run.mkdir()
     writer = MetricsWriter(run / "metrics.jsonl")
@@ -69,8 +69,8 @@ def page(tmp_path: Path) -> Page:
     return Page((tmp_path / "report.html").read_text(encoding="utf-8"))
 
 
-def test_it_needs_nothing_from_outside(page: Page, tmp_path: Path) -> None:
-    assert list(outside(page)) == []
+def test_the_report_loads_no_other_file(page: Page, tmp_path: Path) -> None:
+    assert list(external_references(page)) == []
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "http://" not in text
     assert "https://" not in text
@@ -80,15 +80,15 @@ def test_it_needs_nothing_from_outside(page: Page, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "planted", ["<script src='x.js'></script>", "<img src='x.png'>", "<a href='http://x'>", "<p onclick='f()'>"]
 )
-def test_the_check_sees_what_is_planted(planted: str) -> None:
-    assert len(list(outside(Page(f"<html>{planted}</html>")))) >= 1
+def test_external_references_are_detected(planted: str) -> None:
+    assert len(list(external_references(Page(f"<html>{planted}</html>")))) >= 1
 
 
 def test_model_text_is_shown_literally(page: Page) -> None:
     assert page.words.count(EVIL) >= 6  # model, split, prompt, name, reply, heading
 
 
-def test_numbers_are_there(page: Page) -> None:
+def test_the_report_contains_the_numbers(page: Page) -> None:
     for words in ("80.0 % [70.0, 90.0]", "2.50", "100 held-out pairs", "longer wins"):
         assert words in page.words
 

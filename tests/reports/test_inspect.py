@@ -1,4 +1,4 @@
-"""`rlhf inspect`: tokens with their numbers."""
+"""`rlhf inspect` shows the tokens of a rollout with their values."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import pytest
 
 from rlhf.console import Console
 from rlhf.errors import ConfigError
-from rlhf.reports.inspect import PAINTABLE_NUMBERS, inspect_rollout, paint_tokens
+from rlhf.reports.inspect import TOKEN_COLUMNS, inspect_rollout, paint_tokens
 
 
 def token(text: str, **numbers: float) -> dict[str, Any]:
-    return {"token": text, **dict.fromkeys(PAINTABLE_NUMBERS, 0.0), **numbers}
+    return {"token": text, **dict.fromkeys(TOKEN_COLUMNS, 0.0), **numbers}
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """Two steps of two samples."""
+    """Create a run directory with two steps of two samples."""
     lines = [
         {
             "step": step,
@@ -37,11 +37,18 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_it_shows_tokens_numbers_and_sums(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tokens_values_and_sums_are_printed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inspect_rollout(run, Console(), step=1, row=1, paint="kl")
     out = capsys.readouterr().out
-    for words in ("step 1", "row 1: score 1.500, KL 0.250 nats, not ended", "' no'", "-1.000", "0.250", "<|user|>hi"):
-        assert words in out
+    for expected_text in (
+        "step 1",
+        "row 1: score 1.500, KL 0.250 nats, no end token",
+        "' no'",
+        "-1.000",
+        "0.250",
+        "<|user|>hi",
+    ):
+        assert expected_text in out
     assert "row 0" not in out
 
 
@@ -64,15 +71,17 @@ def test_paint_is_green_above_and_red_below_0_by_size() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "expected_text"),
     [
         ({"step": 7}, "steps written: 1, 10"),
         ({"row": 2}, "rows 0 to 1"),
         ({"paint": "beauty"}, "one of logprob, kl"),
     ],
 )
-def test_what_is_not_there_is_said_with_what_is(run: Path, options: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
+def test_errors_list_the_steps_rows_and_columns_that_exist(
+    run: Path, options: dict[str, Any], expected_text: str
+) -> None:
+    with pytest.raises(ConfigError, match=expected_text):
         inspect_rollout(run, Console(), **{"step": 1, "row": None, "paint": "kl"} | options)
 
 

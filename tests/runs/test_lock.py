@@ -1,4 +1,4 @@
-"""One writer a folder: a second one is told who is there, and a dead one is in nobody's way."""
+"""Only one process writes to a run directory: a second one gets an error naming the first; a dead one blocks nobody."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlhf.config.schema import SFTConfig
 from rlhf.errors import ConfigError
 from rlhf.runs.lock import LOCK_FILE, Lock, refuse_if_held
 from rlhf.runs.run_dir import RunDir
-from tests.runs.test_run_dir import begun, config
+from tests.runs.test_run_dir import config, interrupted_run
 
 HOLD = "import sys; from pathlib import Path; from rlhf.runs.lock import Lock; lock = Lock(Path(sys.argv[1]))\n"
 HOLD += "lock.take(); print('held', flush=True); sys.stdin.read()"
@@ -25,7 +25,7 @@ def start(run: RunDir, made: SFTConfig) -> None:
     run.start("sft", made, seed=1, processes=1, versions={}, inputs={})
 
 
-def test_the_second_is_refused_with_the_name_of_the_first(tmp_path: Path) -> None:
+def test_a_second_process_is_refused_with_an_error_naming_the_first(tmp_path: Path) -> None:
     first, second = Lock(tmp_path), Lock(tmp_path)
     assert first.take()
     holder = f"process {os.getpid()} on {socket.gethostname()}, since 20"
@@ -40,7 +40,7 @@ def test_the_second_is_refused_with_the_name_of_the_first(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
-def test_kill_9_gives_it_back(tmp_path: Path) -> None:
+def test_sigkill_releases_the_lock(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -55,10 +55,10 @@ def test_kill_9_gives_it_back(tmp_path: Path) -> None:
     assert Lock(tmp_path).take()
 
 
-def test_a_lock_that_its_holder_removed_meanwhile_is_not_taken_for_one(
+def test_a_lock_file_removed_before_it_was_locked_is_opened_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Opened before the holder removed the file, locked after: a third could lock a new file."""
+    """The file is opened before its holder removes it and locked after that; a third process could lock a new one."""
     import fcntl
 
     first, second, real = Lock(tmp_path), Lock(tmp_path), fcntl.flock
@@ -75,7 +75,7 @@ def test_a_lock_that_its_holder_removed_meanwhile_is_not_taken_for_one(
         Lock(tmp_path).take()
 
 
-def test_a_disk_without_locks_is_used_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_is_used_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(*_: int) -> None:
         raise OSError(95, "not supported")
 
@@ -97,7 +97,7 @@ def fail() -> None:
     raise ValueError
 
 
-def test_a_run_that_fails_gives_it_back(tmp_path: Path) -> None:
+def test_a_run_that_fails_releases_the_lock(tmp_path: Path) -> None:
     run, made = RunDir(tmp_path), config(tmp_path)
     start(run, made)
     with pytest.raises(ValueError), run.guard():
@@ -105,12 +105,12 @@ def test_a_run_that_fails_gives_it_back(tmp_path: Path) -> None:
     assert RunDir(tmp_path).check("sft", made, {}) == "interrupted"
 
 
-def test_what_was_begun_since_the_check_is_not_overwritten(tmp_path: Path) -> None:
-    """Two start at once; the first is killed before the second takes the lock."""
+def test_a_run_started_by_another_process_since_the_check_is_not_overwritten(tmp_path: Path) -> None:
+    """Two processes start at the same time; the first is killed before the second takes the lock."""
     late = RunDir(tmp_path)
     assert late.check("sft", config(tmp_path), {}) == "new"
-    begun(tmp_path)
+    interrupted_run(tmp_path)
     before = (tmp_path / "run.json").read_bytes()
-    with pytest.raises(ConfigError, match="another process has begun to write"):
+    with pytest.raises(ConfigError, match="another process has started to write"):
         start(late, config(tmp_path))
     assert (tmp_path / "run.json").read_bytes() == before

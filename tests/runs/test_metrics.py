@@ -1,4 +1,4 @@
-"""metrics.jsonl: declared names only, exact continuation after a crash."""
+"""metrics.jsonl accepts declared names only, and is continued exactly after a crash."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from rlhf.errors import TrainingError
 from rlhf.runs.metrics import METRICS, MetricsWriter, read_jsonl
 
 
-def written(path: Path, steps: range) -> None:
-    """A file with one line a step."""
+def write_steps(path: Path, steps: range) -> None:
+    """Write a file with one line per step."""
     writer = MetricsWriter(path)
     for step in steps:
         writer.write(step, {"loss": step / 10})
@@ -46,7 +46,7 @@ def test_other_processes_refuse_the_same_names_and_write_nothing(tmp_path: Path)
 
 def test_on_resume_later_steps_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "m"
-    written(path, range(1, 8))
+    write_steps(path, range(1, 8))
     writer = MetricsWriter(path, keep_until=4)
     writer.write(5, {"loss": 9.0})
     writer.close()
@@ -59,22 +59,22 @@ def test_on_resume_later_steps_are_dropped(tmp_path: Path) -> None:
     ]
 
 
-def test_a_fresh_start_forgets_the_old_file(tmp_path: Path) -> None:
-    written(tmp_path / "m", range(1, 4))
+def test_a_new_run_empties_the_old_file(tmp_path: Path) -> None:
+    write_steps(tmp_path / "m", range(1, 4))
     MetricsWriter(tmp_path / "m").close()
     assert list(read_jsonl(tmp_path / "m")) == []
 
 
 def test_a_last_line_cut_by_a_crash_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "m"
-    written(path, range(1, 4))
+    write_steps(path, range(1, 4))
     path.write_text(path.read_text(encoding="utf-8")[:-5], encoding="utf-8")
     assert [line["step"] for line in read_jsonl(path)] == [1, 2]
     MetricsWriter(path, keep_until=3).close()
     assert [line["step"] for line in read_jsonl(path)] == [1, 2]
 
 
-def test_every_metric_says_unit_meaning_and_a_range_that_is_not_empty() -> None:
+def test_every_metric_declares_a_unit_a_meaning_and_a_range_that_is_not_empty() -> None:
     for name, metric in METRICS.items():
         assert metric.unit, name
         assert len(metric.meaning) > 10, name

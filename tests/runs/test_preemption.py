@@ -1,4 +1,4 @@
-"""SIGTERM: at once where there is nothing to save, else at the next safe point, and never after the grace time."""
+"""SIGTERM ends a run immediately if there is nothing to save, else at the next safe point or after the grace time."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from rlhf.runs import preemption
 
 
 @pytest.fixture(autouse=True)
-def listening() -> Iterator[None]:
-    """As in the command line."""
+def sigterm_handler() -> Iterator[None]:
+    """Install the SIGTERM handler of the command line."""
     before = signal.getsignal(signal.SIGTERM)
     preemption.handle_sigterm()
     yield
@@ -26,13 +26,13 @@ def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_it_ends_at_once_where_no_safe_point_is_to_come() -> None:
+def test_sigterm_ends_a_run_immediately_outside_of_delay_sigterm() -> None:
     with pytest.raises(preemption.RunStopped) as end:
         terminate()
     assert end.value.code == preemption.STOPPED_EXIT_CODE == 75
 
 
-def patient() -> None:
+def run_with_long_grace() -> None:
     with preemption.delay_sigterm(60):
         assert not preemption.stop_requested()
         terminate()
@@ -41,7 +41,7 @@ def patient() -> None:
         assert not preemption.stop_is_urgent()
 
 
-def hasty() -> None:
+def run_with_short_grace() -> None:
     with preemption.delay_sigterm(0.2):
         terminate()
         time.sleep(0.12)
@@ -49,20 +49,20 @@ def hasty() -> None:
         time.sleep(30)
 
 
-def test_it_waits_for_a_safe_point_and_twice_is_as_once() -> None:
+def test_sigterm_waits_for_a_safe_point_and_a_second_one_changes_nothing() -> None:
     with pytest.raises(preemption.RunStopped):
-        patient()
+        run_with_long_grace()
     assert not preemption.stop_requested()
 
 
-def test_it_ends_when_the_grace_is_over() -> None:
-    begun = time.monotonic()
+def test_a_run_ends_when_the_grace_time_is_over() -> None:
+    started_at = time.monotonic()
     with pytest.raises(preemption.RunStopped):
-        hasty()
-    assert time.monotonic() - begun < 10
+        run_with_short_grace()
+    assert time.monotonic() - started_at < 10
 
 
-def test_a_request_is_forgotten_with_the_run_that_it_was_for() -> None:
+def test_a_request_does_not_outlive_the_run_that_received_it() -> None:
     with preemption.delay_sigterm(0.1):
         pass
     time.sleep(0.15)
@@ -70,13 +70,13 @@ def test_a_request_is_forgotten_with_the_run_that_it_was_for() -> None:
         assert not preemption.stop_requested()
 
 
-def test_the_last_line_says_how_to_continue(
+def test_the_last_message_names_the_command_that_continues(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for argv, more in (
+    for argv, continuation in (
         (["rlhf", "ppo", "a b.yaml"], "; the same command continues: rlhf ppo 'a b.yaml'"),
         (["rlhf", "chat", "x"], ""),
     ):
         monkeypatch.setattr("sys.argv", argv)
         assert print_ending("stopped", 75) == 75
-        assert capsys.readouterr().err == f"\nstopped{more}\n"
+        assert capsys.readouterr().err == f"\nstopped{continuation}\n"

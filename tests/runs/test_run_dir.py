@@ -1,4 +1,4 @@
-"""The run directory: when a stage may write into it, and what it says afterwards."""
+"""The run directory: when a stage may write to it, and what run.json records."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from rlhf.runs.run_dir import RUN_FILE, RunDir, fingerprint_path, read_json, wri
 
 
 def config(folder: Path, **values: object) -> SFTConfig:
-    """An SFT configuration whose output is `folder`."""
+    """Return an SFT configuration whose output_dir is `folder`."""
     plain = {"output_dir": str(folder), "model": {"path": "m"}, "data": {"train": [{"path": "d"}]}}
     return SFTConfig.model_validate(plain | values)
 
 
 def info(folder: Path) -> dict:
-    """run.json."""
+    """Return the content of run.json."""
     return json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
 
 
-def begun(folder: Path, inputs: dict[str, str] | None = None) -> RunDir:
-    """A run that was started and then lost its process."""
+def interrupted_run(folder: Path, inputs: dict[str, str] | None = None) -> RunDir:
+    """Start a run in `folder` and release its lock, as if its process had died."""
     run = RunDir(folder)
     run.info = info(folder) if (folder / RUN_FILE).is_file() else {}
     run.start("sft", config(folder), seed=1, processes=1, versions={}, inputs=inputs or {})
@@ -39,8 +39,8 @@ def test_a_missing_or_empty_folder_is_new_and_checking_writes_nothing(tmp_path: 
     assert RunDir(tmp_path / "empty").check("sft", config(tmp_path / "empty"), {}) == "new"
 
 
-def test_a_run_that_lost_its_process_may_continue_and_a_finished_one_is_skipped(tmp_path: Path) -> None:
-    run = begun(tmp_path, {"d": "1"})
+def test_a_run_whose_process_died_is_interrupted_and_a_finished_one_finished(tmp_path: Path) -> None:
+    run = interrupted_run(tmp_path, {"d": "1"})
     assert RunDir(tmp_path).check("sft", config(tmp_path), {"d": "1"}) == "interrupted"
     run.finish()
     assert RunDir(tmp_path).check("sft", config(tmp_path), {"d": "1"}) == "finished"
@@ -50,8 +50,8 @@ def test_a_run_that_lost_its_process_may_continue_and_a_finished_one_is_skipped(
 @pytest.mark.parametrize(
     "left", [(".lock",), (".lock", "config.yaml.new.tmp"), (".lock", "run.json.tmp", "config.yaml.new")]
 )
-def test_a_run_killed_in_its_first_moment_may_begin_again(left: tuple[str, ...], tmp_path: Path) -> None:
-    """Before run.json is there."""
+def test_a_folder_left_before_run_json_was_written_counts_as_new(left: tuple[str, ...], tmp_path: Path) -> None:
+    """The run was killed before it wrote run.json."""
     for name in left:
         (tmp_path / name).write_text("", encoding="utf-8")
     run = RunDir(tmp_path)
@@ -62,7 +62,7 @@ def test_a_run_killed_in_its_first_moment_may_begin_again(left: tuple[str, ...],
 
 
 def test_a_run_killed_between_run_json_and_config_yaml_continues(tmp_path: Path) -> None:
-    begun(tmp_path)
+    interrupted_run(tmp_path)
     (tmp_path / "config.yaml").rename(tmp_path / "config.yaml.new")
     run = RunDir(tmp_path)
     assert run.check("sft", config(tmp_path), {}) == "interrupted"
@@ -74,7 +74,7 @@ def test_a_run_killed_between_run_json_and_config_yaml_continues(tmp_path: Path)
 def test_a_folder_that_cannot_be_written_to_is_refused_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Root may write anywhere but on a read-only disk; tests/faults has one."""
+    """`os.access` is replaced: root may write anywhere except on a read-only disk, which tests/faults covers."""
     monkeypatch.setattr("os.access", lambda path, _: Path(path) != tmp_path)
     with pytest.raises(
         ConfigError, match=r"cannot be written to .*read-only for this process\); change its permissions"
@@ -85,7 +85,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_training(
 
 
 def test_attempts_are_counted(tmp_path: Path) -> None:
-    begun(tmp_path)
+    interrupted_run(tmp_path)
     again = RunDir(tmp_path)
     again.check("sft", config(tmp_path), {})
     again.start("sft", config(tmp_path), seed=1, processes=1, versions={}, inputs={})
@@ -93,7 +93,7 @@ def test_attempts_are_counted(tmp_path: Path) -> None:
 
 
 def test_a_run_whose_configuration_has_an_old_key_continues(tmp_path: Path) -> None:
-    begun(tmp_path)
+    interrupted_run(tmp_path)
     saved = tmp_path / "config.yaml"
     text = saved.read_text(encoding="utf-8")
     saved.write_text(text.replace("grace_seconds: ", "grace: "), encoding="utf-8")
@@ -103,34 +103,38 @@ def test_a_run_whose_configuration_has_an_old_key_continues(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(("stage", "seed"), [("reward", 1), ("sft", 2)])
 def test_another_run_is_refused(tmp_path: Path, stage: str, seed: int) -> None:
-    begun(tmp_path).finish()
+    interrupted_run(tmp_path).finish()
     before = info(tmp_path)
     with pytest.raises(ConfigError, match=r"already holds another run \(found: sft, finished\); choose another"):
         RunDir(tmp_path).check(stage, config(tmp_path, seed=seed), {})
     assert info(tmp_path) == before
 
 
-def test_foreign_files_are_refused_by_name(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_refused_and_they_are_named(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"files that are no run \(found: thesis\.tex\); choose another output_dir"):
+    with pytest.raises(
+        ConfigError, match=r"files that do not belong to a run \(found: thesis\.tex\); choose another output_dir"
+    ):
         RunDir(tmp_path).check("sft", config(tmp_path), {})
 
 
-def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
+def test_an_output_dir_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("x", encoding="utf-8")
     with pytest.raises(ConfigError, match="the output folder is a file"):
         RunDir(tmp_path / "run").check("sft", config(tmp_path / "run"), {})
 
 
 def test_inputs_that_changed_are_refused_by_name(tmp_path: Path) -> None:
-    begun(tmp_path, {"a": "1", "b": "1"}).finish()
+    interrupted_run(tmp_path, {"a": "1", "b": "1"}).finish()
     with pytest.raises(ConfigError, match=r"inputs that have changed since \(found: b\)"):
         RunDir(tmp_path).check("sft", config(tmp_path), {"a": "1", "b": "2"})
-    assert RunDir(tmp_path).check("sft", config(tmp_path), {"a": "1"}) == "finished"  # b may be gone by now
+    assert (
+        RunDir(tmp_path).check("sft", config(tmp_path), {"a": "1"}) == "finished"
+    )  # an input that no longer exists is not compared
 
 
 def test_damaged_run_json_is_named(tmp_path: Path) -> None:
-    begun(tmp_path)
+    interrupted_run(tmp_path)
     (tmp_path / RUN_FILE).write_text('{"stage": "sf', encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"run\.json: damaged JSON"):
         RunDir(tmp_path).check("sft", config(tmp_path), {})
@@ -142,7 +146,7 @@ def test_damaged_run_json_is_named(tmp_path: Path) -> None:
 def test_a_guard_records_how_it_ended_and_lets_the_error_through(
     tmp_path: Path, error: BaseException, status: str
 ) -> None:
-    run = begun(tmp_path)
+    run = interrupted_run(tmp_path)
     with pytest.raises(type(error)), run.guard():
         raise error
     saved = info(tmp_path)
@@ -152,8 +156,8 @@ def test_a_guard_records_how_it_ended_and_lets_the_error_through(
     assert RunDir(tmp_path).check("sft", config(tmp_path), {}) == "interrupted"
 
 
-def test_a_guard_that_ends_well_leaves_the_run_running_until_finish(tmp_path: Path) -> None:
-    run = begun(tmp_path)
+def test_without_an_error_the_run_keeps_running_until_finish(tmp_path: Path) -> None:
+    run = interrupted_run(tmp_path)
     with run.guard():
         pass
     assert info(tmp_path)["status"] == "running"
@@ -183,7 +187,7 @@ def test_json_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_model_appears_only_when_it_is_complete(tmp_path: Path) -> None:
-    run = begun(tmp_path)
+    run = interrupted_run(tmp_path)
 
     def crash() -> None:
         with run.new_model() as folder:
@@ -202,15 +206,15 @@ def test_a_model_appears_only_when_it_is_complete(tmp_path: Path) -> None:
 
 def test_a_fingerprint_changes_with_content_and_with_the_run_behind_a_model(tmp_path: Path) -> None:
     file, folder = tmp_path / "f", tmp_path / "run" / "model"
-    marks = []
+    fingerprints = []
     for text in ("a", "b"):
         file.write_text(text, encoding="utf-8")
-        marks.append(fingerprint_path(file))
+        fingerprints.append(fingerprint_path(file))
     folder.mkdir(parents=True)
     (folder / "w").write_text("1", encoding="utf-8")
-    marks.append(fingerprint_path(folder))
+    fingerprints.append(fingerprint_path(folder))
     for _ in range(2):
-        begun(folder.parent)
-        marks.append(fingerprint_path(folder))
-        assert fingerprint_path(folder) == fingerprint_path(folder.parent) == marks[-1]
-    assert len(set(marks)) == 5
+        interrupted_run(folder.parent)
+        fingerprints.append(fingerprint_path(folder))
+        assert fingerprint_path(folder) == fingerprint_path(folder.parent) == fingerprints[-1]
+    assert len(set(fingerprints)) == 5

@@ -152,14 +152,14 @@ def test_members_of_an_ensemble_share_a_scale_whatever_else_is_rescaled(
     assert scores[1] == pytest.approx(scores[0], abs=1e-5)
 
 
-def test_inspect_paints_what_the_stage_wrote(full: Any, call_cli: Any) -> None:
+def test_inspect_colours_the_samples_of_a_ppo_run(full: Any, call_cli: Any) -> None:
     code, out, _ = call_cli(["inspect", str(full.run("ppo")), "--step", "1", "--row", "0", "--paint", "value"])
     assert code == 0
-    assert "painted by value" in out
+    assert "coloured by value" in out
     assert "logprob" in out
     code, _, err = call_cli(["inspect", str(full.run("sft"))])
     assert code == 2
-    assert "no samples here" in err
+    assert "the folder contains no samples" in err
 
 
 @pytest.mark.parametrize("peft", [False, True])
