@@ -116,7 +116,7 @@ def model_shape(
         whole = build(None)
     places, numbers = map_parameters(whole), {name: p.numel() for name, p in whole.named_parameters()}
     free = frozenset(name for name, p in whole.named_parameters() if p.requires_grad)
-    stretches = plan(places.only(free)).stretches if plan is not None else (ResolvedPhase(free, 1, 1.0),)
+    stretches = plan(places.only(free)).phases if plan is not None else (ResolvedPhase(free, 1, 1.0),)
     blocks, begins, phases = int(config.num_hidden_layers), 0, []
     for stretch in stretches:
         phases.append(

@@ -20,7 +20,7 @@ from rlhf.models.heads import head_dtype
 from rlhf.models.load import check_context, context_length
 from rlhf.models.reward_models import new_classifier
 from rlhf.stages.lifecycle import RunResult, begin_run, load_data, open_tokenizer, start_run
-from rlhf.trainers.phase_plan import plan_phases
+from rlhf.trainers.phase_setup import set_up_phases
 from rlhf.trainers.supervised.probe_data import load_probe
 from rlhf.trainers.supervised.run import run_training, save_trained
 
@@ -52,8 +52,8 @@ def run(config: ClassifyConfig, console: Console) -> RunResult:
     model.config.id2label, model.config.label2id = dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}
     model.config.problem_type = "multi_label_classification" if config.multi_label else "single_label_classification"
     check_context(config.data.max_length, context_length(model), "data.max_length")
-    program = plan_phases(model, config, rows=len(rows), evaluate=bool(held_out), console=console)
-    probed = load_probe(
+    schedule = set_up_phases(model, config, rows=len(rows), evaluate=bool(held_out), console=console)
+    probe_data = load_probe(
         config,
         config.data,
         config.model,
@@ -82,7 +82,7 @@ def run(config: ClassifyConfig, console: Console) -> RunResult:
         config.optim,
         config.seed,
         console,
-        program=program,
+        schedule=schedule,
         saving=config.saving,
         evaluate=bool(held_out),
         build=lambda args, report: build_classifier_trainer(
@@ -90,10 +90,10 @@ def run(config: ClassifyConfig, console: Console) -> RunResult:
         ),
         save=save,
         resume=state == "interrupted",
-        what="records",
+        unit="records",
         shown=("loss", "eval_loss", "gap", "eval_label_accuracy"),
         evaluations=config.evaluations,
-        probed=probed,
+        probe_data=probe_data,
     )
     if final:
         names = ("eval_loss", "eval_label_accuracy", "eval_macro_f1")
@@ -184,7 +184,7 @@ def _say(labels: tuple[str, ...], counts: Any, summary: dict[str, Any], console:
     rows = [
         [name, f"{int(held)}", f"{100 * precision:.1f} %", f"{100 * recall:.1f} %"]
         for name, held, precision, recall in zip(
-            labels, counts.both + counts.held_only, counts.precision, counts.recall, strict=True
+            labels, counts.true_positives + counts.false_negatives, counts.precision, counts.recall, strict=True
         )
     ]
     console.table("Held-out records", ["label", "records", "precision", "recall"], rows)

@@ -30,7 +30,7 @@ from rlhf.runs import preemption
 from rlhf.runs.metrics import MetricsWriter, truncate_jsonl
 from rlhf.runs.run_dir import RunDir
 from rlhf.stages.lifecycle import RunResult, begin_run, open_tokenizer, start_run
-from rlhf.trainers.phase_plan import print_ppo_phases
+from rlhf.trainers.phase_setup import print_ppo_phases
 from rlhf.trainers.ppo.callbacks import PPOCallback
 from rlhf.trainers.ppo.checkpointer import PPOCheckpointer
 from rlhf.trainers.ppo.health import HealthMonitor

@@ -13,7 +13,7 @@ from rlhf.data.render import Rendered, Renderer
 from rlhf.distributed.launch_env import use_cpu
 from rlhf.models.load import check_context
 from rlhf.stages.lifecycle import RunResult, begin_run, load_data, start_run
-from rlhf.trainers.phase_plan import plan_phases
+from rlhf.trainers.phase_setup import set_up_phases
 from rlhf.trainers.supervised.run import train_language_model
 
 PAD, EOS, USER, ASSISTANT, END = "<|pad|>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"
@@ -39,7 +39,7 @@ def run(config: PretrainConfig, console: Console) -> RunResult:
     check_context(length, config.architecture.context, "data.max_length")
     model = new_model(config.architecture, renderer, len(tokenizer))
     train_rows, valid_rows = (cut_into_blocks(documents, renderer, length) for documents in (train, validation))
-    program = plan_phases(model, config, rows=len(train_rows), evaluate=bool(valid_rows), console=console)
+    schedule = set_up_phases(model, config, rows=len(train_rows), evaluate=bool(valid_rows), console=console)
     start_run(directory, "pretrain", config)
     directory.note(data=prints)
     from rlhf.trainers.supervised.sft import build_pretrain_trainer
@@ -53,7 +53,7 @@ def run(config: PretrainConfig, console: Console) -> RunResult:
         config.optim,
         config.seed,
         console,
-        program=program,
+        schedule=schedule,
         saving=config.saving,
         records=len(train_rows),
         evaluate=bool(valid_rows),

@@ -17,7 +17,7 @@ from rlhf.models.heads import head_dtype, sequence_scores
 from rlhf.models.load import check_context, context_length
 from rlhf.models.reward_models import new_reward_model
 from rlhf.stages.lifecycle import RunResult, begin_run, load_data, open_tokenizer, start_run
-from rlhf.trainers.phase_plan import plan_phases
+from rlhf.trainers.phase_setup import set_up_phases
 from rlhf.trainers.supervised.probe_data import load_probe
 from rlhf.trainers.supervised.run import run_training, save_trained
 
@@ -35,8 +35,8 @@ def run(config: RewardConfig, console: Console) -> RunResult:
         config.model, config.peft, pad_id=renderer.pad_id, vocab_size=len(tokenizer), seed=config.seed
     )
     check_context(config.data.max_length, context_length(model), "data.max_length")
-    program = plan_phases(model, config, rows=len(train_pairs), evaluate=bool(valid_pairs), console=console)
-    probed = load_probe(
+    schedule = set_up_phases(model, config, rows=len(train_pairs), evaluate=bool(valid_pairs), console=console)
+    probe_data = load_probe(
         config,
         config.data,
         config.model,
@@ -64,7 +64,7 @@ def run(config: RewardConfig, console: Console) -> RunResult:
         config.optim,
         config.seed,
         console,
-        program=program,
+        schedule=schedule,
         saving=config.saving,
         evaluate=bool(valid_pairs),
         build=lambda args, report: build_reward_trainer(
@@ -72,10 +72,10 @@ def run(config: RewardConfig, console: Console) -> RunResult:
         ),
         save=save,
         resume=state == "interrupted",
-        what="pairs",
+        unit="pairs",
         shown=("loss", "gap", "accuracy", "eval_accuracy"),
         evaluations=config.evaluations,
-        probed=probed,
+        probe_data=probe_data,
     )
     if final:
         summary |= {"eval_accuracy": final["eval_accuracy"], "eval_loss": final["eval_loss"]}

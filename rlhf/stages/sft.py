@@ -14,7 +14,7 @@ from rlhf.models.load import check_context, context_length, grow_embeddings, is_
 from rlhf.models.packed_batch import packed_rows
 from rlhf.models.policy import load_causal
 from rlhf.stages.lifecycle import RunResult, begin_run, load_data, open_tokenizer, read_template, start_run
-from rlhf.trainers.phase_plan import plan_phases
+from rlhf.trainers.phase_setup import set_up_phases
 from rlhf.trainers.supervised.probe_data import load_probe
 from rlhf.trainers.supervised.run import train_language_model
 
@@ -35,8 +35,8 @@ def run(config: SFTConfig, console: Console) -> RunResult:
 
     length = config.data.max_length if config.packing else None
     rows = len(train_rows) if length is None else packed_rows([len(row.ids) for row in train_rows], length)
-    program = plan_phases(model, config, rows=rows, evaluate=bool(valid_rows), console=console)
-    probed = load_probe(
+    schedule = set_up_phases(model, config, rows=rows, evaluate=bool(valid_rows), console=console)
+    probe_data = load_probe(
         config,
         config.data,
         config.model,
@@ -60,13 +60,13 @@ def run(config: SFTConfig, console: Console) -> RunResult:
         config.optim,
         config.seed,
         console,
-        program=program,
+        schedule=schedule,
         saving=config.saving,
         records=len(train_rows),
         evaluate=bool(valid_rows),
         resume=state == "interrupted",
         evaluations=config.evaluations,
-        probed=probed,
+        probe_data=probe_data,
         reply_tokens=mean_reply_tokens(train_rows),
         build=lambda args, report: build_sft_trainer(
             model, tokenizer, train_rows, valid_rows, args, report, packing=length

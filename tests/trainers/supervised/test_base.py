@@ -58,7 +58,7 @@ def made(tmp_path: Path, processes: int = 1, updates: int = 40, phases: int = 1,
     plan = make_schedule(
         LAYOUT, SupervisedPlan(optim, 1, 10 * optim.batch_size), freeze=EMPTY_SELECTION, unfreeze=unfreeze, factors={}
     )
-    return training_arguments(optim, RunDir(tmp_path), seed=5, processes=processes, program=plan, evaluate=True)
+    return training_arguments(optim, RunDir(tmp_path), seed=5, processes=processes, schedule=plan, evaluate=True)
 
 
 @pytest.mark.parametrize(("processes", "accumulation"), [(1, 8), (2, 4), (8, 1)])

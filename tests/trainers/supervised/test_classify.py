@@ -149,10 +149,10 @@ def by_hand(logits: Tensor, target: Tensor, multi_label: bool) -> tuple[float, l
 def f1_by_hand(table: list[tuple[int, int, int]]) -> float:
     """Mean of the harmonic means of precision and recall over labels that were said or held."""
     scores = []
-    for both, said_only, held_only in table:
-        if both + said_only + held_only:
-            precision = both / (both + said_only) if both + said_only else 0.0
-            recall = both / (both + held_only) if both + held_only else 0.0
+    for both, false_positives, false_negatives in table:
+        if both + false_positives + false_negatives:
+            precision = both / (both + false_positives) if both + false_positives else 0.0
+            recall = both / (both + false_negatives) if both + false_negatives else 0.0
             scores.append(2 * precision * recall / (precision + recall) if both else 0.0)
     return sum(scores) / len(scores)
 
@@ -163,9 +163,9 @@ def test_counts_of_exclusive_labels_by_hand() -> None:
     logits = torch.nn.functional.one_hot(torch.tensor(said), 4).float() * 5 - 2
     target = torch.tensor([[1, 0, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 1, 0, 0], [0, 0.6, 0.4, 0], [0, 1, 0, 0]])
     counts = read_confusion_counts(confusion_sums(logits, target, multi_label=False))
-    assert counts.both.tolist() == [2, 2, 0, 0]
-    assert counts.said_only.tolist() == [2, 0, 0, 0]
-    assert counts.held_only.tolist() == [0, 1, 1, 0]
+    assert counts.true_positives.tolist() == [2, 2, 0, 0]
+    assert counts.false_positives.tolist() == [2, 0, 0, 0]
+    assert counts.false_negatives.tolist() == [0, 1, 1, 0]
     assert counts.accuracy == pytest.approx(4 / 6)
     assert counts.precision.tolist() == pytest.approx([2 / 4, 2 / 2, 0, 0])
     assert counts.recall.tolist() == pytest.approx([2 / 2, 2 / 3, 0, 0])
@@ -177,7 +177,11 @@ def test_counts_of_several_labels_by_hand() -> None:
     logits = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0], [0.0, 1.0]])
     target = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.5], [0.9, 0.51]])
     counts = read_confusion_counts(confusion_sums(logits, target, multi_label=True))
-    assert (counts.both.tolist(), counts.said_only.tolist(), counts.held_only.tolist()) == ([2, 1], [0, 1], [1, 1])
+    assert (counts.true_positives.tolist(), counts.false_positives.tolist(), counts.false_negatives.tolist()) == (
+        [2, 1],
+        [0, 1],
+        [1, 1],
+    )
     assert counts.accuracy == pytest.approx(5 / 8)
     assert counts.precision.tolist() == pytest.approx([1.0, 0.5])
     assert counts.recall.tolist() == pytest.approx([2 / 3, 1 / 2])
@@ -205,7 +209,9 @@ def test_counts_add_up_over_any_split(multi_label: bool, seed: int) -> None:
     assert torch.equal(torch.stack(parts).sum(0), whole)
     counts, (accuracy, table) = read_confusion_counts(whole), by_hand(logits, target, multi_label)
     assert counts.accuracy == pytest.approx(accuracy)
-    assert torch.stack([counts.both, counts.said_only, counts.held_only], dim=1).tolist() == [list(t) for t in table]
+    assert torch.stack([counts.true_positives, counts.false_positives, counts.false_negatives], dim=1).tolist() == [
+        list(t) for t in table
+    ]
     assert counts.macro_f1 == pytest.approx(f1_by_hand(table))
 
 
@@ -230,7 +236,7 @@ def test_held_out_numbers_are_over_all_records_and_written_once(
     (line,) = written(tmp_path)
     assert line["eval_label_accuracy"] == pytest.approx(accuracy)
     assert {"eval_loss", "eval_label_accuracy", "eval_macro_f1"} <= set(line)
-    assert [int(n) for n in trainer.counts["eval"].both] == [both for both, _, _ in table]
+    assert [int(n) for n in trainer.counts["eval"].true_positives] == [both for both, _, _ in table]
 
 
 def test_each_evaluation_counts_anew(model: Any, tmp_path: Path) -> None:
@@ -238,7 +244,7 @@ def test_each_evaluation_counts_anew(model: Any, tmp_path: Path) -> None:
     trainer = label_trainer(tmp_path, model, data, data)
     first, second = trainer.evaluate(), trainer.evaluate()
     assert first["eval_label_accuracy"] == second["eval_label_accuracy"]
-    assert trainer.counts["eval"].decided == len(data)
+    assert trainer.counts["eval"].decisions == len(data)
 
 
 def test_training_numbers_are_those_of_the_update(model: Any, tmp_path: Path) -> None:
