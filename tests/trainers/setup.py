@@ -80,7 +80,7 @@ def make(
     text: Any = None,
     report: Any = None,
     folder: Any = None,
-    say: Any = None,
+    log: Any = None,
     restore: Any = None,
     checkpoint: Any = None,
     value_model: Any = None,
@@ -101,7 +101,7 @@ def make(
         reference=reference if reference is not None else tiny.new(2).requires_grad_(False),
         value_model=value_model or load_scorer(tiny.source(reward_folder)),
         text=text,
-        monitor=HealthMonitor(settings.watch, folder, say or (lambda _: None)),
+        monitor=HealthMonitor(settings.watch, folder, log or (lambda _: None)),
         callbacks=[Hooks(report, checkpoint, restore)],
         console=Console(quiet=True),
     )

@@ -82,7 +82,7 @@ class PPOPhases:
             self.groups += [(i, group) for group in schedule.groups()]
             for name, parameter in named.items():
                 parameter.requires_grad_(name in schedule.names)
-        model.keep(policy=self.schedules[0].names, value=self.schedules[1].names)
+        model.set_trained_names(policy=self.schedules[0].names, value=self.schedules[1].names)
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
         """Return the parameter groups for the optimizer, which both models share."""

@@ -32,9 +32,9 @@ def with_text(reward_folder: str, coef: float, microbatch: int = 3, **options: A
     return make(reward_folder, text=text, ptx=ptx, optim={"microbatch_size": microbatch}, **options)
 
 
-def accumulate(trainer: PPOTrainer, update: int, weigh: bool = False) -> None:
+def accumulate(trainer: PPOTrainer, update: int, measure: bool = False) -> None:
     assert trainer.text is not None
-    trainer.text.accumulate(trainer.models.trained, trainer.accelerator, update, trainer.autocast, {}, weigh=weigh)
+    trainer.text.accumulate(trainer.models.trained, trainer.accelerator, update, trainer.autocast, {}, measure=measure)
 
 
 @pytest.mark.parametrize("microbatch", [1, 3, 8])
@@ -105,7 +105,7 @@ def test_the_coefficient_finds_the_wanted_ratio_of_gradient_norms(start: float, 
     coefs = []
     for _ in range(24):  # the same update again and again, without a step
         trainer.models.trained.zero_grad()
-        accumulate(trainer, 0, weigh=True)
+        accumulate(trainer, 0, measure=True)
         part = trainer.minibatches(len(experience))[0][1]
         trainer.accumulate(experience, part, experience.response_mask.sum(), {})
         text.rebalance(trainer.models.trained.trained_policy().values(), trainer.accelerator)
