@@ -165,7 +165,7 @@ def test_weights_that_compute_something_else_are_not_left_behind(
     folder = causal("LoRA", sft_folder, tmp_path / "adapter")
     monkeypatch.setattr(LoraModel, "merge_and_unload", wrong)
     said = refused(call_cli, folder, tmp_path / "plain")
-    assert "does not compute what the adapter does" in said
+    assert "does not compute the same logits as the adapter" in said
     assert "nothing was written" in said
 
 
@@ -191,9 +191,9 @@ def test_what_cannot_be_folded_is_refused_in_words(sft_folder: str, call_cli: An
     (tmp_path / "there").mkdir()
     assert "the output exists" in refused(call_cli, folder, tmp_path / "there")
     assert "no such folder to write into" in refused(call_cli, folder, tmp_path / "no" / "plain")
-    assert "there is nothing to fold" in refused(call_cli, sft_folder, tmp_path / "plain")
+    assert "there is nothing to merge" in refused(call_cli, sft_folder, tmp_path / "plain")
     assert "no such model" in refused(call_cli, str(tmp_path / "nothing"), tmp_path / "plain")
     soft = add_adapter(load_causal(tiny.source(sft_folder)), tiny.PROMPT, "CAUSAL_LM")
     said = refused(call_cli, tiny.save(soft, tmp_path / "soft"), tmp_path / "plain")
-    assert "a soft prompt has no weights to fold" in said
+    assert "a soft prompt has no weights to merge" in said
     assert "peft.method=ia3" in said
