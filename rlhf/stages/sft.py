@@ -20,17 +20,17 @@ from rlhf.trainers.supervised.run import train_language_model
 
 
 def run(config: SFTConfig, console: Console) -> RunResult:
-    """Train; writes the run directory. Loss on assistant tokens, the end token among them."""
+    """Fine-tune a model and write the run directory. Assistant tokens carry loss, including each turn's end token."""
     directory, state = begin_run("sft", config, console)
     if state == "finished":
         return RunResult(directory.path, directory.info.get("summary", {}), skipped=True)
     tokenizer, renderer = open_tokenizer(config.model, console, template=read_template(config.chat_template))
-    train, validation, prints = load_data("demonstration", config.data, config.seed, console)
+    train, validation, fingerprints = load_data("demonstration", config.data, config.seed, console)
     train_rows = tokenize.tokenize_demonstrations(train, renderer, config.data, "training", console)
     valid_rows = tokenize.tokenize_demonstrations(validation, renderer, config.data, "validation", console)
     model = _model(config, len(tokenizer), console)
-    before = config.peft.prompt_tokens if config.peft.method == "prompt" else 0
-    check_context(config.data.max_length + before, context_length(model), "data.max_length")
+    soft_prompt = config.peft.prompt_tokens if config.peft.method == "prompt" else 0
+    check_context(config.data.max_length + soft_prompt, context_length(model), "data.max_length")
     from rlhf.trainers.supervised.sft import build_sft_trainer, to_dataset
 
     length = config.data.max_length if config.packing else None
@@ -50,7 +50,7 @@ def run(config: SFTConfig, console: Console) -> RunResult:
         ),
     )
     start_run(directory, "sft", config)
-    directory.note(data=prints)
+    directory.note(data=fingerprints)
     summary = train_language_model(
         "sft",
         model,
@@ -94,6 +94,6 @@ def _model(config: SFTConfig, vocab_size: int, console: Console) -> Any:
                 where="peft.method",
                 do="set peft.method=lora, or keep the tokenizer's own chat template",
             )
-        console.note(f"adapters do not train embeddings: {added} added tokens keep the mean of the others")
+        console.note(f"adapters do not train embeddings: {added} added tokens keep the mean embedding of the others")
         grow_embeddings(model, vocab_size)
     return add_adapter(model, config.peft, "CAUSAL_LM")

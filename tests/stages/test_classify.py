@@ -186,7 +186,7 @@ def test_what_it_prints(full: Any, run_stage: Any, tmp_path: Path) -> None:
     }
     assert sum(int(words[3]) for words in rows.values()) == 6
     assert f"held-out accuracy {summary['eval_label_accuracy']:.3f}" in out
-    assert f"(always the commonest answer: {summary['baseline_accuracy']:.3f})" in out
+    assert f"(majority baseline: {summary['baseline_accuracy']:.3f})" in out
     assert (tmp_path / "run" / "model" / "handover.json").is_file()
 
 

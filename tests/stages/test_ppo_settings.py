@@ -55,7 +55,7 @@ def test_a_function_alone_is_reward_enough(full: Any, run_stage: Any, tmp_path: 
             ppo={"normalize_scores": "running", "score_clip": 3.0, "value_warmup": 1},
         ),
     )
-    assert "the first 1 steps train the value model alone" in out
+    assert "the first 1 steps train only the value model" in out
     lines = metrics(tmp_path / "run")
     assert lines[0]["score"] > 0
     assert lines[0]["explained_variance"] == pytest.approx(0.0, abs=0.2)  # values start at 0 everywhere
