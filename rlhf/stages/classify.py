@@ -161,7 +161,7 @@ def _weight(config: ClassifyConfig, labels: tuple[str, ...], target: torch.Tenso
         if other:
             raise ConfigError(
                 "class_weights must name every label once",
-                found=f"the two differ in '{other[0]}'",
+                found=f"labels and weights differ in '{other[0]}'",
                 where="class_weights",
                 do=f"labels: {', '.join(labels)}",
             )

@@ -118,14 +118,17 @@ CONFIG = [
         "a class weight too few",
         "classify classify.yaml class_weights={'kind':2.0}",
         (
-            "class_weights: class_weights must name every label once (found: the two differ in 'short')",
+            "class_weights: class_weights must name every label once (found: labels and weights differ in 'short')",
             "labels: kind, short",
         ),
     ),
     Case(
         "a class weight too many",
         "classify classify.yaml class_weights={'kind':2.0,'short':1,'rude':1}",
-        ("class_weights must name every label once (found: 'rude' is in", "labels: kind, short"),
+        (
+            "class_weights must name every label once (found: labels and weights differ in 'rude')",
+            "labels: kind, short",
+        ),
     ),
     Case(
         "a class weight of 0",
