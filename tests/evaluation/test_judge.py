@@ -1,4 +1,4 @@
-"""A judge is any function; a wrong name is refused before anything is computed."""
+"""Tests of judges: any function can be one, and a wrong name is an error before anything is computed."""
 
 from __future__ import annotations
 

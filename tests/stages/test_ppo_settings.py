@@ -1,4 +1,4 @@
-"""The settings of PPO through its real stage: from YAML to a saved model."""
+"""Tests of PPO's settings through the whole stage, from YAML to a saved model."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from tests.stages.setup import adapter, metrics
 
 
 def longer(prompt: Any, response: str, record: dict[str, Any]) -> float:
-    """A reward function that needs the whole record."""
+    """Return a reward that depends on the whole record."""
     assert record["prompt"] == prompt
     return len(response) / 10
 
 
 def config(full: Any, folder: Path, **changes: Any) -> dict[str, Any]:
-    """The stage of these tests in another folder; sections are merged."""
+    """Return the configuration of these tests with another output folder and changed sections."""
     found = dict(full.configs["ppo"]) | {"output_dir": str(folder)}
     for key, value in changes.items():
         merged = isinstance(value, dict) and isinstance(found.get(key), dict)

@@ -21,7 +21,7 @@ from tests.models import tiny
 
 
 class NoBar:
-    """A progress bar that shows nothing."""
+    """Progress bar that shows nothing."""
 
     def update(self, done: int, numbers: Any) -> None:
         """Do nothing."""
@@ -38,7 +38,7 @@ def prepared(
     evaluations: int = 5,
     **optim: Any,
 ) -> tuple[dict[str, Any], MetricsCallback, PhaseSchedule]:
-    """Trainer arguments, the report and the phase schedule of a run in `folder`."""
+    """Return trainer arguments, the metrics callback and the phase schedule of a run in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     reset_accelerator_state()  # a stage that an earlier test broke off may have left a data loader open
     settings = Optim(**{"batch_size": 8, "microbatch_size": 8, "warmup_fraction": 0.0} | optim)
@@ -67,7 +67,7 @@ def sft_trainer(
     packing: int | None = None,
     **settings: Any,
 ) -> Any:
-    """An SFT trainer on rendered rows."""
+    """Build an SFT trainer on rendered rows."""
     args, report, schedule = prepared(folder, model, len(rows), bool(validation), **settings)
     trainer = sft.build_sft_trainer(model, tiny.tokenizer(), rows, validation or [], args, report, packing=packing)
     return ready(trainer, schedule)
@@ -82,7 +82,7 @@ def reward_trainer(
     center: float = 0.0,
     **settings: Any,
 ) -> Any:
-    """A reward trainer on pairs."""
+    """Build a reward trainer on pairs."""
     args, report, schedule = prepared(folder, model, len(pairs), bool(validation), **settings)
     return ready(
         reward.build_reward_trainer(model, tiny.tokenizer(), pairs, validation or [], args, report, center=center),
@@ -100,7 +100,7 @@ def label_trainer(
     weight: Any = None,
     **settings: Any,
 ) -> Any:
-    """A classifier's trainer on rows with targets."""
+    """Build a classifier's trainer on rows with targets."""
     args, report, schedule = prepared(folder, model, len(rows), bool(validation), **settings)
     trainer = classify.build_classifier_trainer(
         model, tiny.tokenizer(), rows, validation or [], args, report, multi_label=multi_label, weight=weight
@@ -116,5 +116,5 @@ def ready(trainer: Any, schedule: PhaseSchedule) -> Any:
 
 
 def written(folder: Path) -> list[dict[str, float]]:
-    """Lines of metrics.jsonl."""
+    """Return the lines of metrics.jsonl."""
     return list(read_jsonl(folder / "metrics.jsonl"))

@@ -1,4 +1,4 @@
-"""PPO mixes no devices: it runs on an accelerator that refuses what a GPU refuses."""
+"""Test that PPO does not mix devices, on a simulated accelerator that rejects what a GPU rejects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run checks about itself: a sound run passes, and each planted fault stops it at the first step, in words."""
+"""Tests of PPO's checks: a sound run passes, and each planted fault stops it at the first step with its message."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STOP = {"broken": "stop"}
 
 
 def sound(reward_folder: str, **options: Any) -> PPOTrainer:
-    """A trainer whose policy starts as its reference, so that every invariant holds."""
+    """Return a trainer whose policy equals its reference, so that every invariant holds."""
     policy, reference = sometimes_ending(tiny.new(1)), sometimes_ending(tiny.new(1)).requires_grad_(False)
     return make(reward_folder, policy=policy, reference=reference, **{"watch": STOP} | options)
 
@@ -51,13 +51,13 @@ def test_a_sound_run_breaks_nothing(reward_folder: str, changes: dict[str, Any])
 
 
 def other_temperature(trainer: PPOTrainer, _: pytest.MonkeyPatch) -> None:
-    """Rollouts are drawn at another temperature than they are scored at."""
+    """Sample rollouts at another temperature than they are scored at."""
     generator: Any = trainer.generator
     generator.settings = generator.settings.model_copy(update={"temperature": 0.6})
 
 
 def hidden_filter(_: PPOTrainer, patch: pytest.MonkeyPatch) -> None:
-    """A top-k that shapes the draws but is not told to the log-probs."""
+    """Sample with a top-k filter that the log-probs do not include."""
     original = sampling.draw_token
 
     def pick(logits: Any, uniform: Any, temperature: float) -> Any:
@@ -73,13 +73,13 @@ def dropout_left_on(trainer: PPOTrainer, _: pytest.MonkeyPatch) -> None:
 
 
 def shifted_mask(_: PPOTrainer, patch: pytest.MonkeyPatch) -> None:
-    """Log-probs are read one position off."""
+    """Read log-probs one position off."""
     original = scoring.token_logprobs
     patch.setattr(scoring, "token_logprobs", lambda logits, ids, **k: original(logits, ids.roll(1), **k))
 
 
 def score_on_a_pad(_: PPOTrainer, patch: pytest.MonkeyPatch) -> None:
-    """One past the last token where there is room: what several code bases do."""
+    """Put the score one position past the last token if there is one, as several code bases do."""
 
     def shaped(scores: Any, kl: Any, mask: Any, coef: float) -> Any:
         rewards = -coef * kl * mask
@@ -103,7 +103,7 @@ def another_reference(trainer: PPOTrainer, _: pytest.MonkeyPatch) -> None:
 
 
 class Noisy(nn.Module):
-    """A score head with dropout before it."""
+    """Score head with dropout before it."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ def reward_model_in_training_mode(trainer: PPOTrainer, _: pytest.MonkeyPatch) ->
 
 
 def padding_in_the_score(trainer: PPOTrainer, _: pytest.MonkeyPatch) -> None:
-    """The reward model attends to padding."""
+    """Make the reward model attend to padding."""
     model = trainer.models.rewards.parts[0][1].model  # type: ignore[union-attr]
     original = model.model.forward
 
@@ -131,7 +131,7 @@ def padding_in_the_score(trainer: PPOTrainer, _: pytest.MonkeyPatch) -> None:
 
 
 def packed_rows_that_leak(_: PPOTrainer, patch: pytest.MonkeyPatch) -> None:
-    """Sequences in one row see each other."""
+    """Make sequences in one packed row attend to each other."""
     original = packed_batch.pack
 
     def leaking(ids: torch.Tensor, mask: torch.Tensor) -> packed_batch.PackedBatch:
@@ -231,7 +231,7 @@ def test_a_rollback_returns_to_the_last_good_step_with_a_smaller_rate(reward_fol
 
 
 def test_each_rollback_raises_the_kl_coefficient_once(reward_folder: str) -> None:
-    """Whether the checkpoint is older than the earlier rollback or already holds it."""
+    """The result is the same whether the checkpoint was written before or after the earlier rollback."""
     for held in (0, 1):
 
         def restore(trainer: PPOTrainer, held: int = held) -> bool:

@@ -1,4 +1,4 @@
-"""What fine-tuning costs elsewhere: measured right, said, and able to stop a run."""
+"""Tests of the forgetting probe: its loss is right, it is reported, and it can stop a run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROWS = tiny.rows(4, [9, 30, 2, 17])
 
 
 def by_definition(model: Any) -> float:
-    """Row by row, token by token."""
+    """Return the loss of the text, computed row by row and token by token."""
     total, count = 0.0, 0
     for row in ROWS:
         with torch.no_grad():
