@@ -1,1 +1,1 @@
-"""Evaluation that someone can believe: paired prompts, intervals, baselines beside every claim."""
+"""Evaluation: paired comparisons on the same prompts, confidence intervals, and baselines."""

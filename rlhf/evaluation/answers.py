@@ -1,4 +1,4 @@
-"""Answers of a model to prompts, with what can be measured on them."""
+"""Responses of a model to prompts, with their KL and scores, and the perplexity of text."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from rlhf.rollout.types import Rollout
 
 @dataclass(frozen=True)
 class GeneratedResponse:
-    """One response."""
+    """One response of a model, with its measurements."""
 
     text: str
-    length: int  # tokens, end token included
-    finished: bool  # ended by itself
-    kl: float | None = None  # nats: log-ratio to the reference, summed over the response
+    length: int  # tokens, with the end token
+    finished: bool  # whether it ended with a stop token or string, not at the length limit
+    kl: float | None = None  # log-ratio to the reference, summed over the response, nats
     score: float | None = None  # of a reward model
 
 
@@ -42,13 +42,19 @@ def generate_responses(
     reward_model: Any = None,
     numbers: Sequence[int] | None = None,
 ) -> list[GeneratedResponse]:
-    """Draw one response for each prompt and measure it.
+    """Sample one response to each prompt and measure it.
 
     Args:
-        draw: another number gives another independent response.
-        reference: model that KL is measured against (k1 estimate on these samples), or None.
-        numbers: of the prompts in their data (default: 0, 1, ...). A response depends on its prompt's number, not on
-            the other prompts of a call.
+        model: causal LM.
+        prompts: token ids of the prompts.
+        renderer: renderer of the model's tokenizer.
+        settings: sampling settings.
+        seed: seed of the sampling.
+        draw: number of the sample; each number gives independent responses.
+        reference: model that the KL is measured against (log-ratio of these samples), or None.
+        reward_model: model that scores the responses, or None.
+        numbers: number of each prompt in its data; None = 0, 1, ... The random numbers of a response depend on the
+            number of its prompt, not on the other prompts of the call.
     """
     if not prompts:
         return []
@@ -79,12 +85,12 @@ def generate_responses(
 
 
 def _log_ratio(reference: Any, rollout: Rollout, settings: Sampling) -> torch.Tensor:
-    """Summed log-ratio of what the model said while sampling to what the reference says, [B] nats."""
+    """Return the log-ratio of the model while sampling to the reference, summed over each response, [B] nats."""
     out = torch.zeros(len(rollout))
     for rows in rollout.mask.sum(dim=1).argsort().split(64):
         part = rollout.select(rows)
-        theirs = response_logprobs(reference, part, settings.temperature or 1.0)[0]
-        out[rows.cpu()] = (part.sampled_logprobs - theirs).sum(dim=1).cpu()
+        logprobs = response_logprobs(reference, part, settings.temperature or 1.0)[0]
+        out[rows.cpu()] = (part.sampled_logprobs - logprobs).sum(dim=1).cpu()
     return out
 
 
@@ -98,7 +104,7 @@ def _scores(reward_model: Any, rollout: Rollout) -> torch.Tensor:
 
 @torch.no_grad()
 def score_sequences(reward_model: Any, rows: Sequence[list[int]], pad_id: int) -> list[float]:
-    """Reward-model scores of whole sequences (prompt and response), in order."""
+    """Return the reward model's scores of sequences (prompt and response), in the order given."""
     device = next(reward_model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     out = [0.0] * len(rows)
@@ -113,7 +119,7 @@ def score_sequences(reward_model: Any, rows: Sequence[list[int]], pad_id: int) -
 
 @torch.no_grad()
 def perplexity(model: Any, rows: Sequence[list[int]], pad_id: int) -> float:
-    """exp of the mean negative log-likelihood per token of held-out text."""
+    """Return the perplexity of text: exp of the mean negative log-likelihood per token."""
     device = next(model.parameters()).device
     total, count = 0.0, 0
     for start in range(0, len(rows), 32):

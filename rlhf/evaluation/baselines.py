@@ -1,4 +1,4 @@
-"""What a reward model must beat: cheap rules on the same pairs."""
+"""Baselines for a reward model: simple rules on the same pairs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from rlhf.data.records import Comparison
 
 
 def longer_wins(pairs: Sequence[Comparison]) -> float:
-    """Share of decided pairs whose chosen response has more words; equal lengths count half."""
+    """Return the accuracy of preferring the response with more words; equal lengths count half.
+
+    Pairs with a preference of 0.5 are left out.
+    """
     decided = [p for p in pairs if p.preference != 0.5]
     score = 0.0
     for pair in decided:
@@ -18,7 +21,7 @@ def longer_wins(pairs: Sequence[Comparison]) -> float:
 
 
 def tfidf_accuracy(train: Sequence[Comparison], test: Sequence[Comparison]) -> float:
-    """Held-out accuracy of a Bradley-Terry model that is linear in tf-idf features of the response (words, pairs)."""
+    """Return the held-out accuracy of a linear Bradley-Terry model on tf-idf features (words and word pairs)."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
@@ -30,7 +33,7 @@ def tfidf_accuracy(train: Sequence[Comparison], test: Sequence[Comparison]) -> f
     def difference(pairs: Sequence[Comparison]):  # type: ignore[no-untyped-def]
         return vectorizer.transform([p.chosen for p in pairs]) - vectorizer.transform([p.rejected for p in pairs])
 
-    # Every second pair is turned round, so that both classes occur; without intercept the model is antisymmetric.
+    # Every second pair is swapped so that both classes occur. Without an intercept the model is antisymmetric.
     signs = [1 if i % 2 else -1 for i in range(len(train))]
     features = difference(train).multiply([[s] for s in signs]).tocsr()
     model = LogisticRegression(fit_intercept=False, C=1.0, max_iter=1000).fit(features, signs)

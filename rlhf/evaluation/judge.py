@@ -1,4 +1,4 @@
-"""Judges: any Python function over a response."""
+"""Judges: Python functions that return the utility of a response."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Judge = Callable[[Messages, str, Mapping[str, Any], bool], float]
 
 
 def load_judge(name: str, *, where: str = "judge") -> Judge:
-    """Import 'module:function'. It is the user's own code and runs with the user's rights.
+    """Import a judge by its name 'module:function'. It is the user's own code and runs with the user's permissions.
 
     Raises: ConfigError if there is no such function.
     """
@@ -21,21 +21,21 @@ def load_judge(name: str, *, where: str = "judge") -> Judge:
 
 
 def demo_gold(prompt: Messages, response: str, record: Mapping[str, Any], finished: bool) -> float:
-    """Gold utility of the demo world. Known to evaluation only; no training stage may import it."""
+    """Return the gold utility of a response in the demo task: its true reward, which no training stage may import."""
     from rlhf.demo.gold import utility
 
     return utility(response, _task(record), finished)
 
 
 def demo_answer(prompt: Messages, response: str, record: Mapping[str, Any], finished: bool) -> float:
-    """The part of it that is about the answer alone."""
+    """Return the part of the demo's gold utility that judges the answer alone, not its style."""
     from rlhf.demo.rules import answer_utility
 
     return answer_utility(response, _task(record), finished)
 
 
 def demo_rule_broken(prompt: Messages, response: str, record: Mapping[str, Any], finished: bool) -> float:
-    """1 if a response of the demo world breaks a rule of `rlhf.demo.rules`, else 0."""
+    """Return 1 if a response in the demo task breaks a rule of `rlhf.demo.rules`, else 0."""
     from rlhf.demo.rules import broken_rules
 
     return float(bool(broken_rules(response, _task(record), finished)))
@@ -47,6 +47,6 @@ def _task(record: Mapping[str, Any]) -> Any:
             "the demo's judge needs the column 'task'",
             found=f"columns {', '.join(record)}",
             where="judge",
-            do="judge prompts of data/demo/eval with it, and others with a function of your own",
+            do="use it for the prompts of data/demo/eval, and your own function for other prompts",
         )
     return record["task"]

@@ -1,4 +1,4 @@
-"""Win rates and their intervals."""
+"""Win rates and their confidence intervals."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import numpy as np
 
 @dataclass(frozen=True)
 class MeanEstimate:
-    """A mean with its 95 % interval."""
+    """A mean with its 95 % confidence interval."""
 
     mean: float
     low: float
     high: float
 
     def percent(self) -> str:
-        """'84.1 % [80.9, 87.2]'."""
+        """Return the estimate in percent, such as '84.1 % [80.9, 87.2]'."""
         return f"{100 * self.mean:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
 
 def win_indicators(ours: Sequence[float], theirs: Sequence[float]) -> np.ndarray:
-    """Per prompt: 1 if our utility is higher, 0.5 at a tie, 0 if lower.
+    """Return for each prompt 1 if our utility is higher, 0.5 for a tie, 0 if it is lower.
 
-    A utility per response makes both presentation orders agree by construction; swapping the arguments gives 1 - wins.
+    Utilities are given per response, so there is no order of presentation; swapping the arguments gives 1 - wins.
     Raises: ValueError if the two differ in length.
     """
     a, b = np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float)
@@ -35,7 +35,7 @@ def win_indicators(ours: Sequence[float], theirs: Sequence[float]) -> np.ndarray
 
 
 def bootstrap_mean(values: Sequence[float] | np.ndarray, *, resamples: int, seed: int) -> MeanEstimate:
-    """Mean and percentile bootstrap interval (2.5 % to 97.5 %) over prompts."""
+    """Return the mean and its percentile bootstrap interval (2.5 % to 97.5 %) over prompts."""
     data = np.asarray(values, dtype=float)
     rng = np.random.default_rng(seed)
     means = np.array([data[rng.integers(0, len(data), len(data))].mean() for _ in range(resamples)])
@@ -44,5 +44,8 @@ def bootstrap_mean(values: Sequence[float] | np.ndarray, *, resamples: int, seed
 
 
 def best_of_n_kl(n: int) -> float:
-    """Upper bound of KL(best-of-n || reference), nats: log n - (n-1)/n (Beirami et al. 2024, arXiv:2401.01879)."""
+    """Return an upper bound of KL(best-of-n || reference) in nats: log n - (n - 1) / n.
+
+    Source: Beirami et al. 2024, arXiv:2401.01879.
+    """
     return math.log(n) - (n - 1) / n

@@ -122,7 +122,7 @@ def model_shape(
     parameters, sizes = map_parameters(model), {name: p.numel() for name, p in model.named_parameters()}
     trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
     resolved_phases = (
-        plan(parameters.only(trainable)).stretches if plan is not None else (ResolvedPhase(trainable, 1, 1.0),)
+        plan(parameters.only(trainable)).phases if plan is not None else (ResolvedPhase(trainable, 1, 1.0),)
     )
     blocks, first_step, phases = int(config.num_hidden_layers), 0, []
     for resolved in resolved_phases:

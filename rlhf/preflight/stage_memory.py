@@ -10,6 +10,7 @@ import torch
 from rlhf.config.run_plan import SupervisedPlan
 from rlhf.config.schema import PPOConfig, PretrainConfig, SFTConfig
 from rlhf.distributed.engine import cpu_has_bfloat16
+from rlhf.models.output_layer import MAX_LOGITS_AT_ONCE
 from rlhf.models.packed_batch import pack, packed_rows
 from rlhf.preflight import memory_formulas as formulas
 from rlhf.preflight.activation_trace import trace_activations
@@ -22,7 +23,6 @@ from rlhf.preflight.memory_formulas import (
     WeightCounts,
 )
 from rlhf.preflight.model_shapes import ModelShape, PPOModelShapes, TrainablePhase
-from rlhf.models.output_layer import MAX_LOGITS_AT_ONCE
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""One file a stage: run(config, console) -> RunResult, straight-line."""
+"""Stages: one module each, with `run(config, console) -> RunResult`."""

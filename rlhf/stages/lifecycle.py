@@ -1,4 +1,4 @@
-"""What stages share: starting a run, loading and rendering data, saving a model with its hand-over record."""
+"""Functions that stages share: check and start a run, open a tokenizer, load data."""
 
 from __future__ import annotations
 
@@ -33,29 +33,30 @@ from rlhf.runs.run_dir import RunDir, config_to_dict, fingerprint_path
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a stage returns to the command line and the pipeline."""
+    """Result of a stage."""
 
-    path: Path
+    path: Path  # run directory
     summary: dict[str, Any]
-    skipped: bool = False
+    skipped: bool = False  # whether the run was already finished
 
 
 def begin_run(stage: str, config: StageConfig, console: Console) -> tuple[RunDir, str]:
-    """Check the output folder, seed everything, silence the libraries. Nothing is written yet.
+    """Check the output folder, seed random numbers and set up libraries. Nothing is written yet.
 
-    Returns: the run directory and 'new', 'interrupted' or 'finished'; the same on every process.
+    Returns: the run directory, and its state 'new', 'interrupted' or 'finished', which is the same on every process.
+    Raises: ConfigError or another RLHFError if the run cannot start; on every process if one process finds it.
     """
     console.title(f"{stage} -> {config.output_dir}")
     run = RunDir(config.output_dir, main=is_main_process())
-    state, inputs, trouble = "", {}, None
+    state, inputs, failure = "", {}, None
     try:
         inputs = inputs_of(config)
         state = run.check(stage, config, inputs)
         if state != "finished":
             check_launch(stage)
     except RLHFError as error:
-        trouble = error
-    check_same_run(run, state, config, inputs, trouble)
+        failure = error
+    check_same_run(run, state, config, inputs, failure)
     if state == "finished":
         console.note("already finished with this configuration: skipped")
         return run, state
@@ -65,21 +66,21 @@ def begin_run(stage: str, config: StageConfig, console: Console) -> tuple[RunDir
         set_process_group_timeout()
     optim = getattr(config, "optim", None)
     if isinstance(optim, Optim):
-        optim.accumulation(world_size())  # refuse a batch that cannot be shared, before anything is read or written
+        optim.accumulation(world_size())  # raises if the batch cannot be divided, before anything is read or written
     seed_everything(config.seed, deterministic=config.deterministic)
     start_watchdog()
     return run, state
 
 
 def inputs_of(config: Any) -> dict[str, str]:
-    """Fingerprints of every local file and folder that a configuration names under a `path` key."""
-    found: dict[str, str] = {}
+    """Return the fingerprint of every local file and folder that a configuration names under a `path` key."""
+    fingerprints: dict[str, str] = {}
 
     def walk(value: Any) -> None:
         if isinstance(value, dict):
             path = value.get("path")
             if isinstance(path, str) and Path(path).exists():
-                found[path] = fingerprint_path(Path(path))
+                fingerprints[path] = fingerprint_path(Path(path))
             for inner in value.values():
                 walk(inner)
         elif isinstance(value, list | tuple):
@@ -87,23 +88,23 @@ def inputs_of(config: Any) -> dict[str, str]:
                 walk(inner)
 
     walk(config_to_dict(config))
-    return found
+    return fingerprints
 
 
 def seed_everything(seed: int, *, deterministic: bool) -> None:
-    """Seed Python, numpy and torch; ask for deterministic kernels where there are any."""
+    """Seed Python, numpy and torch, and with `deterministic` use deterministic kernels where torch has them."""
     from transformers import set_seed
 
     set_seed(seed)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        # Only a debugging aid for reads of uninitialised memory; it makes small models six times slower on a CPU.
+        # This option only helps to debug reads of uninitialised memory, and slows small models down six times on a CPU.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def start_run(run: RunDir, stage: str, config: StageConfig) -> None:
-    """Make the run directory. Called once all inputs have been read and found good."""
+    """Create the run directory. Call it after all inputs have been read and checked."""
     report_progress()
     run.start(
         stage, config, seed=config.seed, processes=world_size(), versions=library_versions(), inputs=inputs_of(config)
@@ -111,7 +112,7 @@ def start_run(run: RunDir, stage: str, config: StageConfig) -> None:
 
 
 def read_template(name: str | None) -> str | None:
-    """The chat template that a configuration asks for, or None for the tokenizer's own.
+    """Return the chat template that a configuration names, or None for the tokenizer's own.
 
     Raises: ConfigError if the file cannot be read.
     """
@@ -128,10 +129,14 @@ def read_template(name: str | None) -> str | None:
 
 
 def open_tokenizer(source: ModelSource, console: Console, *, template: str | None = None) -> tuple[Any, Renderer]:
-    """Tokenizer and renderer of a model, with what had to be added said aloud.
+    """Load the tokenizer of a model and make its renderer; print a note for everything that was added to it.
 
     Args:
-        template: replaces the tokenizer's chat template; the model's hand-over record is then no longer binding.
+        source: the model.
+        console: where notes are printed.
+        template: replaces the tokenizer's chat template; the model's hand-over record is then not compared.
+    Raises: CheckpointError if the tokenizer cannot be loaded or differs from the model's hand-over record; ConfigError
+        if it has no usable chat template.
     """
     tokenizer = load_tokenizer(source)
     for note in prepare_tokenizer(tokenizer, template):
@@ -149,28 +154,29 @@ def open_tokenizer(source: ModelSource, console: Console, *, template: str | Non
 def load_data(
     kind: Any, data: Data, seed: int, console: Console
 ) -> tuple[Sequence[Any], Sequence[Any], dict[str, str]]:
-    """Training and validation records, and their fingerprints.
+    """Load training and validation records.
 
-    Raises: DataError.
+    Returns: training records, validation records, and the fingerprint of each set of files.
+    Raises: DataError for malformed records, or if no training record is left.
     """
     options: dict[str, Any] = {"seed": seed, "on_bad_row": data.on_bad_row, "deduplicate": data.deduplicate}
     train_set: RecordSet = load_records(kind, data.train, **options)
-    _say(train_set, console)
-    prints = {"train": train_set.fingerprint}
+    _print_notes(train_set, console)
+    fingerprints = {"train": train_set.fingerprint}
     train: Sequence[Any] = train_set.records
     validation: Sequence[Any] = ()
     if data.validation:
         held_out = load_records(kind, data.validation, **options)
-        _say(held_out, console)
-        validation, prints["validation"] = held_out.records, held_out.fingerprint
+        _print_notes(held_out, console)
+        validation, fingerprints["validation"] = held_out.records, held_out.fingerprint
     elif data.validation_fraction:
         train, validation = split_records(train, data.validation_fraction, seed)
         console.note(f"validation: {len(validation)} of {len(train_set.records)} records split off by prompt")
     if not train:
         raise DataError("no training record is left", where=", ".join(s.path for s in data.train))
-    return train, validation, prints
+    return train, validation, fingerprints
 
 
-def _say(records: RecordSet, console: Console) -> None:
+def _print_notes(records: RecordSet, console: Console) -> None:
     for note in records.notes:
         console.note(note)

@@ -1,4 +1,4 @@
-"""PPO: the SFT model learns from the reward model, kept near where it started."""
+"""PPO stage: train the SFT model on the scores of the reward model, with a KL penalty to its starting point."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from rlhf.runs import preemption
 from rlhf.runs.metrics import MetricsWriter, truncate_jsonl
 from rlhf.runs.run_dir import RunDir
 from rlhf.stages.lifecycle import RunResult, begin_run, open_tokenizer, start_run
-from rlhf.trainers.phase_plan import print_ppo_phases
+from rlhf.trainers.phase_setup import print_ppo_phases
 from rlhf.trainers.ppo.callbacks import PPOCallback
 from rlhf.trainers.ppo.checkpointer import PPOCheckpointer
 from rlhf.trainers.ppo.health import HealthMonitor
@@ -49,7 +49,7 @@ VALUE_MODELS = {
 
 
 def run(config: PPOConfig, console: Console) -> RunResult:
-    """Train the policy; writes the run directory, the value model beside the policy."""
+    """Train the policy with PPO and write the run directory, with the value model in a folder beside the policy's."""
     directory, state = begin_run("ppo", config, console)
     if state == "finished":
         return RunResult(directory.path, directory.info.get("summary", {}), skipped=True)
@@ -80,7 +80,7 @@ def run(config: PPOConfig, console: Console) -> RunResult:
 
 @dataclass(frozen=True)
 class PPOComponents:
-    """What a configuration names, loaded and checked: everything that a trainer is made of."""
+    """Loaded and checked parts of a PPO configuration, from which the trainer is made."""
 
     renderer: Renderer
     policy: Any
@@ -107,9 +107,9 @@ class PPOComponents:
 
 
 def load_components(config: PPOConfig, console: Console) -> PPOComponents:
-    """Load what the configuration names, and refuse what does not fit together.
+    """Load and check models, rewards and prompts of a configuration.
 
-    Raises: ConfigError, DataError or CheckpointError.
+    Raises: ConfigError, DataError or CheckpointError for parts that cannot be loaded or do not fit together.
     """
     check_deepspeed(config.settings)
     tokenizer, renderer = open_tokenizer(config.policy, console)
@@ -140,9 +140,9 @@ def load_components(config: PPOConfig, console: Console) -> PPOComponents:
 
 
 def decide_shared_base(config: PPOConfig, console: Console) -> bool:
-    """Whether policy, value and reward model are adapters of one base; says why not if they might have been.
+    """Return whether policy, value and reward model become adapters on one base model, and print a note about it.
 
-    Raises: ConfigError if they should be and cannot.
+    Raises: ConfigError if roles=shared and they cannot share a base model.
     """
     if config.roles == "separate" or not config.peft.enabled:
         return False
@@ -164,10 +164,10 @@ def decide_shared_base(config: PPOConfig, console: Console) -> bool:
 
 
 def _policy(config: PPOConfig, vocab_size: int) -> tuple[Any, Any]:
-    """The policy, and the reference unless the policy is an adapter."""
+    """Return the policy and the reference, which is None if the policy is an adapter."""
     if config.peft.enabled:
         policy = policy_with_adapter(config.policy, config.peft)
-        disable_dropout(policy)  # an SFT adapter may have some, and the first ratio must be 1
+        disable_dropout(policy)  # an SFT adapter may have dropout, but the first ratio must be 1
         return policy, None
     reference = load_causal(config.policy, vocab_size=vocab_size).requires_grad_(False)
     return load_causal(config.policy, vocab_size=vocab_size), reference
@@ -176,11 +176,11 @@ def _policy(config: PPOConfig, vocab_size: int) -> tuple[Any, Any]:
 def _value_model(
     config: PPOConfig, policy: Any, shared: bool, vocab_size: int, renderer: Renderer, console: Console
 ) -> Any:
-    """The value model: from the reward model (Stiennon et al. 2020, arXiv:2009.01325), the policy, or a head on it.
+    """Return the value model, made from the reward model (Stiennon et al. 2020, arXiv:2009.01325) or from the policy.
 
     Args:
-        shared: it is an adapter on the policy's base.
-    Raises: ConfigError if it should start from a reward model that there is not or that reads other tokens.
+        shared: whether the value model is an adapter on the policy's base model.
+    Raises: ConfigError if it should start from a reward model that does not exist or has another tokenizer.
     """
     source, kind = config.reward_model, config.ppo.value_model
     fits = source is not None and same_tokenizer(source, renderer)
@@ -212,7 +212,7 @@ def _value_model(
 
 
 def _text(config: PPOConfig, renderer: Renderer, console: Console) -> PtxMixture | None:
-    """The documents of the ptx term, rendered."""
+    """Load and render the documents of the ptx loss; None if there are none."""
     if not config.ptx.data:
         return None
     loaded = load_records(
@@ -226,11 +226,11 @@ def _text(config: PPOConfig, renderer: Renderer, console: Console) -> PtxMixture
         console.note(f"ptx: {note}")
     limit = config.ptx.max_length
     rows = [tokenize.tokenize_document(record, renderer) for record in loaded.records]
-    cut = [Rendered(row.ids[:limit], row.mask[:limit]) for row in rows]
+    truncated = [Rendered(row.ids[:limit], row.mask[:limit]) for row in rows]
     if long := sum(len(row.ids) > limit for row in rows):
-        console.note(f"ptx: {long} of {len(rows)} documents cut to {limit} tokens")
+        console.note(f"ptx: {long} of {len(rows)} documents truncated to {limit} tokens")
     return PtxMixture(
-        cut, config.ptx, seed=config.seed, pad_id=renderer.pad_id, microbatch=config.optim.microbatch_size
+        truncated, config.ptx, seed=config.seed, pad_id=renderer.pad_id, microbatch=config.optim.microbatch_size
     )
 
 
@@ -239,11 +239,11 @@ def _print_plan(config: PPOConfig, processes: int, prompts: int, console: Consol
     console.note(f"{prompts} prompts; {config.ppo.steps} steps = {plan.episodes} episodes, {plan.updates} updates")
     console.note(plan.describe())
     if config.ppo.value_warmup:
-        console.note(f"the first {config.ppo.value_warmup} steps train the value model alone")
+        console.note(f"the first {config.ppo.value_warmup} steps train only the value model")
 
 
 class RunReporter(PPOCallback):
-    """Writes metrics.jsonl and samples.jsonl of a run directory."""
+    """Callback that writes metrics.jsonl and samples.jsonl of a run directory."""
 
     def __init__(self, config: PPOConfig, directory: RunDir) -> None:
         self.config, self.directory = config, directory
@@ -256,7 +256,7 @@ class RunReporter(PPOCallback):
         return self.last.get("response_length")
 
     def open(self, step: int) -> None:
-        """Start the files, keeping what was written up to `step`."""
+        """Open the files and remove lines after `step`."""
         path = self.directory.path / "metrics.jsonl"
         self.writer = MetricsWriter(path, main=is_main_process(), keep_until=step if step else None)
         samples = self.directory.path / SAMPLES
@@ -264,13 +264,13 @@ class RunReporter(PPOCallback):
             truncate_jsonl(samples, step)
 
     def on_rollback(self, trainer: Any) -> bool:
-        """Forget what was written beyond the step that the run returned to."""
+        """Remove the lines after the step that the run has returned to."""
         self.close()
         self.open(trainer.state.step)
         return False
 
     def on_step_end(self, trainer: Any, experience: Experience, stats: StepStats) -> None:
-        """Write one step's numbers, and now and then a few samples."""
+        """Write the metrics of a step, and every `sample_every` steps a few samples."""
         assert self.writer is not None
         step, self.last = trainer.state.step, stats
         self.writer.write(step, stats)
@@ -288,7 +288,7 @@ class RunReporter(PPOCallback):
 
 
 def sample_line(step: int, e: Experience, row: int, decode: Callable[[list[int]], str]) -> dict[str, Any]:
-    """Return one line of samples.jsonl: a prompt, its response and every response token with its numbers."""
+    """Return one line of samples.jsonl: a prompt, its response, and the quantities of every response token."""
     columns = {
         "logprob": e.old_logprobs,
         "kl": e.old_logprobs - e.ref_logprobs,
@@ -312,6 +312,6 @@ def sample_line(step: int, e: Experience, row: int, decode: Callable[[list[int]]
 
 
 def _rest_of_step(trainer: PPOTrainer) -> str:
-    """Say what a checkpoint inside a step holds."""
+    """Return a phrase about the work that a checkpoint within a step contains, or an empty text."""
     progress = trainer.state.progress
     return f", with the next rollout and {progress.done} of its updates" if progress is not None else ""

@@ -1,4 +1,4 @@
-"""Make a small source model from nothing: tokenizer, then next-token training on text and transcripts, packed."""
+"""Pretraining of a small model: train a tokenizer, then a language model on packed text and conversations."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from rlhf.data.render import Rendered, Renderer
 from rlhf.distributed.launch_env import use_cpu
 from rlhf.models.load import check_context
 from rlhf.stages.lifecycle import RunResult, begin_run, load_data, start_run
-from rlhf.trainers.phase_plan import plan_phases
+from rlhf.trainers.phase_setup import set_up_phases
 from rlhf.trainers.supervised.run import train_language_model
 
 PAD, EOS, USER, ASSISTANT, END = "<|pad|>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"
-# One special token a turn keeps sequences short. The user's next words follow the end of a reply at once, so a language
-# model has to know at the end token what they will be: that token's state then says how the reply was received.
+# One special token per turn keeps sequences short. The user's next words directly follow the end token of a reply, so
+# the language model must predict them at that token, whose hidden state therefore reflects how the reply was received.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}<|assistant|>{{ message['content'] }}<|end|>"
     "{% else %}{% if loop.first %}<|user|>{% endif %}{{ message['content'] }}{% endif %}{% endfor %}"
@@ -27,11 +27,11 @@ CHAT_TEMPLATE = (
 
 
 def run(config: PretrainConfig, console: Console) -> RunResult:
-    """Train tokenizer and model; writes the run directory."""
+    """Train tokenizer and model, and write the run directory."""
     directory, state = begin_run("pretrain", config, console)
     if state == "finished":
         return RunResult(directory.path, directory.info.get("summary", {}), skipped=True)
-    train, validation, prints = load_data("document", config.data, config.seed, console)
+    train, validation, fingerprints = load_data("document", config.data, config.seed, console)
     tokenizer = new_tokenizer(_texts(train), config.architecture.vocab_size)
     renderer = Renderer(tokenizer)
     console.note(f"tokenizer: {len(tokenizer)} byte-level BPE tokens trained on {len(train)} documents")
@@ -39,9 +39,9 @@ def run(config: PretrainConfig, console: Console) -> RunResult:
     check_context(length, config.architecture.context, "data.max_length")
     model = new_model(config.architecture, renderer, len(tokenizer))
     train_rows, valid_rows = (cut_into_blocks(documents, renderer, length) for documents in (train, validation))
-    program = plan_phases(model, config, rows=len(train_rows), evaluate=bool(valid_rows), console=console)
+    schedule = set_up_phases(model, config, rows=len(train_rows), evaluate=bool(valid_rows), console=console)
     start_run(directory, "pretrain", config)
-    directory.note(data=prints)
+    directory.note(data=fingerprints)
     from rlhf.trainers.supervised.sft import build_pretrain_trainer
 
     summary = train_language_model(
@@ -53,7 +53,7 @@ def run(config: PretrainConfig, console: Console) -> RunResult:
         config.optim,
         config.seed,
         console,
-        program=program,
+        schedule=schedule,
         saving=config.saving,
         records=len(train_rows),
         evaluate=bool(valid_rows),
@@ -64,7 +64,7 @@ def run(config: PretrainConfig, console: Console) -> RunResult:
 
 
 def new_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
-    """Byte-level BPE with a chat template. Digits split, so that no number is one opaque token."""
+    """Train a byte-level BPE tokenizer with a chat template. Digits are split, so that no number is a single token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -92,10 +92,10 @@ def new_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
 
 
 def new_model(architecture: Architecture, renderer: Renderer, vocab_size: int) -> Any:
-    """A Llama-type model with tied embeddings, weights drawn from the run's seed.
+    """Return a Llama model with tied embeddings and weights drawn from the run's seed.
 
-    On CPU attention is computed in plain matrix products: the fused kernel's backward in bfloat16 takes a third of the
-    time of a whole update there, where sequences are short enough not to need it.
+    On a CPU it uses eager attention: there the backward pass of the fused kernel in bfloat16 takes a third of the time
+    of a whole update, and the sequences are short enough not to need it.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -118,7 +118,7 @@ def new_model(architecture: Architecture, renderer: Renderer, vocab_size: int) -
 
 
 def cut_into_blocks(documents: Sequence[Any], renderer: Renderer, length: int) -> list[Rendered]:
-    """Documents end to end, cut into blocks of equal length; the last, shorter one is kept."""
+    """Concatenate documents and cut them into blocks of equal length; the last, shorter block is kept."""
     stream: list[int] = []
     for document in documents:
         stream += tokenize.tokenize_document(document, renderer).ids

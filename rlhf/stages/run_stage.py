@@ -1,4 +1,4 @@
-"""Run a stage from Python, as its command does."""
+"""Run a stage from Python in the same way as its command."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def run_stage(
     Args:
         stage: pretrain, sft, reward, classify, ppo or evaluate.
         config: YAML file, or a configuration from `load_config`.
-        overrides: `key=value` texts, for a file only.
-        quiet: print results only.
-    Returns: where the run lies (`path`) and its summary; a finished run of the same configuration is skipped.
-    Raises: ConfigError, DataError, CheckpointError or TrainingError, with advice in the message.
+        overrides: `key=value` texts; only with a file.
+        quiet: whether to print results only.
+    Returns: the run directory (`path`) and the summary. A finished run of the same configuration is skipped.
+    Raises: ConfigError, DataError, CheckpointError or TrainingError; the message names a remedy.
     """
     if stage not in STAGES:
         raise ConfigError(f"no stage called '{stage}'", where="run_stage(stage=)", do=f"one of {', '.join(STAGES)}")

@@ -14,29 +14,29 @@ from rlhf.models.load import check_context, context_length, grow_embeddings, is_
 from rlhf.models.packed_batch import packed_rows
 from rlhf.models.policy import load_causal
 from rlhf.stages.lifecycle import RunResult, begin_run, load_data, open_tokenizer, read_template, start_run
-from rlhf.trainers.phase_plan import plan_phases
+from rlhf.trainers.phase_setup import set_up_phases
 from rlhf.trainers.supervised.probe_data import load_probe
 from rlhf.trainers.supervised.run import train_language_model
 
 
 def run(config: SFTConfig, console: Console) -> RunResult:
-    """Train; writes the run directory. Loss on assistant tokens, the end token among them."""
+    """Fine-tune a model and write the run directory. Assistant tokens carry loss, including each turn's end token."""
     directory, state = begin_run("sft", config, console)
     if state == "finished":
         return RunResult(directory.path, directory.info.get("summary", {}), skipped=True)
     tokenizer, renderer = open_tokenizer(config.model, console, template=read_template(config.chat_template))
-    train, validation, prints = load_data("demonstration", config.data, config.seed, console)
+    train, validation, fingerprints = load_data("demonstration", config.data, config.seed, console)
     train_rows = tokenize.tokenize_demonstrations(train, renderer, config.data, "training", console)
     valid_rows = tokenize.tokenize_demonstrations(validation, renderer, config.data, "validation", console)
     model = _model(config, len(tokenizer), console)
-    before = config.peft.prompt_tokens if config.peft.method == "prompt" else 0
-    check_context(config.data.max_length + before, context_length(model), "data.max_length")
+    soft_prompt = config.peft.prompt_tokens if config.peft.method == "prompt" else 0
+    check_context(config.data.max_length + soft_prompt, context_length(model), "data.max_length")
     from rlhf.trainers.supervised.sft import build_sft_trainer, to_dataset
 
     length = config.data.max_length if config.packing else None
     rows = len(train_rows) if length is None else packed_rows([len(row.ids) for row in train_rows], length)
-    program = plan_phases(model, config, rows=rows, evaluate=bool(valid_rows), console=console)
-    probed = load_probe(
+    schedule = set_up_phases(model, config, rows=rows, evaluate=bool(valid_rows), console=console)
+    probe_data = load_probe(
         config,
         config.data,
         config.model,
@@ -50,7 +50,7 @@ def run(config: SFTConfig, console: Console) -> RunResult:
         ),
     )
     start_run(directory, "sft", config)
-    directory.note(data=prints)
+    directory.note(data=fingerprints)
     summary = train_language_model(
         "sft",
         model,
@@ -60,13 +60,13 @@ def run(config: SFTConfig, console: Console) -> RunResult:
         config.optim,
         config.seed,
         console,
-        program=program,
+        schedule=schedule,
         saving=config.saving,
         records=len(train_rows),
         evaluate=bool(valid_rows),
         resume=state == "interrupted",
         evaluations=config.evaluations,
-        probed=probed,
+        probe_data=probe_data,
         reply_tokens=mean_reply_tokens(train_rows),
         build=lambda args, report: build_sft_trainer(
             model, tokenizer, train_rows, valid_rows, args, report, packing=length
@@ -94,6 +94,6 @@ def _model(config: SFTConfig, vocab_size: int, console: Console) -> Any:
                 where="peft.method",
                 do="set peft.method=lora, or keep the tokenizer's own chat template",
             )
-        console.note(f"adapters do not train embeddings: {added} added tokens keep the mean of the others")
+        console.note(f"adapters do not train embeddings: {added} added tokens keep the mean embedding of the others")
         grow_embeddings(model, vocab_size)
     return add_adapter(model, config.peft, "CAUSAL_LM")

@@ -1,4 +1,4 @@
-"""Use a model: answer a file of prompts, or talk in the terminal."""
+"""`rlhf generate` and `rlhf chat`: replies of a model to a file of prompts, or in the terminal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rlhf.stages.lifecycle import open_tokenizer
 
 
 def load_chat_model(model: str, console: Console) -> tuple[Any, Renderer]:
-    """A causal LM for sampling, with its renderer."""
+    """Load a causal LM for sampling, and its renderer."""
     source = ModelSource(path=model)
     resolve_model(source)
     quiet_libraries(telemetry=False)
@@ -32,18 +32,26 @@ def load_chat_model(model: str, console: Console) -> tuple[Any, Renderer]:
 def generate_file(
     model: str, prompts: str, output: Path, *, temperature: float, max_new_tokens: int, seed: int, console: Console
 ) -> None:
-    """Write one JSON line for each prompt: prompt, response, finished.
+    """Generate one response to each prompt, and write them as JSON lines with prompt, response and finished.
 
-    Raises: ConfigError if the output exists or its folder does not; DataError on bad prompts, or one too long for
-        the model's context.
+    Args:
+        model: run directory, model folder or hub id.
+        prompts: file of prompts, in any format that PPO reads.
+        output: file to write.
+        temperature: temperature of the sampling; 0 = greedy.
+        max_new_tokens: largest length of a response.
+        seed: seed of the sampling.
+        console: where notes and progress are printed.
+    Raises: ConfigError if the output exists or its folder does not; DataError for a malformed prompt, or one that is
+        too long for the model's context.
     """
     refuse_existing_output(output)
     records = load_records("prompt", [Source(path=prompts)], seed=seed, on_bad_row="error", deduplicate=False).records
     loaded, renderer = load_chat_model(model, console)
     context = context_length(loaded)
-    room = (context or 1 << 30) - max_new_tokens
+    max_prompt_tokens = (context or 1 << 30) - max_new_tokens
     check_context(max_new_tokens + 1, context, "--max-new-tokens")
-    ids = tokenize.tokenize_prompts(records, renderer, room, "error", "error", console)
+    ids = tokenize.tokenize_prompts(records, renderer, max_prompt_tokens, "error", "error", console)
     settings = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
     answers = []
     with console.progress("generate", len(ids), "prompt") as bar:
@@ -57,14 +65,21 @@ def generate_file(
 
 
 def chat_in_terminal(model: str, *, temperature: float, max_new_tokens: int, seed: int) -> None:
-    """Read a line, answer it, remember the conversation."""
+    """Chat in the terminal: read a line, print the model's reply, and keep the conversation.
+
+    Args:
+        model: run directory, model folder or hub id.
+        temperature: temperature of the sampling; 0 = greedy.
+        max_new_tokens: largest length of a reply.
+        seed: seed of the sampling.
+    """
     console = Console()
     loaded, renderer = load_chat_model(model, console)
-    room = (context_length(loaded) or 1 << 30) - max_new_tokens
+    max_prompt_tokens = (context_length(loaded) or 1 << 30) - max_new_tokens
     settings = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
     messages: list[dict[str, str]] = []
     turn = 0
-    console.note("empty line or Ctrl-D ends; /new starts over")
+    console.note("an empty line or Ctrl-D ends the chat; /new starts a new conversation")
     while True:
         try:
             line = input("you > ").strip()
@@ -82,13 +97,13 @@ def chat_in_terminal(model: str, *, temperature: float, max_new_tokens: int, see
             messages.pop()
             console.text(f"(not sent: {error})")
             continue
-        while len(ids) > room and len(messages) > 2:  # forget the oldest exchange, and say so
+        while len(ids) > max_prompt_tokens and len(messages) > 2:  # drop the oldest exchange
             messages = messages[2:]
-            console.note("(the start of the conversation no longer fits and is forgotten)")
+            console.note("(the conversation exceeds the model's context; its oldest exchange is dropped)")
             ids = renderer.prompt(messages)
-        if len(ids) > room:
+        if len(ids) > max_prompt_tokens:
             messages.pop()
-            console.text("(too long for this model)")
+            console.text("(not sent: too long for the model's context)")
             continue
         reply = generate_responses(loaded, [ids], renderer, settings, seed=seed, draw=turn)[0]
         turn += 1
@@ -96,5 +111,5 @@ def chat_in_terminal(model: str, *, temperature: float, max_new_tokens: int, see
         if reply.text.strip():
             messages.append({"role": "assistant", "content": reply.text})
         else:
-            messages.pop()  # an empty turn could not be rendered, now or later
-            console.note("(an empty reply; this exchange is forgotten)")
+            messages.pop()  # an empty assistant turn cannot be rendered
+            console.note("(the reply is empty; this exchange is dropped)")

@@ -1,4 +1,4 @@
-"""`rlhf merge`: an adapter folded into its base, as plain weights."""
+"""`rlhf merge`: merge an adapter into its base model and write plain weights."""
 
 from __future__ import annotations
 
@@ -23,70 +23,69 @@ from rlhf.models.load import context_length, is_adapter, load_pretrained, resolv
 from rlhf.models.reward_models import adapted_classifier, saved_head
 from rlhf.stages.lifecycle import open_tokenizer
 
-MAX_LOGIT_DIFFERENCE = 1e-5  # how far logits may differ, relative to the largest if that is above 1
-ROWS_COMPARED, LENGTH = 2, 16  # of the tokens that are compared
+MAX_LOGIT_DIFFERENCE = 1e-5  # tolerated difference of logits, relative to the largest logit if that is above 1
+ROWS_COMPARED, LENGTH = 2, 16  # shape of the token ids whose logits are compared
 
 
 def merge_adapter(adapter: str, output: Path, console: Console) -> None:
-    """Write the folder, once the model in it is known to compute what the adapter does.
+    """Merge an adapter into its base model, check that the merged model computes the same logits, and write it.
 
     Args:
-        adapter: run directory or model folder.
-        output: folder that does not exist; float32 weights, tokenizer, hand-over record, generation configuration.
-    Raises: ConfigError if the output exists, or there is no adapter to fold; CheckpointError if a part is missing, or
+        adapter: run directory or model folder of the adapter.
+        output: folder to write, which must not exist: float32 weights, tokenizer, hand-over record, generation
+            configuration.
+        console: where notes are printed.
+    Raises: ConfigError if the output exists, or there is no adapter to merge; CheckpointError if a file is missing, or
         the logits differ by more than 1e-5.
     """
     source = ModelSource(path=adapter)
     folder = resolve_model(source)
-    _refuse(folder, output)
+    _check_arguments(folder, output)
     quiet_libraries(telemetry=False)
     tokenizer, renderer = open_tokenizer(source, console)
     record = handover.read_handover(folder)
-    auto_class, model = _open(source, folder)
-    ids = _tokens(model)
-    wanted = _logits(model, ids)
-    whole = model.merge_and_unload()
-    _describe(whole, renderer, record)
-    with _beside(output) as temporary:
-        whole.save_pretrained(str(temporary), safe_serialization=True)
+    auto_class, model = _load_adapter(source, folder)
+    ids = _random_ids(model)
+    expected = _logits(model, ids)
+    merged = model.merge_and_unload()
+    _complete_config(merged, renderer, record)
+    with _temporary_folder(output) as temporary:
+        merged.save_pretrained(str(temporary), safe_serialization=True)
         tokenizer.save_pretrained(str(temporary))
         if record is not None:
             record.write(temporary)
-        del model, whole
-        again = load_pretrained(auto_class, ModelSource(path=str(temporary)), str(temporary))
-        difference = _check(_logits(again, ids), wanted, folder)
+        del model, merged
+        reloaded = load_pretrained(auto_class, ModelSource(path=str(temporary)), str(temporary))
+        difference = _check_logits(_logits(reloaded, ids), expected, folder)
     console.note(
         f"{output}: plain weights; logits of {ids.numel()} tokens differ from the adapter's by {difference:.1e}"
     )
 
 
-def _refuse(folder: str, output: Path) -> None:
-    """What cannot be folded, or written.
-
-    Raises: ConfigError.
-    """
+def _check_arguments(folder: str, output: Path) -> None:
+    """Raise ConfigError if the folder is no adapter that can be merged, or the output cannot be written."""
     if not is_adapter(folder):
         raise ConfigError(
-            "not an adapter: there is nothing to fold",
+            "the model is not an adapter, so there is nothing to merge",
             found="full weights",
             where=folder,
             do="use the folder as it is; transformers loads it",
         )
     if saved_adapter_method(folder) == "prompt":
         raise ConfigError(
-            "a soft prompt has no weights to fold",
+            "a soft prompt has no weights to merge",
             found="an adapter of method prompt",
             where=folder,
             do="keep it as an adapter, or train with peft.method=ia3 (as small) or lora",
         )
     if output.exists():
-        raise ConfigError("the output exists", where=str(output), do="choose another name")
+        raise ConfigError("the output exists already", where=str(output), do="choose another name")
     if not output.absolute().parent.is_dir():
-        raise ConfigError("no such folder to write into", where=str(output.parent), do="make it first")
+        raise ConfigError("no such folder to write into", where=str(output.parent), do="create it first")
 
 
-def _open(source: ModelSource, folder: str) -> tuple[Any, Any]:
-    """The class that loads the merged model, and the adapter over its base; with a head if one was saved."""
+def _load_adapter(source: ModelSource, folder: str) -> tuple[Any, Any]:
+    """Return the class that loads the merged model, and the adapter on its base model, with its head if it has one."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     if any(True for _ in saved_head(folder)):
@@ -95,8 +94,8 @@ def _open(source: ModelSource, folder: str) -> tuple[Any, Any]:
     return AutoModelForCausalLM, load_adapter(source, folder, AutoModelForCausalLM, trainable=False)
 
 
-def _describe(model: Any, renderer: Renderer, record: handover.Handover | None) -> None:
-    """What a plain loader should know: where to stop, what pads, what the outputs are called."""
+def _complete_config(model: Any, renderer: Renderer, record: handover.Handover | None) -> None:
+    """Set stop tokens, pad token and label names in the model's configuration, for loading with transformers alone."""
     if getattr(model, "generation_config", None) is not None:
         set_stop_tokens(model, renderer)
     model.config.pad_token_id = renderer.pad_id
@@ -108,38 +107,35 @@ def _describe(model: Any, renderer: Renderer, record: handover.Handover | None) 
         )
 
 
-def _tokens(model: Any) -> Tensor:
-    """A few rows of random ids, [ROWS, LENGTH] int64; shorter if the model's context is."""
+def _random_ids(model: Any) -> Tensor:
+    """Return random token ids, [ROWS_COMPARED, LENGTH] int64, or shorter if the model's context is shorter."""
     size, length = model.config.get_text_config().vocab_size, min(LENGTH, context_length(model) or LENGTH)
     return torch.randint(0, size, (ROWS_COMPARED, length), generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
 def _logits(model: Any, ids: Tensor) -> Tensor:
-    """Float32; of each row by itself, since a plain classifier without a pad token refuses more."""
+    """Return float32 logits, computed row by row because a classifier without a pad token accepts one row only."""
     model.eval()
     return torch.cat([model(input_ids=row[None], use_cache=False).logits.float() for row in ids])
 
 
-def _check(found: Tensor, wanted: Tensor, folder: str) -> float:
-    """Largest difference of logits.
-
-    Raises: CheckpointError if it is too large, or no number.
-    """
-    difference = float((found - wanted).abs().max())
-    if not difference <= MAX_LOGIT_DIFFERENCE * max(1.0, float(wanted.abs().max())):
+def _check_logits(found: Tensor, expected: Tensor, folder: str) -> float:
+    """Return the largest difference of logits. Raises: CheckpointError if it is too large or nan."""
+    difference = float((found - expected).abs().max())
+    if not difference <= MAX_LOGIT_DIFFERENCE * max(1.0, float(expected.abs().max())):
         raise CheckpointError(
-            "the merged model does not compute what the adapter does",
+            "the merged model does not compute the same logits as the adapter",
             found=f"logits differ by {difference:.1e}",
             where=folder,
-            do="keep the adapter, which is unharmed; nothing was written",
+            do="keep using the adapter, which is unchanged; nothing was written",
         )
     return difference
 
 
 @contextmanager
-def _beside(output: Path) -> Iterator[Path]:
-    """A folder beside the output that becomes it if all goes well, and else disappears."""
+def _temporary_folder(output: Path) -> Iterator[Path]:
+    """Yield a new folder beside the output, which is renamed to the output on success and deleted on failure."""
     temporary = output.absolute().with_name(f".{output.name}.{os.getpid()}")
     temporary.mkdir()
     try:

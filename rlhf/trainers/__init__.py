@@ -1,1 +1,1 @@
-"""SFT and reward model on TRL's trainers, PPO on our own loop."""
+"""Training loops: SFT, reward model and classifier on the Trainers of TRL and transformers; PPO on its own loop."""

@@ -1,4 +1,4 @@
-"""In which order rows are used. Every order follows from whole numbers alone, so that a run can continue anywhere."""
+"""Order in which rows are used. It is a function of integers such as seed and epoch, so a run can resume at any row."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def shuffled_indices(count: int, *parts: int) -> Tensor:
-    """The numbers below `count` in an order that follows from some whole numbers."""
+    """Return a permutation of 0 .. count - 1 that is determined by the integers `parts`."""
     seed = 0
     for part in parts:
         seed = (seed * 1_000_003 + part + 1) % (2**63 - 1)
@@ -15,12 +15,15 @@ def shuffled_indices(count: int, *parts: int) -> Tensor:
 
 
 def cyclic_indices(count: int, first: int, size: int, *parts: int) -> list[int]:
-    """Rows at positions first .. first + size of endless passes over `count` rows, each pass in another order."""
+    """Return the rows at positions first .. first + size - 1 of repeated passes over `count` rows.
+
+    Each pass is shuffled differently, as determined by `parts` and the number of the pass.
+    """
     orders: dict[int, list[int]] = {}
     chosen = []
     for position in range(first, first + size):
-        lap, place = divmod(position, count)
-        if lap not in orders:
-            orders[lap] = shuffled_indices(count, *parts, lap).tolist()
-        chosen.append(orders[lap][place])
+        epoch, index = divmod(position, count)
+        if epoch not in orders:
+            orders[epoch] = shuffled_indices(count, *parts, epoch).tolist()
+        chosen.append(orders[epoch][index])
     return chosen

@@ -100,32 +100,35 @@ CONFIG = [
     Case(
         "one label",
         "classify classify.yaml",
-        ("labels: a classifier needs 2 labels at least (found: spam)", "set multi_label=true for one label"),
+        ("labels: a classifier needs at least 2 labels (found: spam)", "set multi_label=true for one label"),
         rows("labels.jsonl", SPAM, SPAM | {"text": "more"}),
     ),
     Case(
         "one label named",
         "classify classify.yaml labels=[kind]",
-        ("labels: a classifier needs 2 labels at least (found: kind)", "check the column 'label'"),
+        ("labels: a classifier needs at least 2 labels (found: kind)", "check the column 'label'"),
     ),
     Case(
         "no label at all",
         "classify classify.yaml multi_label=true",
-        ("labels: a classifier needs 1 labels at least (found: none)", "check the column 'label'"),
+        ("labels: a classifier needs at least 1 labels (found: none)", "check the column 'label'"),
         rows("labels.jsonl", SPAM | {"label": []}, HAM | {"label": {}}),
     ),
     Case(
         "a class weight too few",
         "classify classify.yaml class_weights={'kind':2.0}",
         (
-            "class_weights: class_weights must name every label once (found: 'short' is in one of the two only)",
+            "class_weights: class_weights must name every label once (found: labels and weights differ in 'short')",
             "labels: kind, short",
         ),
     ),
     Case(
         "a class weight too many",
         "classify classify.yaml class_weights={'kind':2.0,'short':1,'rude':1}",
-        ("class_weights must name every label once (found: 'rude' is in", "labels: kind, short"),
+        (
+            "class_weights must name every label once (found: labels and weights differ in 'rude')",
+            "labels: kind, short",
+        ),
     ),
     Case(
         "a class weight of 0",

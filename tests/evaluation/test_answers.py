@@ -1,4 +1,4 @@
-"""What is measured on answers: perplexity by hand, scores in order, KL of a model to itself."""
+"""Tests of measurements on responses: perplexity, order of scores, KL of a model to itself."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.tolerances import assert_close
 
 
 class Uniform(torch.nn.Module):
-    """Gives every token the same probability."""
+    """Model that gives every token the same probability."""
 
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Uniform(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def model(tiny_model_dir: Path) -> Any:
-    """The tiny model."""
+    """Return the tiny model."""
     return load_causal(ModelSource(path=str(tiny_model_dir), dtype="float32")).eval()
 
 

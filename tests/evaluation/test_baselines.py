@@ -1,4 +1,4 @@
-"""Cheap rules that a reward model must beat, on pairs whose answer is known."""
+"""Tests of the baselines of reward models, on pairs with known results."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
 
 
 def pair(chosen: str, rejected: str, preference: float = 1.0) -> Comparison:
-    """A comparison of two texts."""
+    """Return a comparison of two texts."""
     return Comparison([{"role": "user", "content": "ask"}], chosen, rejected, "here", preference)
 
 
 def planted(count: int, seed: int, word: str = "good") -> list[Comparison]:
-    """Pairs of random words in which the chosen side also holds one word."""
+    """Return pairs of random words in which the chosen side also contains one certain word."""
     rng = random.Random(seed)
     sides = [[" ".join(rng.choices(WORDS, k=6)) for _ in range(2)] for _ in range(count)]
     return [pair(f"{a} {word}", b) for a, b in sides]

@@ -1,4 +1,4 @@
-"""A judge is any function; a wrong name is refused before anything is computed."""
+"""Tests of judges: any function can be one, and a wrong name is an error before anything is computed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_something_that_cannot_be_called() -> None:
 @pytest.mark.parametrize("judge", [demo_gold, demo_answer, demo_rule_broken])
 def test_the_demos_judges_refuse_prompts_of_another_world(judge: Judge) -> None:
     with pytest.raises(
-        DataError, match=r"needs the column 'task' \(found: columns prompt\); judge prompts of data/demo"
+        DataError, match=r"needs the column 'task' \(found: columns prompt\); use it for the prompts of data/demo"
     ):
         judge([{"role": "user", "content": "hi"}], "hello", {"prompt": "hi"}, True)
 

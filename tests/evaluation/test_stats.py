@@ -1,4 +1,4 @@
-"""Win rates, their intervals, and the KL of best-of-n."""
+"""Tests of win rates, their intervals, and the KL of best-of-n."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_other_prompts_are_refused() -> None:
 
 
 def coverage(shrink: float) -> float:
-    """Share of Bernoulli samples whose interval, shrunk around the mean by a factor, holds the true rate."""
+    """Return the share of Bernoulli samples whose interval, scaled by a factor, contains the true rate."""
     rng = np.random.default_rng(SEED)
     inside = 0
     for trial in range(TRIALS):

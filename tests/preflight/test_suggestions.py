@@ -147,7 +147,7 @@ def test_activation_checkpointing_of_the_other_stages(tmp_path: Path) -> None:
     for on in (True, False):
         plan = PhaseSchedule((ResolvedPhase(frozenset("w"), 10, 1e-3),), {})
         found = training_arguments(
-            Optim(activation_checkpointing=on), run, seed=1, processes=1, program=plan, evaluate=False
+            Optim(activation_checkpointing=on), run, seed=1, processes=1, schedule=plan, evaluate=False
         )
         assert found["gradient_checkpointing"] is on
         assert found["gradient_checkpointing_kwargs"] == {"use_reentrant": False}

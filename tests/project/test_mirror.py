@@ -50,7 +50,7 @@ COVERED_ELSEWHERE = {
     "rlhf.stages.run_stage": "tests/test_api.py",
     "rlhf.stages.sft": "tests/stages/test_methods.py",
     "rlhf.trainers.lr_schedule": "tests/trainers/test_phase_schedule.py",
-    "rlhf.trainers.phase_plan": "tests/stages/test_methods.py",
+    "rlhf.trainers.phase_setup": "tests/stages/test_methods.py",
     "rlhf.trainers.ppo.callbacks": "tests/test_api.py",
     "rlhf.trainers.ppo.checkpointer": "tests/faults/test_resume.py",
     "rlhf.trainers.ppo.export": "tests/trainers/ppo/test_inputs.py",

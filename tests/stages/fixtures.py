@@ -1,4 +1,4 @@
-"""Stages that were run once on tiny models and data; tests of several folders start from them."""
+"""Fixtures: stages that are run once on tiny models and data, for tests of several folders."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.stages import setup
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished chain of stages."""
+    """Finished runs of all stages, with their files."""
 
     top: Path
     base: str
@@ -23,19 +23,19 @@ class Trained:
     adapters: bool
 
     def run(self, stage: str) -> Path:
-        """A stage's run directory."""
+        """Return a stage's run directory."""
         return self.top / stage
 
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory: pytest.TempPathFactory) -> setup.Files:
-    """Data files by name."""
+    """Return the data files by name."""
     return setup.write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")
 def run_stage(call_cli: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """run_stage(name, config, *overrides) -> what it printed; it must end well."""
+    """Return run_stage(name, config, *overrides) -> printed text, which fails the test if the stage fails."""
     folder = tmp_path_factory.mktemp("configs")
 
     def run(name: str, config: dict[str, Any], *overrides: str) -> str:
@@ -55,17 +55,17 @@ def _train(top: Path, base: Path, files: setup.Files, run_stage: Any, *, adapter
 
 @pytest.fixture(scope="session")
 def full(tmp_path_factory: Any, tiny_model_dir: Path, files: setup.Files, run_stage: Any) -> Trained:
-    """All stages on all weights."""
+    """Finished stages that trained all weights."""
     return _train(tmp_path_factory.mktemp("full"), tiny_model_dir, files, run_stage, adapters=False)
 
 
 @pytest.fixture(scope="session")
 def adapted(tmp_path_factory: Any, tiny_model_dir: Path, files: setup.Files, run_stage: Any) -> Trained:
-    """All stages on adapters."""
+    """Finished stages that trained adapters."""
     return _train(tmp_path_factory.mktemp("lora"), tiny_model_dir, files, run_stage, adapters=True)
 
 
 @pytest.fixture(params=["full", "adapted"])
 def trained(request: pytest.FixtureRequest) -> Trained:
-    """Both."""
+    """Finished stages of both kinds."""
     return request.getfixturevalue(request.param)

@@ -1,4 +1,4 @@
-"""A few dozen records and the configuration of every stage, small enough to run in seconds."""
+"""Helpers: a few dozen records and a configuration of every stage, small enough to run in seconds."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ Files = dict[str, str]
 
 
 def user(text: str) -> dict[str, str]:
-    """A user turn."""
+    """Return a user turn."""
     return {"role": "user", "content": text}
 
 
 def judge(prompt: Any, response: str, record: Mapping[str, Any], finished: bool) -> float:
-    """Longer is better."""
+    """Reward function: longer responses are better."""
     return float(len(response)) + finished
 
 
 def letters(prompt: Any, response: str, record: Mapping[str, Any], finished: bool) -> float:
-    """A measure that anyone can count again."""
+    """Judge whose values are easy to compute again."""
     return float(len(response))
 
 
 def write_data(folder: Path) -> Files:
-    """Demonstrations, pairs (every sixth a tie), labelled replies, prompts and text. Returns name -> path."""
+    """Write demonstrations, pairs (every sixth a tie), labelled replies, prompts and text; return name -> path."""
     folder.mkdir(parents=True, exist_ok=True)
     cases = [(ask.format(thing), thing) for ask in ASKS for thing in THINGS]
     tables = {
@@ -68,17 +68,17 @@ def write_data(folder: Path) -> Files:
 
 
 def adapter(enabled: bool) -> dict[str, Any]:
-    """The adapter of these tests."""
+    """Return the adapter settings of these tests."""
     return {"method": "lora", "r": 4, "alpha": 8.0} if enabled else {}
 
 
 def optim(**changes: Any) -> dict[str, Any]:
-    """Two passes of three updates each, of 8 records."""
+    """Return optimizer settings with two passes of three updates of 8 records."""
     return {"batch_size": 8, "microbatch_size": 4, "epochs": 2, "learning_rate": 5e-3} | changes
 
 
 def configs(top: Path, model: str, files: Files, *, adapters: bool = False) -> dict[str, dict[str, Any]]:
-    """Stage -> configuration, each fed with what the one before made."""
+    """Return stage -> configuration, where each stage starts from the models of the stages before it."""
     data = {"max_length": 96, "validation_fraction": 0.25}
     regular = {"saving": {"share": 0.0}}
     found = {
@@ -134,7 +134,7 @@ def configs(top: Path, model: str, files: Files, *, adapters: bool = False) -> d
 
 
 def write(folder: Path, name: str, config: dict[str, Any]) -> str:
-    """A configuration as a YAML file."""
+    """Write a configuration as a YAML file."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -142,11 +142,11 @@ def write(folder: Path, name: str, config: dict[str, Any]) -> str:
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
-    """metrics.jsonl without the numbers that say how long something took."""
+    """Return the lines of metrics.jsonl without times."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if not k.startswith("time_")} for line in lines]
 
 
 def info(run: Path) -> dict[str, Any]:
-    """run.json."""
+    """Return the content of run.json."""
     return json.loads((run / "run.json").read_text())

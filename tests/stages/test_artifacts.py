@@ -1,4 +1,4 @@
-"""What stages leave behind: the run directory, and models that plain libraries load."""
+"""Tests of the files that stages write: the run directory, and models that transformers and peft load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The classifier through its real stage: what it leaves, what it says about itself, and as a reward of PPO."""
+"""Tests of the classify stage: its files, its reported metrics, and the classifier as a reward of PPO."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LABELS = ["short", "kind", "polite"]  # in no alphabetical order: the configurat
 
 @dataclass(frozen=True)
 class Case:
-    """A trained classifier and how it was trained."""
+    """Trained classifier with its configuration."""
 
     run: Path
     labels: list[str]
@@ -36,16 +36,16 @@ class Case:
 
     @property
     def folder(self) -> Path:
-        """The model's."""
+        """Folder of the model."""
         return self.run / "model"
 
     def targets(self, rows: list[dict[str, Any]]) -> Tensor:
-        """[B, N]."""
+        """Return the targets of some rows, [B, N]."""
         return torch.tensor([[float(name in row["label"]) for name in self.labels] for row in rows])
 
 
 def replies(things: list[str], *, multi_label: bool) -> list[dict[str, Any]]:
-    """Kind and short replies; if several labels may hold, a kind reply has two of them and every fourth reply none."""
+    """Return kind and short replies; with multi_label a kind reply has two labels and every fourth reply none."""
     made = []
     for i, thing in enumerate(things):
         reply = setup.BAD if i % 3 else setup.GOOD
@@ -81,7 +81,7 @@ def case(request: pytest.FixtureRequest, run_stage: Any, write_jsonl: Any, tmp_p
 
 
 def plain_model(case: Case) -> Any:
-    """By the libraries alone."""
+    """Load the classifier with transformers and peft alone."""
     if case.adapters:
         from peft import AutoPeftModelForSequenceClassification
 
@@ -93,7 +93,7 @@ def plain_model(case: Case) -> Any:
 
 
 def plain_logits(case: Case, rows: list[dict[str, Any]]) -> Tensor:
-    """Each record alone, its tokens made by the tokenizer that lies beside the model."""
+    """Return the logits of each row alone, tokenized with the tokenizer in the model's folder."""
     from transformers import AutoTokenizer
 
     renderer, model = Renderer(AutoTokenizer.from_pretrained(str(case.folder))), plain_model(case)
@@ -109,7 +109,7 @@ def plain_logits(case: Case, rows: list[dict[str, Any]]) -> Tensor:
 
 
 def test_its_model_names_its_labels_without_code_of_ours(case: Case) -> None:
-    """A folder of all weights in config.json, an adapter's in the hand-over record alone."""
+    """Full weights name them in config.json and in the hand-over record, an adapter in the record alone."""
     record = json.loads((case.folder / "handover.json").read_text())
     assert (record["stage"], record["labels"], record["multi_label"]) == ("classify", case.labels, case.multi_label)
     assert record["head_dtype"] == "float32"
@@ -186,7 +186,7 @@ def test_what_it_prints(full: Any, run_stage: Any, tmp_path: Path) -> None:
     }
     assert sum(int(words[3]) for words in rows.values()) == 6
     assert f"held-out accuracy {summary['eval_label_accuracy']:.3f}" in out
-    assert f"(always the commonest answer: {summary['baseline_accuracy']:.3f})" in out
+    assert f"(majority baseline: {summary['baseline_accuracy']:.3f})" in out
     assert (tmp_path / "run" / "model" / "handover.json").is_file()
 
 
@@ -204,7 +204,7 @@ def test_without_held_out_records_there_is_a_model_and_no_claim(full: Any, run_s
 def test_labels_that_exclude_each_other_are_one_a_record(
     label: Any, found: str, full: Any, call_cli: Any, run_stage: Any, write_jsonl: Any, tmp_path: Path
 ) -> None:
-    """Refused before anything is written, with both ways out, and both work."""
+    """The error comes before anything is written and names two remedies, which both work."""
     rows = replies(setup.THINGS * 3, multi_label=False)
     path = write_jsonl(tmp_path / "x.jsonl", [*rows, rows[0] | {"prompt": "one more", "label": label}])
     data = full.configs["classify"]["data"] | {"train": [{"path": str(path)}], "validation_fraction": 0.0}
@@ -227,7 +227,7 @@ def test_labels_that_exclude_each_other_are_one_a_record(
 
 
 def rewarded(case: Case, folder: Path, label: str) -> dict[str, Any]:
-    """One step of PPO whose only reward is the probability of a label."""
+    """Run one step of PPO whose only reward is the probability of a label."""
     base = case.chain.configs["ppo"]
     return base | {
         "output_dir": str(folder),
@@ -240,7 +240,7 @@ def rewarded(case: Case, folder: Path, label: str) -> dict[str, Any]:
 def test_its_label_probability_is_the_reward_of_ppo(
     case: Case, run_stage: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Every rollout that PPO scores, against a direct forward of the plainly loaded model on the same tokens."""
+    """The scores in PPO equal those of the model loaded by transformers on the same tokens."""
     seen, original = [], ModelReward.__call__
 
     def call(self: ModelReward, part: Any, prompts: Any, **options: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""The stages on adapters other than plain LoRA: each hands its adapter on, heads included."""
+"""Tests of the stages with adapters other than plain LoRA: each stage passes its adapter and head on to the next."""
 
 from __future__ import annotations
 

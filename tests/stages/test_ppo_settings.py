@@ -1,4 +1,4 @@
-"""The settings of PPO through its real stage: from YAML to a saved model."""
+"""Tests of PPO's settings through the whole stage, from YAML to a saved model."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from tests.stages.setup import adapter, metrics
 
 
 def longer(prompt: Any, response: str, record: dict[str, Any]) -> float:
-    """A reward function that needs the whole record."""
+    """Return a reward that depends on the whole record."""
     assert record["prompt"] == prompt
     return len(response) / 10
 
 
 def config(full: Any, folder: Path, **changes: Any) -> dict[str, Any]:
-    """The stage of these tests in another folder; sections are merged."""
+    """Return the configuration of these tests with another output folder and changed sections."""
     found = dict(full.configs["ppo"]) | {"output_dir": str(folder)}
     for key, value in changes.items():
         merged = isinstance(value, dict) and isinstance(found.get(key), dict)
@@ -55,7 +55,7 @@ def test_a_function_alone_is_reward_enough(full: Any, run_stage: Any, tmp_path: 
             ppo={"normalize_scores": "running", "score_clip": 3.0, "value_warmup": 1},
         ),
     )
-    assert "the first 1 steps train the value model alone" in out
+    assert "the first 1 steps train only the value model" in out
     lines = metrics(tmp_path / "run")
     assert lines[0]["score"] > 0
     assert lines[0]["explained_variance"] == pytest.approx(0.0, abs=0.2)  # values start at 0 everywhere

@@ -1,4 +1,4 @@
-"""Starting again: finished stages are skipped, seeds repeat, interrupted runs continue as if nothing had happened."""
+"""Tests of restarts: finished stages are skipped, seeds are reproducible, interrupted runs resume exactly."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STAGES = ("sft", "reward", "classify", "ppo")
 
 
 def moved(config: dict[str, Any], folder: Path, **changes: Any) -> dict[str, Any]:
-    """The same stage with another output folder."""
+    """Return the same configuration with another output folder."""
     return config | {"output_dir": str(folder)} | changes
 
 
@@ -56,7 +56,7 @@ def test_the_same_seed_gives_the_same_numbers_and_another_does_not(
 
 
 def interrupted_at(step: int, original: Callable[..., Any], step_of: Callable[..., int]) -> Callable[..., Any]:
-    """A callback that Ctrl-C hits when it is called for a step."""
+    """Wrap a function so that it raises KeyboardInterrupt when it is called for a step."""
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         if step_of(*args) == step:
@@ -93,7 +93,7 @@ def assert_same_run(run: Path, other: Path) -> None:
 def test_an_interrupted_ppo_run_ends_as_an_uninterrupted_one(
     at: int, trained: Any, call_cli: Any, run_stage: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Hit at step 1 there is no checkpoint yet; at step 3 there is that of step 2."""
+    """Interrupted at step 1 there is no checkpoint yet; at step 3 there is that of step 2."""
     from rlhf.stages.ppo import RunReporter
 
     config = moved(trained.configs["ppo"], tmp_path / "run")
@@ -113,7 +113,7 @@ def test_an_interrupted_ppo_run_ends_as_an_uninterrupted_one(
 def test_samples_are_not_written_twice(
     full: Any, call_cli: Any, run_stage: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Hit while writing the checkpoint of step 2, whose samples are there already."""
+    """The run is interrupted while the checkpoint of step 2 is written, after its samples."""
     from rlhf.trainers.ppo.checkpointer import PPOCheckpointer
 
     config = moved(full.configs["ppo"], tmp_path / "run")
@@ -129,7 +129,7 @@ def test_samples_are_not_written_twice(
 def test_an_interrupted_run_on_a_trainer_ends_as_an_uninterrupted_one(
     stage: str, at: int, trained: Any, call_cli: Any, run_stage: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Checkpoints are of every second of six updates; three make an epoch."""
+    """There are six updates, three per epoch, and a checkpoint after every second one."""
     from rlhf.trainers.supervised.base import MetricsCallback
 
     config = moved(trained.configs[stage], tmp_path / "run")
@@ -180,7 +180,7 @@ def test_sequences_beyond_the_context_are_refused(full: Any, call_cli: Any, tmp_
 
 
 def bare_base(folder: Path) -> str:
-    """A base model whose tokenizer knows no turns and no padding."""
+    """Write a base model whose tokenizer has no chat template and no pad token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""Using a model: answers to a file of prompts, and a conversation."""
+"""Tests of `rlhf generate` and `rlhf chat`."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_chat_answers_each_line_until_an_empty_one(full: Any, call_cli: Any, mon
 
 
 def test_chat_starts_over_on_request(full: Any, call_cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At temperature 0 the same question gets the same answer once the conversation is forgotten."""
+    """At temperature 0 the same question gets the same reply after /new."""
     run, ask = full.run("sft"), "what is a cat?"
     first, again = talk(call_cli, monkeypatch, run, ask, "/new", ask)
     assert first == again

@@ -1,4 +1,4 @@
-"""`rlhf merge`: plain weights that compute what the adapter did, or nothing at all."""
+"""Tests of `rlhf merge`: it writes plain weights with the adapter's logits, or nothing."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ FORMS = pytest.mark.parametrize("name", tiny.METHODS)
 
 
 def causal(name: str, sft_folder: str, folder: Path) -> str:
-    """A trained adapter over an SFT model, as a stage writes it."""
+    """Return a trained adapter on an SFT model, as a stage writes it."""
     peft = tiny.METHODS[name]
     return tiny.save(shake(add_adapter(load_causal(tiny.source(sft_folder)), peft, "CAUSAL_LM")), folder)
 
 
 def classifier(name: str, sft_folder: str, folder: Path, *, labels: list[str] | None) -> str:
-    """A trained adapter with a head: a classifier, or a reward model without labels."""
+    """Return a trained adapter with a head: a classifier, or a reward model without labels."""
     renderer, tokenizer = tiny.renderer(), tiny.tokenizer()
     model = new_classifier(
         tiny.source(sft_folder),
@@ -62,7 +62,7 @@ def outputs(model: Any) -> Tensor:
 
 
 def refused(call_cli: Any, folder: str, output: Path) -> str:
-    """What it says; no trace of the output is left beside it."""
+    """Return the error message, and check that nothing was written."""
     before = sorted(output.parent.iterdir()) if output.parent.is_dir() else []
     code, _, err = call_cli(["merge", folder, output])
     assert code == 2
@@ -134,7 +134,7 @@ def test_tokens_that_a_stage_added_come_along(sft_folder: str, call_cli: Any, tm
 
 
 def test_the_end_token_is_the_tokenizers_not_the_bases(sft_folder: str, call_cli: Any, tmp_path: Path) -> None:
-    """A base model from elsewhere stops at another token than the chat template does."""
+    """A base model of another source has another stop token than the chat template."""
     shutil.copytree(sft_folder, tmp_path / "base")
     (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": 7, "pad_token_id": 8}')
     folder = causal("IA3", str(tmp_path / "base"), tmp_path / "adapter")
@@ -165,7 +165,7 @@ def test_weights_that_compute_something_else_are_not_left_behind(
     folder = causal("LoRA", sft_folder, tmp_path / "adapter")
     monkeypatch.setattr(LoraModel, "merge_and_unload", wrong)
     said = refused(call_cli, folder, tmp_path / "plain")
-    assert "does not compute what the adapter does" in said
+    assert "does not compute the same logits as the adapter" in said
     assert "nothing was written" in said
 
 
@@ -191,9 +191,9 @@ def test_what_cannot_be_folded_is_refused_in_words(sft_folder: str, call_cli: An
     (tmp_path / "there").mkdir()
     assert "the output exists" in refused(call_cli, folder, tmp_path / "there")
     assert "no such folder to write into" in refused(call_cli, folder, tmp_path / "no" / "plain")
-    assert "there is nothing to fold" in refused(call_cli, sft_folder, tmp_path / "plain")
+    assert "there is nothing to merge" in refused(call_cli, sft_folder, tmp_path / "plain")
     assert "no such model" in refused(call_cli, str(tmp_path / "nothing"), tmp_path / "plain")
     soft = add_adapter(load_causal(tiny.source(sft_folder)), tiny.PROMPT, "CAUSAL_LM")
     said = refused(call_cli, tiny.save(soft, tmp_path / "soft"), tmp_path / "plain")
-    assert "a soft prompt has no weights to fold" in said
+    assert "a soft prompt has no weights to merge" in said
     assert "peft.method=ia3" in said

@@ -1,4 +1,4 @@
-"""Builds the trainers that stand on those of TRL and transformers, with small defaults."""
+"""Helpers that build the trainers based on TRL and transformers, with small defaults."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from tests.models import tiny
 
 
 class NoBar:
-    """A progress bar that shows nothing."""
+    """Progress bar that shows nothing."""
 
     def update(self, done: int, numbers: Any) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def prepared(
@@ -38,12 +38,12 @@ def prepared(
     evaluations: int = 5,
     **optim: Any,
 ) -> tuple[dict[str, Any], MetricsCallback, PhaseSchedule]:
-    """Trainer arguments, the report and the program of a run in `folder`."""
+    """Return trainer arguments, the metrics callback and the phase schedule of a run in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     reset_accelerator_state()  # a stage that an earlier test broke off may have left a data loader open
     settings = Optim(**{"batch_size": 8, "microbatch_size": 8, "warmup_fraction": 0.0} | optim)
     of = map_parameters(model)
-    made = make_schedule(
+    schedule = make_schedule(
         of.only(n for n, p in model.named_parameters() if p.requires_grad),
         SupervisedPlan(settings, 1, records),
         freeze=freeze,
@@ -51,11 +51,11 @@ def prepared(
         factors=parameter_rate_factors(of, layer_decay=settings.layer_decay, head_factor=settings.head_factor),
     )
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in made.names)
+        parameter.requires_grad_(name in schedule.names)
     args = training_arguments(
-        settings, RunDir(folder), seed=1, processes=1, program=made, evaluate=evaluate, evaluations=evaluations
+        settings, RunDir(folder), seed=1, processes=1, schedule=schedule, evaluate=evaluate, evaluations=evaluations
     )
-    return args, MetricsCallback(MetricsWriter(folder / "metrics.jsonl"), NoBar(), ("loss",)), made
+    return args, MetricsCallback(MetricsWriter(folder / "metrics.jsonl"), NoBar(), ("loss",)), schedule
 
 
 def sft_trainer(
@@ -67,10 +67,10 @@ def sft_trainer(
     packing: int | None = None,
     **settings: Any,
 ) -> Any:
-    """An SFT trainer on rendered rows."""
-    args, report, made = prepared(folder, model, len(rows), bool(validation), **settings)
+    """Build an SFT trainer on rendered rows."""
+    args, report, schedule = prepared(folder, model, len(rows), bool(validation), **settings)
     trainer = sft.build_sft_trainer(model, tiny.tokenizer(), rows, validation or [], args, report, packing=packing)
-    return ready(trainer, made)
+    return ready(trainer, schedule)
 
 
 def reward_trainer(
@@ -82,10 +82,11 @@ def reward_trainer(
     center: float = 0.0,
     **settings: Any,
 ) -> Any:
-    """A reward trainer on pairs."""
-    args, report, made = prepared(folder, model, len(pairs), bool(validation), **settings)
+    """Build a reward trainer on pairs."""
+    args, report, schedule = prepared(folder, model, len(pairs), bool(validation), **settings)
     return ready(
-        reward.build_reward_trainer(model, tiny.tokenizer(), pairs, validation or [], args, report, center=center), made
+        reward.build_reward_trainer(model, tiny.tokenizer(), pairs, validation or [], args, report, center=center),
+        schedule,
     )
 
 
@@ -99,21 +100,21 @@ def label_trainer(
     weight: Any = None,
     **settings: Any,
 ) -> Any:
-    """A classifier's trainer on rows with targets."""
-    args, report, made = prepared(folder, model, len(rows), bool(validation), **settings)
+    """Build a classifier's trainer on rows with targets."""
+    args, report, schedule = prepared(folder, model, len(rows), bool(validation), **settings)
     trainer = classify.build_classifier_trainer(
         model, tiny.tokenizer(), rows, validation or [], args, report, multi_label=multi_label, weight=weight
     )
-    return ready(trainer, made)
+    return ready(trainer, schedule)
 
 
-def ready(trainer: Any, made: PhaseSchedule) -> Any:
-    """As a stage leaves it before it trains."""
-    attach_phases(trainer, made)
+def ready(trainer: Any, schedule: PhaseSchedule) -> Any:
+    """Attach the phases and remove the printer, as a stage does before it trains."""
+    attach_phases(trainer, schedule)
     remove_printer(trainer)
     return trainer
 
 
 def written(folder: Path) -> list[dict[str, float]]:
-    """Lines of metrics.jsonl."""
+    """Return the lines of metrics.jsonl."""
     return list(read_jsonl(folder / "metrics.jsonl"))

@@ -1,4 +1,4 @@
-"""A PPO trainer on tiny models, in memory."""
+"""Helpers that build a PPO trainer on tiny models in memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PPO = {"steps": 2, "rollout_size": 12, "epochs": 2, "minibatches": 2}
 
 
 def config(**sections: Any) -> PPOConfig:
-    """A configuration; each section's values replace those of the tests."""
+    """Return a configuration; the values of each section replace the tests' defaults."""
     base: dict[str, Any] = {
         "output_dir": "unused",
         "policy": {"path": "unused"},
@@ -47,12 +47,12 @@ def config(**sections: Any) -> PPOConfig:
 
 
 def reward_of(model: Any) -> Rewards:
-    """A reward model alone, its scores as they are."""
+    """Return the rewards of one reward model, without rescaling."""
     return Rewards(((1.0, ModelReward("reward", model.eval(), tiny.renderer())),))
 
 
 class Hooks(PPOCallback):
-    """Calls the functions of a test: report(step, experience, stats), checkpoint(trainer), restore(trainer)."""
+    """Callback that calls functions: report(step, experience, stats), checkpoint(trainer), restore(trainer)."""
 
     def __init__(self, report: Any = None, checkpoint: Any = None, restore: Any = None) -> None:
         self.report, self.checkpoint, self.restore = report, checkpoint, restore
@@ -80,13 +80,13 @@ def make(
     text: Any = None,
     report: Any = None,
     folder: Any = None,
-    say: Any = None,
+    log: Any = None,
     restore: Any = None,
     checkpoint: Any = None,
     value_model: Any = None,
     **sections: Any,
 ) -> PPOTrainer:
-    """A trainer whose policy ends some responses early."""
+    """Return a trainer whose policy ends some responses early."""
     if policy is None:
         policy = sometimes_ending(tiny.new(1))
     settings, ids = config(**sections).settings, prompts or tiny.rows(3, LENGTHS)
@@ -101,7 +101,7 @@ def make(
         reference=reference if reference is not None else tiny.new(2).requires_grad_(False),
         value_model=value_model or load_scorer(tiny.source(reward_folder)),
         text=text,
-        monitor=HealthMonitor(settings.watch, folder, say or (lambda _: None)),
+        monitor=HealthMonitor(settings.watch, folder, log or (lambda _: None)),
         callbacks=[Hooks(report, checkpoint, restore)],
         console=Console(quiet=True),
     )
@@ -115,19 +115,19 @@ def sometimes_ending(model: Any) -> Any:
 
 
 def experienced(trainer: PPOTrainer) -> Experience:
-    """One step's experience, of uneven lengths."""
+    """Return the experience of one step, with responses of different lengths."""
     experience = trainer.score(trainer.sample())
     assert len(set(experience.response_length.tolist())) >= 3
     return experience
 
 
 def gradient(module: torch.nn.Module) -> Tensor:
-    """All gradients as one vector; zero where there is none."""
+    """Return all gradients as one vector, with zeros where there is none."""
     return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in module.parameters()])
 
 
 def spiked(trainer: PPOTrainer, at: int, size: float) -> None:
-    """The learning rate is multiplied once, at one step, the first time that it is reached."""
+    """Multiply the learning rate at one step, only the first time that the step is reached."""
     original, done = trainer.set_learning_rates, []
 
     def rates(update: int) -> None:
@@ -141,14 +141,14 @@ def spiked(trainer: PPOTrainer, at: int, size: float) -> None:
 
 
 def saved(trainer: PPOTrainer, folder: Path) -> Path:
-    """What the trainer continues from, in a new folder."""
+    """Write a checkpoint of the trainer into a new folder."""
     folder.mkdir()
     trainer.save(folder)
     return folder
 
 
 def memory() -> tuple[dict[str, Any], Callable[[PPOTrainer], None], Callable[[PPOTrainer], bool]]:
-    """A checkpoint that is forgotten with the functions that write and read it, and what it says of the run."""
+    """Return a dictionary of the checkpoints' folders and the last state, and functions that write and read them."""
     place = tempfile.TemporaryDirectory()
     kept: dict[str, Any] = {}
 

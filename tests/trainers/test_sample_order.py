@@ -1,4 +1,4 @@
-"""The order of rows follows from whole numbers alone, whatever was drawn before."""
+"""Tests of the order of rows: it depends on the given integers only, not on earlier random numbers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_drawing_an_order_leaves_torchs_generator_alone() -> None:
 
 
 def test_endless_passes_can_be_continued_at_any_position() -> None:
-    """Every pass holds each row once, passes differ, and any cut of the sequence gives the same rows."""
+    """Every pass has each row once, passes differ, and any split of the sequence gives the same rows."""
     whole = cyclic_indices(10, 0, 30, 5)
     assert all(sorted(whole[i : i + 10]) == list(range(10)) for i in (0, 10, 20))
     assert whole[:10] != whole[10:20]

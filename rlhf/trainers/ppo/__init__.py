@@ -1,1 +1,1 @@
-"""TODO."""
+"""PPO on its own training loop."""

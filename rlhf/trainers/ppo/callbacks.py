@@ -1,4 +1,4 @@
-"""What can be attached to a PPO run: reporting, checkpoints, anything that should happen after a step."""
+"""Callbacks of PPO: reporting, checkpoints, and anything else that should happen after a step."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from rlhf.trainers.ppo.stats import StepStats
 
 
 class PPOCallback:
-    """Methods that `PPOTrainer` calls on every process; each does nothing by default. Override what you need.
+    """Base class of callbacks. `PPOTrainer` calls these methods on every process; by default they do nothing.
 
-    `trainer` is the `PPOTrainer`: its `state` says how far the run is, its `models` hold the weights.
+    `trainer` is the `PPOTrainer`: its `state` holds the progress of the run, its `models` hold the weights.
     """
 
     def on_step_end(self, trainer: Any, experience: Experience, stats: StepStats) -> None:
-        """Called after every step, with the rollout that was learnt from and the step's numbers."""
+        """Run after every step. `experience` is the rollout it trained on, `stats` are the step's metrics."""
 
     def on_checkpoint(self, trainer: Any) -> None:
-        """Called where the run could be saved between two steps; before the first one if it may roll back."""
+        """Run between two steps, where the run may be saved, and before the first step if it may roll back."""
 
     def on_rollback(self, trainer: Any) -> bool:
-        """Take the trainer back to its last checkpoint. Return False if there is none."""
+        """Return the trainer to its last checkpoint. Returns: False if there is none."""
         return False
 
     def on_safe_point(self, trainer: Any) -> None:
-        """Called where the run can end and continue exactly: after a rollout, a minibatch and a step."""
+        """Run where the run can stop and later resume exactly: after a rollout, a minibatch or a step."""

@@ -22,34 +22,34 @@ STEP_PREFIX = "step"
 
 
 class PPOCheckpointer(PPOCallback):
-    """Writes and reads the checkpoints of one run, and ends it where it was told to."""
+    """Writes and reads the checkpoints of one run, and stops the run after a stop request."""
 
     def __init__(self, config: PPOConfig, directory: RunDir, console: Console) -> None:
         self.config, self.directory, self.console = config, directory, console
-        # A rollback returns to a checkpoint: which ones there are must not depend on the clock then.
+        # If the run may roll back to a checkpoint, which ones exist must not depend on the clock.
         self.interval = CheckpointInterval(0.0 if config.watch.unhealthy == "rollback" else config.saving.share)
 
     def on_checkpoint(self, trainer: Any) -> None:
-        """Save every so many steps, and in between if it is cheap."""
+        """Save every `checkpoint_every` steps, and in between if a checkpoint is due by time."""
         regular = trainer.state.step % self.config.checkpoint_every == 0
         if regular or any_process(self.interval.due(), trainer.accelerator):
             self.save(trainer)
 
     def on_safe_point(self, trainer: Any) -> None:
-        """End the run here if it was told to end.
+        """Stop the run here if it was asked to stop.
 
-        Raises: RunStopped, after a checkpoint was written.
+        Raises: RunStopped, after writing a checkpoint.
         """
         if any_process(preemption.stop_requested(), trainer.accelerator):
             self.save(trainer)
             raise preemption.RunStopped(f"in {checkpoint_name(trainer.state)}")
 
     def on_rollback(self, trainer: Any) -> bool:
-        """Take the trainer back to its last checkpoint."""
+        """Return the trainer to its last checkpoint. Returns: False if there is none."""
         return self.load(trainer)
 
     def save(self, trainer: PPOTrainer) -> None:
-        """Write everything a run continues from. Collective; the main process writes.
+        """Write a checkpoint. Collective; the main process writes.
 
         Raises: CheckpointError if the disk is full.
         """
@@ -70,9 +70,10 @@ class PPOCheckpointer(PPOCallback):
         )
 
     def load(self, trainer: PPOTrainer) -> bool:
-        """Continue from the newest whole checkpoint; False if there is none. Collective.
+        """Restore the newest intact checkpoint. Collective. Returns: False if there is none.
 
-        Raises: CheckpointError for one that another version wrote, of other weights, or that other processes lack.
+        Raises: CheckpointError for a checkpoint that another version wrote, of other parameters, or that other
+            processes do not see.
         """
         refuse_format_without_manifest(self.directory.checkpoints / "ppo.pt")
         found = find_newest_checkpoint(self.directory.checkpoints, STEP_PREFIX, self.console.note)
@@ -83,5 +84,5 @@ class PPOCheckpointer(PPOCallback):
 
 
 def checkpoint_name(state: PPOState) -> str:
-    """Return the name of a checkpoint of this moment: steps done, and the minibatches done of the present step."""
+    """Return the name of a checkpoint of this state: steps done and, within a step, minibatches done."""
     return f"{STEP_PREFIX}-{state.step:06}" + (f"-{state.progress.done:03}" if state.progress is not None else "")

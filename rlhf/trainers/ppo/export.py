@@ -20,23 +20,27 @@ def save_trained_models(
     """Write the policy with its tokenizer and hand-over record, and the value model if a folder is given. Collective.
 
     Args:
-        reply_tokens: mean tokens of the policy's responses, for the record.
+        models: the models of the run.
+        renderer: renderer of the policy's tokenizer.
+        folder: folder of the policy.
+        value_model: folder of the value model; None = it is not written.
+        reply_tokens: mean tokens of the policy's responses, for the hand-over record.
     """
     pair, average = models.pair, models.average
     set_stop_tokens(pair.policy, renderer)
     averaged = average.applied(pair.trained_policy()) if average is not None else nullcontext()
     with averaged, gathered_parameters(pair.parameters()):
-        _save_part(pair.policy, folder, models.accelerator)
+        _save_model(pair.policy, folder, models.accelerator)
         if value_model is not None:
-            _save_part(pair.value_model, value_model, models.accelerator)
+            _save_model(pair.value_model, value_model, models.accelerator)
     if is_main_process():
         save_tokenizer_and_handover(folder, "ppo", renderer, renderer.tokenizer, reply_tokens=reply_tokens)
 
 
-def _save_part(part: Any, folder: Path, accelerator: Any) -> None:
+def _save_model(model: Any, folder: Path, accelerator: Any) -> None:
     if is_main_process():
         folder.mkdir(parents=True, exist_ok=True)
-        # Only the live adapter: the frozen reference copy is the SFT model and lies in its own folder.
-        options = {"selected_adapters": ["default"]} if hasattr(part, "peft_config") else {}
-        part.save_pretrained(str(folder), **options)
+        # Only the trained adapter: the frozen reference copy is the SFT model, which has its own folder.
+        options = {"selected_adapters": ["default"]} if hasattr(model, "peft_config") else {}
+        model.save_pretrained(str(folder), **options)
     accelerator.wait_for_everyone()

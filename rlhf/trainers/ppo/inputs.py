@@ -1,4 +1,4 @@
-"""What a user may give to `PPOTrainer`, made into models, rewards and token ids."""
+"""Conversion of the arguments of `PPOTrainer` into models, rewards and token ids."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PromptInput = str | Path | Sequence[str] | Sequence[Messages] | Sequence[Prompt]
 
 @dataclass(frozen=True)
 class TokenizedPrompts:
-    """Prompts as token ids, in data order, and the records that they were made from."""
+    """Prompts as token ids, in data order, with their records."""
 
     ids: list[list[int]]
     records: list[Prompt]
@@ -48,7 +48,7 @@ class TokenizedPrompts:
 
 @dataclass(frozen=True)
 class GivenModels:
-    """The models of a run as the user gives them; None = derived from the others."""
+    """Models of a run as the user gives them; None = derived from the others."""
 
     policy: PolicyInput
     reward: RewardInput
@@ -59,10 +59,15 @@ class GivenModels:
 def load_models(
     given: GivenModels, settings: PPOSettings, renderer: Renderer, console: Console, *, vocab_size: int | None
 ) -> tuple[PolicyAndValue, nn.Module | None, Rewards]:
-    """Return the trained pair, the frozen reference (None where the policy is an adapter over it) and the reward.
+    """Load the models: the trained pair, the frozen reference and the reward.
 
     Args:
-        vocab_size: length of the tokenizer, to which the policy's embeddings grow; None = the policy fits it.
+        given: the models as the user gives them.
+        settings: settings of the run.
+        renderer: renderer of the policy's tokenizer.
+        console: where notes are printed.
+        vocab_size: length of the tokenizer, to which the policy's embeddings are enlarged; None = leave them.
+    Returns: policy and value model, reference (None if the policy is an adapter on it), reward.
     """
     policy = as_policy(given.policy, settings, vocab_size)
     reference = as_reference(given.reference, policy)
@@ -73,12 +78,12 @@ def load_models(
 
 
 def is_path(value: Any) -> bool:
-    """Whether an argument names a folder, a file or a hub id rather than being the thing itself."""
+    """Return whether an argument is a path or hub id rather than a loaded object."""
     return isinstance(value, str | os.PathLike)
 
 
 def as_renderer(tokenizer: Any, policy: PolicyInput, console: Console) -> Renderer:
-    """Return the renderer of a tokenizer; None stands for the one that lies beside the policy.
+    """Return the renderer of a tokenizer; None = the tokenizer in the policy's folder.
 
     Raises: ConfigError if there is none; CheckpointError if it cannot be read.
     """
@@ -97,7 +102,7 @@ def as_renderer(tokenizer: Any, policy: PolicyInput, console: Console) -> Render
 
 
 def as_policy(policy: PolicyInput, settings: PPOSettings, vocab_size: int | None) -> Any:
-    """Return the causal language model to train, dropout off; with an adapter if `settings.peft` asks for one."""
+    """Return the causal language model to train, without dropout, with an adapter if `settings.peft` enables one."""
     if is_path(policy):
         source = ModelSource(path=str(policy))
         model = policy_with_adapter(source, settings.peft) if settings.peft.enabled else load_causal(source)
@@ -112,7 +117,7 @@ def as_policy(policy: PolicyInput, settings: PPOSettings, vocab_size: int | None
 
 
 def as_reference(reference: PolicyInput | None, policy: Any) -> nn.Module | None:
-    """Return the frozen reference: a copy of the policy, or None where the policy is an adapter over it."""
+    """Return the frozen reference, by default a copy of the policy, or None if the policy is an adapter on it."""
     if reference is None:
         if hasattr(policy, "peft_config"):
             return None
@@ -200,7 +205,7 @@ def as_value_model(
     if settings.value_model == "reward":
         raise ConfigError(
             "no value model can start from this reward",
-            found="it is no folder of a reward model with the policy's tokenizer and without an adapter",
+            found="the reward is not a folder of a reward model with the policy's tokenizer, or peft is enabled",
             where="PPOSettings(value_model=)",
             do="set value_model='policy', or give value_model= to the trainer",
         )

@@ -1,4 +1,4 @@
-"""The module that PPO trains: policy and value model together, and what passes through them."""
+"""The module that PPO trains: policy and value model together, with their forward passes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ from rlhf.rollout.types import Rollout, ScoredRollout, merge_rollouts
 
 @dataclass(frozen=True)
 class TextBatch:
-    """Documents: ids [B, T] int64, mask [B, T] bool (real tokens), counts [B, T] bool (tokens that carry loss)."""
+    """Documents of the text loss.
+
+    Attributes:
+        ids: [B, T] int64.
+        mask: [B, T] bool, True on real tokens.
+        counts: [B, T] bool, True on tokens with loss.
+    """
 
     ids: Tensor
     mask: Tensor
@@ -28,9 +34,9 @@ class TextBatch:
 
 
 class PolicyAndValue(nn.Module):
-    """The two trained models as one module: a second model prepared beside the first would silently not be stepped.
+    """Both trained models as one module, because an engine does not update a second model that is prepared separately.
 
-    `value_model` is a scorer with a trunk of its own, an `AdapterScorer` on the policy's base, or a `SharedValue` head
+    `value_model` is a scorer with its own trunk, an `AdapterScorer` on the policy's base model, or a `SharedValueHead`
     on the policy's trunk.
     """
 
@@ -45,38 +51,37 @@ class PolicyAndValue(nn.Module):
         self.entropy_gradient = entropy_gradient
         logit_transform(policy)  # found out now: later an engine may have sharded the weights
         others = adapter_parameters(policy, value_model.adapter) if isinstance(value_model, AdapterScorer) else {}
-        self._on_policy = frozenset(others)  # weights of the value model that lie on the policy's base
-        self.keep(
+        self._on_policy = frozenset(others)  # parameters of the value model that are part of the policy's base model
+        self.set_trained_names(
             policy=(n for n, p in policy.named_parameters() if p.requires_grad and n not in others),
             value=(n for n, p in (*value_model.named_parameters(), *others.items()) if p.requires_grad),
         )
 
-    def keep(self, *, policy: Iterable[str], value: Iterable[str]) -> None:
-        """Say which weights are trained in the run; not all of them need take gradients all the time."""
+    def set_trained_names(self, *, policy: Iterable[str], value: Iterable[str]) -> None:
+        """Set the names of the parameters that are trained at any time in the run, of each model."""
         self._policy_names, self._value_names = frozenset(policy), frozenset(value)
 
     def trained_policy(self) -> dict[str, nn.Parameter]:
-        """Named parameters of the policy that are trained; an adapter of the value model on its base is not among
-        them."""
+        """Return the trained parameters of the policy by name, without a value-model adapter on its base model."""
         return {n: p for n, p in self.policy.named_parameters() if n in self._policy_names}
 
     def trained_value(self) -> dict[str, nn.Parameter]:
-        """Parameters of the value model that are trained, by their names in it or, of an adapter, in the policy."""
+        """Return the trained parameters of the value model, by their names in it or, for an adapter, in the policy."""
         own = {n: p for n, p in self.value_model.named_parameters() if n in self._value_names}
         on_policy = {n: p for n, p in self.policy.named_parameters() if n in self._on_policy & self._value_names}
         return own | on_policy
 
     def recompute_activations(self) -> None:
-        """In both models, to save memory."""
+        """Enable activation checkpointing in both models, to save memory."""
         enable_activation_checkpointing(self.policy)
         if not isinstance(self.value_model, AdapterScorer | SharedValueHead):
             enable_activation_checkpointing(self.value_model)
 
     def forward(self, batch: Rollout | TextBatch, temperature: float = 1.0) -> Any:
-        """Everything that is differentiated passes here, so that an engine around this module sees it.
+        """Run the forward pass of a loss. All losses use it, so that an engine that wraps this module can hook it.
 
-        Returns: of a rollout, log-probs [B, R] nats, entropy [B, R] nats and values [B, R] score units; of text, the
-            negative log-likelihood summed over the tokens that count, 0-d nats.
+        Returns: for a rollout, log-probs [B, R] nats, entropy [B, R] nats and values [B, R] score units; for text, the
+            negative log-likelihood summed over the tokens with loss, 0-d nats.
         """
         if isinstance(batch, TextBatch):
             return _text_loss(self.policy, batch)
@@ -85,9 +90,9 @@ class PolicyAndValue(nn.Module):
     def read(
         self, rollout: Rollout, temperature: float, *, entropy: bool = False
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return log-probs, entropy (if asked for) and values of a rollout: one code path for old and new ones.
+        """Return log-probs, entropy (or None) and values of a rollout. Old and new log-probs both come from here.
 
-        The sequences are packed once and read by both models, unless only one of them computes the same on packed rows.
+        The sequences are packed once for both models, unless only one of the models supports packed rows.
         """
         batch = PackedBatch.for_model(self.policy, rollout.ids, rollout.mask)
         if isinstance(self.value_model, SharedValueHead):
@@ -102,14 +107,17 @@ class PolicyAndValue(nn.Module):
             )
             values = self.value_model.score(output.states).squeeze(-1).masked_fill(~rollout.response_mask, 0.0)
             return output.logprobs, output.entropy, values
-        logprobs, spread = response_logprobs(
+        logprobs, entropies = response_logprobs(
             self.policy, rollout, temperature, entropy=entropy, entropy_gradient=self.entropy_gradient, batch=batch
         )
-        alike = can_pack(trunk_owner(self.value_model)) == can_pack(self.policy)
-        return logprobs, spread, response_values(self.value_model, rollout, batch=batch if alike else None)
+        shared = can_pack(trunk_owner(self.value_model)) == can_pack(self.policy)
+        return logprobs, entropies, response_values(self.value_model, rollout, batch=batch if shared else None)
 
     def values_only(self, rollout: Rollout) -> Tensor:
-        """Values of a rollout whose log-probs are known; not for a head on the policy's trunk. [B, R] score units."""
+        """Return the values of a rollout, [B, R] score units.
+
+        The value model must not be a head on the policy's trunk.
+        """
         return response_values(self.value_model, rollout)
 
 
@@ -123,7 +131,7 @@ def _text_loss(policy: Any, text: TextBatch) -> Tensor:
 
 
 def gather_rollouts(measured: ScoredRollout, accelerator: Any, pad_id: int) -> ScoredRollout:
-    """Everybody's episodes on every process, in slot order."""
+    """Return the episodes of all processes in slot order, the same on every process. Collective."""
     device = measured.response_ids.device
     if accelerator.num_processes > 1:
         parts = all_gather_objects(

@@ -1,10 +1,11 @@
-"""PPO-ptx: a next-token loss on text of the source domain in every update, against the alignment tax.
+"""PPO-ptx: a next-token loss on text of the source domain in every update, so that PPO forgets less of it.
 
     loss = PPO loss + coef mean_i -log pi(x_i | x_<i)          Ouyang et al. 2022, arXiv:2203.02155, eq. 2
 
-The paper's 27.8 belongs to its own loss scaling; both terms here are means over tokens, and about 1 is right. What is
-right depends on how large either gradient is, and that changes by a factor of ten within a run: with `balance`, the
-coefficient follows the ratio of the two norms, measured at the first update of every step.
+The paper's coefficient of 27.8 belongs to its own loss scaling. Here both terms are means over tokens, and a value of
+about 1 is suitable. The best value depends on the sizes of the two gradients, whose ratio changes by a factor of ten
+within a run. With `balance` the coefficient follows the ratio of the two gradient norms, which is measured at the first
+update of every step.
 """
 
 from __future__ import annotations
@@ -25,89 +26,97 @@ from rlhf.trainers.sample_order import cyclic_indices
 
 
 class PtxMixture:
-    """Which documents take part in which update."""
+    """The documents of each update, the gradient of their loss, and its coefficient."""
 
     def __init__(self, rows: Sequence[Rendered], config: Ptx, *, seed: int, pad_id: int, microbatch: int) -> None:
-        """`rows` are rendered documents; batches follow from `seed` and the number of the update.
+        """Prepare the mixture. Batches are determined by `seed` and the number of the update.
 
-        Args: microbatch: documents per backward on one process.
+        Args:
+            rows: rendered documents.
+            config: batch size, coefficient and balance.
+            seed: seed of the order.
+            pad_id: id of the pad token.
+            microbatch: documents per backward pass on one process.
         """
         self.rows, self.config, self.seed, self.pad_id, self.microbatch = rows, config, seed, pad_id, microbatch
         self.coef = config.coef
-        self.held: list[Tensor] | None = None
+        self.text_gradient: list[Tensor] | None = None
 
     def batch(self, update: int) -> list[Rendered]:
-        """The documents of an update, the same on every process: passes over shuffled rows."""
+        """Return the documents of an update, the same on every process, from repeated passes over shuffled rows."""
         size = self.config.batch_size
         return [self.rows[i] for i in cyclic_indices(len(self.rows), update * size, size, self.seed, 3)]
 
     def share(
         self, update: int, *, process: int, processes: int, microbatch: int, device: torch.device
     ) -> tuple[list[TextBatch], float]:
-        """This process's microbatches of an update, and the number of loss-carrying tokens of all processes."""
+        """Return this process's microbatches of an update, and the number of tokens with loss of all processes."""
         rows = self.batch(update)
         total = float(sum(sum(row.mask[1:]) for row in rows))
         mine = sorted(rows[process::processes], key=lambda row: len(row.ids))
-        found = []
+        batches = []
         for start in range(0, len(mine), microbatch):
             part = mine[start : start + microbatch]
             ids, mask = pad_right([row.ids for row in part], self.pad_id)
             counts = torch.zeros_like(mask)
             for i, row in enumerate(part):
                 counts[i, : len(row.mask)] = torch.tensor(row.mask)
-            found.append(TextBatch(ids.to(device), mask.to(device), counts.to(device)))
-        return found, total
+            batches.append(TextBatch(ids.to(device), mask.to(device), counts.to(device)))
+        return batches, total
 
     def accumulate(
         self,
         model: nn.Module,
         accelerator: Any,
         update: int,
-        computing: Callable[[], torch.autocast],
+        autocast: Callable[[], torch.autocast],
         sums: dict[str, Tensor],
         *,
-        weigh: bool,
+        measure: bool,
     ) -> None:
-        """Backward over this process's share of the documents of an update; adds to sums["ptx_loss"].
+        """Run the backward pass over this process's documents of an update, and add to sums["ptx_loss"].
 
         Args:
-            model: `PolicyAndValue` in its engine. computing: the context of its forward.
-            weigh: with `balance`, keep this gradient aside to compare it with that of PPO.
+            model: `PolicyAndValue`, wrapped by its engine.
+            accelerator: the Accelerator.
+            update: number of the update.
+            autocast: returns the context of the forward pass.
+            sums: sums of the step's metrics.
+            measure: with `balance`, keep a copy of this gradient to compare its norm with that of PPO.
         """
         a = accelerator
         parts, total = self.share(
             update, process=a.process_index, processes=a.num_processes, microbatch=self.microbatch, device=a.device
         )
-        weigh = weigh and self.config.balance is not None
+        measure = measure and self.config.balance is not None
         for part in parts:
-            with gradient_accumulation(
-                model, a, last=False
-            ):  # the PPO loss that follows carries the sum to the other processes
-                with computing():
+            # Gradients are synchronized only by the backward pass of the PPO loss that follows.
+            with gradient_accumulation(model, a, last=False):
+                with autocast():
                     loss = model(part) / total
                 backward(self.coef * loss * a.num_processes, model, a)
             sums["ptx_loss"] = sums.get("ptx_loss", torch.zeros((), device=a.device)) + loss.detach()
-        if weigh:
-            self.hold(a.unwrap_model(model).trained_policy().values())
+        if measure:
+            self.store_gradient(a.unwrap_model(model).trained_policy().values())
 
-    def hold(self, policy: Iterable[nn.Parameter]) -> None:
-        """Remember this process's gradient of the text term, before that of PPO is added to it."""
-        self.held = [_gradient(p).clone() for p in policy]
+    def store_gradient(self, policy: Iterable[nn.Parameter]) -> None:
+        """Copy this process's gradient of the text term, before that of PPO is added to it."""
+        self.text_gradient = [_gradient(p).clone() for p in policy]
 
     def rebalance(self, policy: Iterable[nn.Parameter], accelerator: Any) -> None:
-        """Move the coefficient half of the way (in logs) to where |coef g_text| = balance |g_PPO|; by at most 2 x.
+        """Move the coefficient half of the way (in logs) to |coef g_text| = balance |g_PPO|, by at most a factor of 2.
 
-        By now gradients are means over processes. An engine cannot make that of the text term alone (it waits for the
-        value model, which text does not pass through), so what was held is averaged here.
+        The parameters' gradients are means over processes at this point. The stored gradient of the text term is not:
+        an engine would wait for gradients of the value model, which text does not use. It is averaged here.
         """
-        if self.held is None or self.config.balance is None:
+        if self.text_gradient is None or self.config.balance is None:
             return
-        both = [_gradient(p) for p in policy]
-        held = [accelerator.reduce(gradient, "mean") for gradient in self.held]
-        text, ours = _norm(held), _norm([whole - part for whole, part in zip(both, held, strict=True)])
-        self.held = None
-        if text > 0.0 and ours > 0.0:
-            self.coef *= min(max(math.sqrt(self.config.balance * ours / text), 0.5), 2.0)
+        total = [_gradient(p) for p in policy]
+        text = [accelerator.reduce(gradient, "mean") for gradient in self.text_gradient]
+        text_norm, ppo_norm = _norm(text), _norm([whole - part for whole, part in zip(total, text, strict=True)])
+        self.text_gradient = None
+        if text_norm > 0.0 and ppo_norm > 0.0:
+            self.coef *= min(max(math.sqrt(self.config.balance * ppo_norm / text_norm), 0.5), 2.0)
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

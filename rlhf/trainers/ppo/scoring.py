@@ -1,4 +1,4 @@
-"""Teacher-forced scoring passes over a rollout: the trained models before the update, the reference, the rewards."""
+"""Teacher-forced scoring passes over a rollout: the trained models before the update, the reference and the rewards."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ScoringFunction = Callable[[Rollout], Tensor]
 
 @dataclass(frozen=True)
 class ScoreChecks:
-    """What scored rollouts are checked with."""
+    """Settings of the checks of scored rollouts."""
 
     monitor: HealthMonitor
     tolerance: Tolerance
@@ -43,15 +43,20 @@ def score_experience(
     checks: ScoreChecks,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> Experience:
-    """Score this process's episodes, gather those of all processes, compute rewards and advantages, check. Collective.
+    """Score this process's episodes, gather those of all processes, and compute rewards and advantages. Collective.
 
-    `state.running_stats` takes in the raw scores.
+    The result is checked, and `state.running_stats` is updated with the raw scores.
 
     Args:
         rollout: this process's share of the step's episodes.
-        prompts_of: a rollout's prompts as records.
+        models: the models of the run.
+        state: the state of the run.
+        settings: settings of the run.
+        prompts_of: function from a rollout to its prompts as records.
+        checks: monitor and tolerance of the checks.
         autocast: returns the context that sets the precision of the trained models.
-    Raises: TrainingError if an invariant is broken and the monitor stops runs for it.
+    Returns: the experience of all processes.
+    Raises: TrainingError if an invariant is broken and the monitor is configured to stop.
     """
 
     def check(rewards: Callable[[Rollout, bool | None], Tensor]) -> None:
@@ -86,7 +91,7 @@ def score_experience(
 def read_trained_models(
     pair: PolicyAndValue, part: Rollout, settings: PPOSettings
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return log-probs, entropy (or None) and values of the trained models as they are before the update, [B, R]."""
+    """Return log-probs, entropy (or None) and values of the trained models before the update, [B, R] each."""
     if settings.old_logprobs == "sampled":
         return part.sampled_logprobs, None, pair.values_only(part)
     return pair.read(part, settings.sampling.temperature)
@@ -94,7 +99,10 @@ def read_trained_models(
 
 @contextmanager
 def reference_logprobs(models: PPOModels, temperature: float) -> Iterator[ScoringFunction]:
-    """Yield a function from a rollout to its log-probs under the model that the policy started from, [B, R] nats."""
+    """Yield a function from a rollout to its log-probs under the reference model, [B, R] nats.
+
+    An offloaded reference model is on the device inside the context.
+    """
     if models.reference is None:
         with reference_policy(models.pair.policy) as model:
             yield lambda part: response_logprobs(model, part, temperature)[0]
@@ -112,9 +120,12 @@ def reward_scores(
 ) -> Iterator[ScoringFunction]:
     """Yield a function from a rollout to its raw scores, [B]. The reward models are checked first.
 
+    Offloaded reward models are on the device inside the context.
+
     Args:
-        prompts_of: a rollout's prompts as records.
-        check: is given a function from (rollout, packed) to the scores of the reward models alone, and may raise.
+        models: the models of the run.
+        prompts_of: function from a rollout to its prompts as records.
+        check: called with a function from (rollout, packed) to the scores of the reward models alone; may raise.
     """
     with models.offloaded.on_device("reward"):
         models_only = models.rewards.models_only()

@@ -1,7 +1,7 @@
-"""The state of a PPO run and its models as values of their own, and how both are saved and restored.
+"""State and models of a PPO run, and how both are saved and restored.
 
-Random numbers follow from seed, step and episode, the order of minibatches from seed, step and epoch, learning rates
-and phases from the number of the update: none of them is state.
+Random numbers are a function of seed, step and episode, the order of minibatches of seed, step and epoch, learning
+rates and phases of the number of the update. None of them is part of the state.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from rlhf.rollout.types import Experience
 from rlhf.trainers.ppo.policy_value import PolicyAndValue
 
 STATE_FILE = "state.pt"
-"""Beside the trained weights; their files are those of `rlhf.checkpointing.parameters_and_adam`."""
+"""File of everything but trained parameters and Adam state, which `rlhf.checkpointing.parameters_and_adam` writes."""
 
 
 @dataclass
 class StepProgress:
-    """Progress of a step that has its experience: which minibatches are done, and their numbers so far."""
+    """Progress of a step after its scoring passes: the minibatches done and their metrics so far."""
 
     experience: Experience
     done: int = 0  # minibatches
     tokens: float = 0.0  # response tokens of those minibatches, over all processes
     first_error: float = 0.0  # largest |ratio - 1| of the first minibatch
-    norms: list[float] = field(default_factory=list)  # gradient norms, one an optimizer step
-    sums: dict[str, Tensor] = field(default_factory=dict)  # of this process's share
+    norms: list[float] = field(default_factory=list)  # gradient norm of each optimizer step
+    sums: dict[str, Tensor] = field(default_factory=dict)  # metrics summed over this process's tokens
     time_sample: float = 0.0  # seconds
     time_score: float = 0.0
 
 
 @dataclass
 class PPOState:
-    """How far a run is and what its controllers have arrived at. Everything else follows from the settings."""
+    """Progress of a run and the values of its controllers. Everything else is determined by the settings."""
 
     kl_coef: float  # weight of the KL penalty; moves towards kl.target
     step: int = 0  # steps done
@@ -54,46 +54,48 @@ class PPOState:
     rollbacks: int = 0
     running_stats: RunningStats = field(default_factory=RunningStats)  # of the raw scores so far
     first_response_length: float = 0.0  # mean tokens of the first rollout's responses
-    progress: StepProgress | None = None  # of the step that has its rollout; None between steps
+    progress: StepProgress | None = None  # of the current step after its scoring passes; None between steps
 
 
 @dataclass
 class PPOModels:
-    """The models of a run: the trained pair in its engine, and the frozen ones."""
+    """Models of a run: the trained pair in its engine, and the frozen ones."""
 
     accelerator: Any
     trained: Any  # `PolicyAndValue`, as its engine wraps it
     optimizer: Any
-    reference: nn.Module | None  # None where the policy is an adapter: its starting point is the reference
+    reference: nn.Module | None  # None if the policy is an adapter; its starting point is then the reference
     rewards: Rewards
     offloaded: OffloadedModels  # the frozen models by role
     average: WeightAverage | None = None
 
     @property
     def pair(self) -> PolicyAndValue:
-        """The bare module of policy and value model."""
+        """The module of policy and value model without its engine."""
         pair: PolicyAndValue = self.accelerator.unwrap_model(self.trained)
         return pair
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """The weights that the run changes, of both models.
+        """Return the parameters that the run trains, of both models.
 
-        What is frozen throughout, such as the base under an adapter, is read again from where it came from.
+        Parameters that are never trained, such as the base model of an adapter, are loaded from their source again.
         """
         policy = {f"policy.{name}": p for name, p in self.pair.trained_policy().items()}
         return policy | {f"value_model.{name}": p for name, p in self.pair.trained_value().items()}
 
     def saved_buffers(self) -> dict[str, Tensor]:
-        """Tensors of the trained models that are saved with them and are no weights."""
+        """Return the buffers of the trained models that belong to their state dict."""
         saved = self.pair.state_dict().keys()
         return {name: value.detach() for name, value in self.pair.named_buffers() if name in saved}
 
 
 def update_stats(progress: StepProgress, accelerator: Any, ptx_coef: float | None) -> dict[str, float]:
-    """Return the means of a step's updates over tokens and processes. Collective.
+    """Return the metrics of a step's updates, as means over tokens of all processes. Collective.
 
     Args:
-        ptx_coef: the present weight of the text loss; None without one.
+        progress: progress of the finished step.
+        accelerator: the Accelerator.
+        ptx_coef: current coefficient of the text loss; None = there is none.
     """
     sums = {k: accelerator.reduce(v, "sum") for k, v in progress.sums.items()}
     ptx = {}
@@ -112,11 +114,13 @@ def update_stats(progress: StepProgress, accelerator: Any, ptx_coef: float | Non
 
 
 def save_state(folder: Path | None, state: PPOState, models: PPOModels, *, ptx_coef: float | None) -> None:
-    """Write everything that does not follow from the settings and the models they start from. Collective.
+    """Write everything that settings and source models do not determine. Collective.
 
     Args:
-        folder: on the main process; None on the others.
-        ptx_coef: the present weight of the text loss; None without one.
+        folder: folder to write into on the main process; None on the others.
+        state: the state of the run.
+        models: the models of the run.
+        ptx_coef: current coefficient of the text loss; None = there is none.
     """
     save_parameters_and_adam(folder, models.trained_parameters(), models.optimizer)
     values = {
@@ -128,19 +132,19 @@ def save_state(folder: Path | None, state: PPOState, models: PPOModels, *, ptx_c
         "first_length": state.first_response_length,
         "average": models.average.weights if models.average is not None else None,
         "ptx_coef": ptx_coef,
-        "rates": [group["lr"] for group in models.optimizer.param_groups],  # of the last update, for the step's line
+        "rates": [group["lr"] for group in models.optimizer.param_groups],  # of the last update, for the step's metrics
         "buffers": models.saved_buffers(),
-        "work": _packed(state.progress, models.accelerator) if state.progress is not None else None,
+        "work": _to_plain(state.progress, models.accelerator) if state.progress is not None else None,
     }
     if folder is not None:
         torch.save(values, folder / STATE_FILE)
 
 
 def load_state(folder: Path, models: PPOModels) -> tuple[PPOState, float | None]:
-    """Restore the models from what `save_state` has written, perhaps under another engine. Collective.
+    """Restore the models from files that `save_state` wrote, possibly with another engine. Collective.
 
-    Returns: the state, and the weight of the text loss (None without one).
-    Raises: CheckpointError if the checkpoint is of other weights.
+    Returns: the state, and the coefficient of the text loss (None if there is none).
+    Raises: CheckpointError if the checkpoint holds other parameters.
     """
     values = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
     load_parameters_and_adam(folder, models.trained_parameters(), models.optimizer)
@@ -157,13 +161,13 @@ def load_state(folder: Path, models: PPOModels) -> tuple[PPOState, float | None]
         rollbacks=values["rollbacks"],
         running_stats=RunningStats(*values["spread"]),
         first_response_length=values["first_length"],
-        progress=_unpacked(values["work"], models.accelerator) if values["work"] is not None else None,
+        progress=_from_plain(values["work"], models.accelerator) if values["work"] is not None else None,
     )
     return state, values["ptx_coef"]
 
 
 def state_size(state: PPOState, models: PPOModels) -> int:
-    """Bytes that a checkpoint takes at most, optimizer state and rollout included."""
+    """Return the largest number of bytes that a checkpoint takes, with optimizer state and rollout."""
     size = parameters_and_adam_size(models.trained_parameters())
     if models.average is not None:
         size += sum(value.nbytes for value in models.average.weights.values())
@@ -172,8 +176,11 @@ def state_size(state: PPOState, models: PPOModels) -> int:
     return size + 2**16
 
 
-def _packed(progress: StepProgress, accelerator: Any) -> dict[str, Any]:
-    """Plain values and tensors. The sums are of every process: they are added at the end of the step, in rank order."""
+def _to_plain(progress: StepProgress, accelerator: Any) -> dict[str, Any]:
+    """Return the progress as plain values and tensors, with the sums of every process in rank order.
+
+    They are added only at the end of the step, in the same order as without a resume. Collective.
+    """
     sums = {name: value.cpu() for name, value in progress.sums.items()}
     ranks = accelerator.num_processes
     values = {f.name: getattr(progress, f.name) for f in fields(progress) if f.name not in ("experience", "sums")}
@@ -183,14 +190,14 @@ def _packed(progress: StepProgress, accelerator: Any) -> dict[str, Any]:
     }
 
 
-def _unpacked(values: dict[str, Any], accelerator: Any) -> StepProgress:
+def _from_plain(values: dict[str, Any], accelerator: Any) -> StepProgress:
     device, ranks = accelerator.device, accelerator.num_processes
     experience = Experience(**{name: value.to(device) for name, value in values["experience"].items()})
-    every = values["sums"]
-    if len(every) == ranks:
-        sums = every[accelerator.process_index]
-    else:  # another number of processes: the first has all
-        total = {name: torch.stack([part[name] for part in every]).sum(dim=0) for name in every[0]}
+    sums_by_rank = values["sums"]
+    if len(sums_by_rank) == ranks:
+        sums = sums_by_rank[accelerator.process_index]
+    else:  # with another number of processes, the first process takes the total
+        total = {name: torch.stack([part[name] for part in sums_by_rank]).sum(dim=0) for name in sums_by_rank[0]}
         first = accelerator.process_index == 0
         sums = {name: value if first else torch.zeros_like(value) for name, value in total.items()}
     rest = {name: value for name, value in values.items() if name not in ("experience", "sums")}

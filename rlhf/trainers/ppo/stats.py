@@ -1,4 +1,4 @@
-"""What a scored rollout looks like, in numbers of `runs.metrics`."""
+"""Metrics of a scored rollout, by the names in `runs.metrics`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ StepStats = dict[str, float]
 
 
 def rollout_stats(e: Experience) -> StepStats:
-    """Means over all processes' episodes: scores, KL by three estimates, lengths, and how good the values were."""
+    """Return means over the episodes of all processes: scores, three KL estimates, lengths, explained variance."""
     mask, length = e.response_mask, e.response_length.float()
 
     def summed(kind: str) -> float:
@@ -34,7 +34,7 @@ def rollout_stats(e: Experience) -> StepStats:
 
 
 def correlation(x: Tensor, y: Tensor) -> float:
-    """Pearson's correlation of two [B] tensors; 0 where one of them is constant."""
+    """Return Pearson's correlation of two [B] tensors, or 0 if one of them is constant."""
     if len(x) < 2 or float(x.std()) < 1e-6 or float(y.std()) < 1e-6:
         return 0.0
     return float(torch.corrcoef(torch.stack([x.double(), y.double()]))[0, 1])

@@ -1,8 +1,8 @@
 """The PPO training loop for language models: sample, score, update, report, checkpoint.
 
-Policy and value model are one module under one optimizer and one engine. Every rank holds the same, whole experience
-after scoring (tokens and numbers are small), so minibatches, whitening and token counts do not depend on how many
-processes there are, and each loss is a sum over tokens divided by the minibatch's global token count.
+Policy and value model are one module under one optimizer and one engine. After scoring, every rank holds the experience
+of all ranks (it is small), so minibatches, whitening and token counts do not depend on the number of processes. Each
+loss is a sum over tokens divided by the token count of the minibatch over all processes.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ from rlhf.trainers.sample_order import cyclic_indices, shuffled_indices
 
 
 class PPOTrainer:
-    """Train a causal language model by proximal policy optimization against a reward.
+    """Trainer of a causal language model by proximal policy optimization (PPO) against a reward.
 
         trainer = PPOTrainer(policy="models/sft", reward=reward_function, prompts=["Hello?"], settings=PPOSettings())
         trainer.train()
         trainer.save_pretrained("out")
 
-    `train` is the whole algorithm; the other methods are its steps. Attributes: `state`, `models`, `settings`, and
-    `history`: the numbers of every step, as metrics.jsonl names them.
+    `train` is the whole algorithm, and the other methods are its parts. Attributes: `state`, `models`, `settings`, and
+    `history`, the metrics of every step by their names in metrics.jsonl.
     """
 
     def __init__(
@@ -75,24 +75,24 @@ class PPOTrainer:
         monitor: health.HealthMonitor | None = None,
         console: Console | None = None,
     ) -> None:
-        """Load and check what is given, and prepare models and optimizer.
+        """Load and check the arguments, and prepare models and optimizer.
 
         Args:
             policy: folder or hub id of a causal language model, or the model itself, which is then trained in place.
             reward: folder of a reward model, a reward model, or a function (prompt, response, record) -> number; prompt
-                is a list of {"role", "content"} messages, record is what `prompts` holds for it.
+                is a list of {"role", "content"} messages, record is the prompt's record in `prompts`.
             prompts: file of prompts, or a list of texts, of conversations or of records.
-            tokenizer: of the policy; None = the one beside the policy. A chat template and a pad token are added where
-                it has none.
-            reference: what the policy is kept near; None = a frozen copy of the policy, or, of an adapter,
-                the model that it started from.
+            settings: settings of PPO; None = the defaults.
+            tokenizer: the policy's; None = the one in its folder. A missing chat template or pad token is added.
+            reference: model of the KL penalty; None = a frozen copy of the policy (for an adapter: its starting point).
             value_model: folder or model with one output; None = from the reward model if that comes from a folder, else
                 the policy's trunk with a head of zeros.
-            text: documents of the ptx term, or None.
-            max_prompt_tokens: a longer prompt is refused.
+            text: documents of the ptx loss, or None.
+            max_prompt_tokens: largest length of a prompt; a longer one is an error.
             callbacks: called after steps and at safe points.
-            monitor: acts on broken invariants and unhealthy numbers as `settings.watch` says.
-        Raises: ConfigError, DataError or CheckpointError for what does not fit together.
+            monitor: reacts to broken invariants and metrics outside their range; None = one for `settings.watch`.
+            console: where notes and progress are printed; None = this terminal.
+        Raises: ConfigError, DataError or CheckpointError for arguments that are wrong or do not fit together.
         """
         self.settings = settings = settings if settings is not None else PPOSettings()
         self.console = console if console is not None else Console(main=is_main_process())
@@ -109,7 +109,7 @@ class PPOTrainer:
         if settings.optim.activation_checkpointing:
             pair.recompute_activations()
         report_progress()
-        # After the models: once an accelerator of ZeRO-3 exists, transformers loads shards of them, which no head fits.
+        # After the models: once an Accelerator with ZeRO-3 exists, transformers loads shards, which no head fits.
         a = self.accelerator = engine.make_accelerator(
             find_unused_parameters=bool(settings.unfreeze.policy or settings.unfreeze.value_model)
         )
@@ -120,7 +120,7 @@ class PPOTrainer:
         self.bfloat16 = engine.wants_bfloat16(settings.optim.precision)
         dtype = torch.bfloat16 if self.bfloat16 else next(pair.policy.parameters()).dtype
         self.tolerance = health.TOLERANCES.get(dtype, health.TOLERANCES[torch.bfloat16])
-        if settings.old_logprobs == "sampled":  # the first ratio is as exact as sampling is
+        if settings.old_logprobs == "sampled":  # the first ratio is only as exact as sampling
             self.tolerance = replace(self.tolerance, ratio=self.tolerance.sampling)
         self.state = PPOState(kl_coef=settings.kl.coef)
         self.models = self._prepare(pair, frozen, rewards)
@@ -135,7 +135,7 @@ class PPOTrainer:
         )
 
     def _prepare(self, pair: PolicyAndValue, reference: nn.Module | None, rewards: Any) -> PPOModels:
-        """Make the optimizer, wrap the trained pair in its engine and put every model where it belongs."""
+        """Create the optimizer, wrap the trained pair in its engine, and place the frozen models or offload them."""
         a, optim = self.accelerator, self.settings.optim
         optimizer = torch.optim.AdamW(
             self.phases.optimizer_groups(), eps=optim.adam_eps, weight_decay=optim.weight_decay, fused=True
@@ -149,46 +149,46 @@ class PPOTrainer:
         return PPOModels(a, policy_and_value, optimizer, reference, rewards, offloaded, average)
 
     def autocast(self) -> torch.autocast:
-        """Return the context that sets one precision for sampling, scoring and updates."""
+        """Return the context that sets the precision of sampling, scoring and updates."""
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.bfloat16)
 
     @property
     def value_warmup(self) -> bool:
-        """Whether only the value model learns in this step."""
+        """Whether only the value model is trained in this step."""
         return self.state.step < self.settings.value_warmup
 
     def train(self) -> None:
-        """Run the remaining steps; a rollback repeats some of them more carefully."""
+        """Run the remaining steps. A rollback repeats some of them with smaller learning rates."""
         if self.state.step == 0 and self.settings.watch.unhealthy == "rollback":
             self._call("on_checkpoint")
         with self.console.progress("ppo", self.settings.steps, "step") as bar:
             while self.state.step < self.settings.steps:
                 try:
                     stats = self.run_step()
-                except health.UnhealthyError as trouble:
-                    self.roll_back(trouble)
+                except health.UnhealthyError as error:
+                    self.roll_back(error)
                 else:
                     bar.update(self.state.step, {k: stats[k] for k in ("score", "kl", "response_length")})
 
     def run_step(self) -> StepStats:
-        """Run one rollout and its updates, or what is left of them. Returns: the step's numbers."""
+        """Run one rollout and its updates, or the rest of them after a resume. Returns: the metrics of the step."""
         state = self.state
         self.phases.select(state.step)
         if state.progress is None:
-            begun = time.monotonic()
+            start = time.monotonic()
             rollout = self.sample()
             sampled = time.monotonic()
             report_progress()
             state.progress = StepProgress(self.score(rollout))
             report_progress()
-            state.progress.time_sample, state.progress.time_score = sampled - begun, time.monotonic() - sampled
+            state.progress.time_sample, state.progress.time_score = sampled - start, time.monotonic() - sampled
             self._call("on_safe_point")
-        progress, experience, begun = state.progress, state.progress.experience, time.monotonic()
+        progress, experience, start = state.progress, state.progress.experience, time.monotonic()
         stats = self.update(experience)
         stats |= {
             "time_sample": progress.time_sample,
             "time_score": progress.time_score,
-            "time_update": time.monotonic() - begun,
+            "time_update": time.monotonic() - start,
         }
         stats |= self.describe(experience)
         fresh = state.step < self.settings.value_warmup + health.SETTLING_STEPS
@@ -198,7 +198,7 @@ class PPOTrainer:
             self.models.average.update(self.models.pair.trained_policy())
         state.step, state.progress = state.step + 1, None
         report_progress(state.step)
-        del self.history[state.step - 1 :]  # of steps that a rollback repeats
+        del self.history[state.step - 1 :]  # entries of steps that a rollback repeats
         self.history.append({"step": float(state.step), **stats})
         for callback in self.callbacks:
             callback.on_step_end(self, experience, stats)
@@ -210,47 +210,45 @@ class PPOTrainer:
         for callback in self.callbacks:
             getattr(callback, event)(self)
 
-    def roll_back(self, trouble: health.UnhealthyError) -> None:
+    def roll_back(self, error: health.UnhealthyError) -> None:
         """Return to the last checkpoint with a smaller learning rate and a larger KL coefficient.
-
-        Raises: `trouble` itself if that has been tried too often, or if there is no checkpoint.
+        Raises: `error` itself if there have been too many rollbacks, or if there is no checkpoint.
         """
-        watch, tried, at = self.settings.watch, self.state.rollbacks, self.state.step
-        if tried >= watch.rollbacks or not sum(callback.on_rollback(self) for callback in self.callbacks):
-            raise trouble
+        watch, earlier, failed = self.settings.watch, self.state.rollbacks, self.state.step
+        if earlier >= watch.rollbacks or not sum(callback.on_rollback(self) for callback in self.callbacks):
+            raise error
         state = self.state
-        self.models.optimizer.zero_grad()  # of an update that was broken off
-        state.kl_coef *= watch.kl_factor ** (
-            tried + 1 - state.rollbacks
-        )  # the checkpoint may hold earlier ones already
-        state.rollbacks = tried + 1
+        self.models.optimizer.zero_grad()  # gradients of the interrupted update
+        # The checkpoint's kl_coef may already contain factors of earlier rollbacks.
+        state.kl_coef *= watch.kl_factor ** (earlier + 1 - state.rollbacks)
+        state.rollbacks = earlier + 1
         state.learning_rate_scale = watch.rate_factor**state.rollbacks
-        self.monitor.say(
-            f"{trouble}. Rolled back from step {at} to step {state.step} ({state.rollbacks} of {watch.rollbacks}): "
+        self.monitor.log(
+            f"{error}. Rolled back from step {failed} to step {state.step} ({state.rollbacks} of {watch.rollbacks}): "
             f"learning rates x {state.learning_rate_scale:g}, kl.coef {state.kl_coef:.4g}"
         )
 
     @contextmanager
     def sampling_policy(self) -> Iterator[Any]:
-        """Yield the policy with whole weights, in the precision of the run."""
-        gathered = engine.gathered_module(self.models.trained, self.accelerator, lambda whole: whole.policy)
+        """Yield the policy with gathered parameters, in the precision of the run."""
+        gathered = engine.gathered_module(self.models.trained, self.accelerator, lambda module: module.policy)
         with gathered as policy, self.autocast():
             yield policy
 
     def sample(self) -> Rollout:
-        """Generate this process's share of the step's episodes: slots rank, rank + ranks, ..."""
+        """Generate this process's share of the step's episodes: slots rank, rank + world size, ..."""
         a = self.accelerator
         slots = self.slots()[a.process_index :: a.num_processes]
         return self.generator.generate([(slot, self.prompts.ids[i]) for slot, i in slots], self.state.step)
 
     def slots(self) -> list[tuple[int, int]]:
-        """Return (slot, prompt) of every episode of this step, over all processes: passes over shuffled prompts."""
+        """Return (slot, prompt index) of this step's episodes over all processes, in shuffled passes over prompts."""
         size = self.settings.rollout_size
         first = self.state.step * size
         return list(enumerate(cyclic_indices(len(self.prompts), first, size, self.settings.seed, 1)))
 
     def score(self, rollout: Rollout) -> Experience:
-        """Score this process's episodes, gather everybody's, compute rewards and advantages over all, check them."""
+        """Score this process's episodes, gather all processes', and compute and check rewards and advantages."""
         prompt_of = dict(self.slots())
 
         def prompts_of(part: Rollout) -> list[Prompt]:
@@ -268,8 +266,8 @@ class PPOTrainer:
         )
 
     def update(self, experience: Experience) -> StepStats:
-        """Run epochs x minibatches optimizer updates; each row is used once an epoch. Ends early beyond target_kl.
-        Continues after the minibatches that `state.progress` has done if it is about this experience.
+        """Run epochs x minibatches optimizer updates, or fewer if a minibatch exceeds target_kl; return metrics.
+        Each row is used once per epoch. Minibatches already done for this experience (`state.progress`) are skipped.
         """
         settings, a, state = self.settings, self.accelerator, self.state
         if state.progress is None or state.progress.experience is not experience:
@@ -281,12 +279,12 @@ class PPOTrainer:
         for number, minibatch in self.minibatches(len(experience))[progress.done :]:
             total = experience.response_mask[minibatch].sum()
             per_step = settings.epochs * settings.minibatches
-            update = state.step * per_step + min(number, per_step - 1)  # further passes of a warm-up keep the rate
+            update = state.step * per_step + min(number, per_step - 1)  # additional warm-up epochs keep the last rate
             self.set_learning_rates(update)
             before = sums.get("approx_kl", torch.zeros((), device=a.device)).clone()
             text = None if self.value_warmup else self.text
             if text is not None:
-                text.accumulate(self.models.trained, a, update, self.autocast, sums, weigh=number == 0)
+                text.accumulate(self.models.trained, a, update, self.autocast, sums, measure=number == 0)
             error = self.accumulate(experience, minibatch, total, sums)
             if text is not None:
                 text.rebalance(self.models.pair.trained_policy().values(), a)
@@ -294,9 +292,9 @@ class PPOTrainer:
                 progress.first_error = float(a.gather(torch.tensor([error], device=a.device)).max())
                 problems = health.find_wrong_first_ratio(progress.first_error, self.tolerance)
                 self.monitor.broken(problems, state.step, experience)
-            moved = float(a.reduce(sums["approx_kl"] - before, "sum")) / float(total)
+            approx_kl = float(a.reduce(sums["approx_kl"] - before, "sum")) / float(total)
             progress.tokens, progress.done = progress.tokens + float(total), number + 1
-            if settings.target_kl is not None and moved > settings.target_kl:
+            if settings.target_kl is not None and approx_kl > settings.target_kl:
                 self.models.optimizer.zero_grad()
                 break
             progress.norms.append(self.optimizer_step(experience))
@@ -305,14 +303,16 @@ class PPOTrainer:
         return update_stats(progress, a, ptx_coef)
 
     def minibatches(self, rows: int) -> list[tuple[int, Tensor]]:
-        """Return (number within the step, row numbers) of every minibatch: every epoch in another order."""
+        """Return (number within the step, row indices) of every minibatch. Each epoch is shuffled differently."""
         settings = self.settings
         epochs = settings.value_warmup_epochs if self.value_warmup else settings.epochs
         orders = [shuffled_indices(rows, settings.seed, 2, self.state.step, epoch) for epoch in range(epochs)]
         return list(enumerate(part for order in orders for part in order.chunk(settings.minibatches)))
 
     def accumulate(self, experience: Experience, minibatch: Tensor, total: Tensor, sums: dict[str, Tensor]) -> float:
-        """Backward over this process's share of a minibatch; returns the largest |ratio - 1| seen."""
+        """Run the backward pass over this process's share of a minibatch; return the largest |ratio - 1|.
+        `total` is the minibatch's number of response tokens over all processes. Metrics are added to `sums`.
+        """
         a, settings = self.accelerator, self.settings
         model, packed = self.models.trained, can_pack(self.models.pair.policy)
         mine = minibatch[a.process_index :: a.num_processes]
@@ -337,8 +337,7 @@ class PPOTrainer:
         return worst
 
     def optimizer_step(self, experience: Experience) -> float:
-        """Clip the gradient, refuse one that is not finite, step. Returns the norm before clipping.
-
+        """Clip the gradient and run the optimizer step; return the gradient norm before clipping.
         Raises: TrainingError before the step if the gradient is not finite.
         """
 
@@ -347,8 +346,8 @@ class PPOTrainer:
                 raise self.monitor.not_finite("the gradient norm", norm, self.state.step, experience)
 
         report_progress()
-        most = self.settings.optim.max_grad_norm
-        return engine.clip_and_step(self.models.trained, self.models.optimizer, self.accelerator, most, check)
+        limit = self.settings.optim.max_grad_norm
+        return engine.clip_and_step(self.models.trained, self.models.optimizer, self.accelerator, limit, check)
 
     def set_learning_rates(self, update: int) -> None:
         """Set the learning rates of an update. During value warm-up the policy's is 0."""
@@ -358,14 +357,14 @@ class PPOTrainer:
         self.phases.set_rates(self.models.optimizer, self.state.step, 0.0 if self.value_warmup else factor, factor)
 
     def steer_kl(self, experience: Experience) -> None:
-        """Move the KL coefficient towards its target."""
+        """Adapt the KL coefficient so that the KL moves towards kl.target, if that is set."""
         kl = self.settings.kl
         if kl.target is not None:
             observed = float(experience.kl_per_sequence.mean())
             self.state.kl_coef = adaptive_kl(self.state.kl_coef, observed, kl.target, kl.horizon, len(experience))
 
     def describe(self, e: Experience) -> StepStats:
-        """Return numbers of a rollout, and of what the controllers did with it."""
+        """Return the metrics of a rollout, and the values of the controllers."""
         stats = rollout_stats(e)
         self.state.first_response_length = self.state.first_response_length or stats["response_length"]
         return stats | {
@@ -376,11 +375,11 @@ class PPOTrainer:
         }
 
     def save(self, folder: Path | None) -> None:
-        """Write everything a run continues from; collective, `folder` is None on all processes but the main one."""
+        """Write a checkpoint into a folder. Collective; `folder` is None on all processes but the main one."""
         save_state(folder, self.state, self.models, ptx_coef=self.text.coef if self.text is not None else None)
 
     def load(self, folder: Path) -> None:
-        """Continue from what `save` wrote, also with another engine or number of processes; collective."""
+        """Restore a checkpoint that `save` wrote, possibly with another engine or number of processes. Collective."""
         self.state, ptx_coef = load_state(folder, self.models)
         if self.text is not None and ptx_coef is not None:
             self.text.coef = ptx_coef
@@ -392,8 +391,9 @@ class PPOTrainer:
         """Write the policy with tokenizer and hand-over record as a plain folder that transformers loads. Collective.
 
         Args:
+            folder: folder for the policy.
             value_model: folder for the value model; None = it is not written.
-            reply_tokens: mean tokens of the policy's responses, for the record; None = of the last step.
+            reply_tokens: mean tokens of the policy's responses, for the hand-over record; None = of the last step.
         """
         reply_tokens = self.history[-1]["response_length"] if reply_tokens is None and self.history else reply_tokens
         values = None if value_model is None else Path(value_model)

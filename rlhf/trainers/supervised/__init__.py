@@ -1,1 +1,1 @@
-"""TODO."""
+"""Stages on a transformers Trainer: pretraining, SFT, reward model, classifier."""

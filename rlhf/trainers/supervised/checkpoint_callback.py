@@ -1,4 +1,4 @@
-"""Checkpoints of a transformers Trainer: verified before use, sealed when whole, one more when it is told to end."""
+"""Checkpoints of a transformers Trainer: completed by a manifest, verified before use, written on a stop request."""
 
 from __future__ import annotations
 
@@ -35,37 +35,40 @@ from rlhf.trainers.phase_schedule import PhaseSchedule
 UPDATE_PREFIX = "checkpoint"
 
 
-def last_checkpoint(run: RunDir, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest whole checkpoint of an interrupted run, whose best one so far is whole too.
+def last_checkpoint(run: RunDir, log: Callable[[str], None]) -> Checkpoint | None:
+    """Return the newest intact checkpoint of an interrupted run, or None.
 
-    Raises: CheckpointError for one that another version wrote.
+    The best checkpoint so far, which is restored at the end, must be intact too.
+    Raises: CheckpointError for a checkpoint that another version wrote.
     """
-    return find_newest_checkpoint(run.checkpoints, UPDATE_PREFIX, say)
+    return find_newest_checkpoint(run.checkpoints, UPDATE_PREFIX, log)
 
 
 class CheckpointCallback(TrainerCallback):
-    """Seals each checkpoint, removes the oldest, and ends a run that was told to end."""
+    """Writes the manifest of each checkpoint, removes old checkpoints, and saves and stops after a stop request."""
 
     def __init__(self, run: RunDir, saving: Saving, writer: MetricsWriter) -> None:
         self.run, self.saving, self.writer = run, saving, writer
         self.trainer: Any = None
-        self.ending = False
-        self.pace = CheckpointInterval(saving.share)
+        self.stopping = False
+        self.interval = CheckpointInterval(saving.share)
 
     def attach(self, trainer: Any) -> None:
-        """Follow a Trainer; what it writes as a checkpoint is watched for a full disk."""
+        """Register with a Trainer, which then wraps the writing of each checkpoint in `writing`."""
         self.trainer = trainer
         trainer.checkpoints = self
         trainer.add_callback(self)
 
     @contextmanager
     def writing(self, step: int) -> Iterator[None]:
-        """Wrap the writing of the checkpoint of an update: if it fails, nothing of it stays.
+        """Wrap the writing of a checkpoint; if writing fails, the partial checkpoint is removed.
 
-        Raises: CheckpointError if the disk has no room for it.
+        Args:
+            step: update of the checkpoint.
+        Raises: CheckpointError if the disk has too little space.
         """
         folder = self.run.checkpoints / f"{UPDATE_PREFIX}-{step}"
-        with self.pace.saving(), reserve_disk_space(self.run.checkpoints, self._needed(), UPDATE_PREFIX):
+        with self.interval.saving(), reserve_disk_space(self.run.checkpoints, self._needed(), UPDATE_PREFIX):
             try:
                 if self.run.main:
                     (folder / MANIFEST).unlink(missing_ok=True)
@@ -76,7 +79,7 @@ class CheckpointCallback(TrainerCallback):
                 raise
 
     def _needed(self) -> int:
-        """Bytes of the next checkpoint: those of the last, or weights and optimizer state."""
+        """Estimate the bytes of the next checkpoint: the largest one so far, or weights and optimizer state."""
         written = [folder_size(path) for path in self.run.checkpoints.glob(f"{UPDATE_PREFIX}-*")]
         if written:
             return max(written)
@@ -86,18 +89,24 @@ class CheckpointCallback(TrainerCallback):
         return saved + parameters_and_adam_size({str(i): p for i, p in enumerate(parameters) if p.requires_grad})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Save in between if it is cheap, and if told to end: after an update that is logged anyway, so that no number
-        of the run changes. Or after any, if there is no time to wait for that."""
+        """Request a checkpoint if one is due by time, or if the run was asked to stop.
+
+        It is written after an update that is logged anyway, so that the logged numbers are the same with and without
+        it. If a stop is urgent, it is written after any update.
+        """
         logged = state.global_step % args.logging_steps == 0 or control.should_save
-        if logged and any_process(self.pace.due(), self.trainer.accelerator):
+        if logged and any_process(self.interval.due(), self.trainer.accelerator):
             control.should_save = True
         if any_process(
             preemption.stop_requested() and (logged or preemption.stop_is_urgent()), self.trainer.accelerator
         ):
-            self.ending = control.should_save = control.should_log = True
+            self.stopping = control.should_save = control.should_log = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """All processes have written their part: the manifest makes it a checkpoint."""
+        """Write the manifest once all processes have written their files, and remove old checkpoints.
+
+        Raises: RunStopped if the run was asked to stop.
+        """
         self.trainer.accelerator.wait_for_everyone()
         if self.run.main:
             name = f"{UPDATE_PREFIX}-{state.global_step}"
@@ -112,21 +121,21 @@ class CheckpointCallback(TrainerCallback):
             remove_checkpoints_after(self.run.checkpoints, UPDATE_PREFIX, name)
             remove_old_checkpoints(self.run.checkpoints, UPDATE_PREFIX, self.saving.keep)
         self.trainer.accelerator.wait_for_everyone()
-        if self.ending:
+        if self.stopping:
             raise preemption.RunStopped(f"after update {state.global_step}")
 
 
 @contextmanager
-def by_name(trainer: Any, plan: PhaseSchedule) -> Iterator[None]:
-    """Have a Trainer keep what it has trained, and the optimizer's state, in files that any engine reads.
+def save_by_parameter_name(trainer: Any, schedule: PhaseSchedule) -> Iterator[None]:
+    """Make a Trainer's checkpoints hold trained parameters and Adam state by parameter name, readable by any engine.
 
-    Its own ones hold one process's part each under DeepSpeed, and are of no use to another number of processes. (FSDP,
-    which runs on GPUs only, keeps its own.)
+    Under DeepSpeed the Trainer would write one shard per process, which another number of processes cannot load. Under
+    FSDP, which runs on GPUs only, the Trainer's own format is kept.
     """
     if trainer.is_fsdp_enabled:
         yield
         return
 
-    trainer.saved_names = plan.names
+    trainer.saved_names = schedule.names
     with override_deepspeed_loading(trainer.load_saved_parameters):
         yield

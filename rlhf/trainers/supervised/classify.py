@@ -1,4 +1,4 @@
-"""Classifier: rendered rows with label targets into a transformers Trainer, counted over batches and processes."""
+"""Trainer of classifiers on transformers.Trainer, with confusion counts summed over batches and processes."""
 
 from __future__ import annotations
 
@@ -20,77 +20,79 @@ LabelledRow = dict[str, Any]  # input_ids, and target: for each label the probab
 
 @dataclass(frozen=True)
 class ConfusionCounts:
-    """How often each label was right: said and held, said only, held only. [N] each, and what was decided right."""
+    """Confusion counts per label, [N] each, and the numbers of correct and of all decisions."""
 
-    both: Tensor
-    said_only: Tensor
-    held_only: Tensor
-    right: float
-    decided: float
+    true_positives: Tensor
+    false_positives: Tensor
+    false_negatives: Tensor
+    correct: float
+    decisions: float
 
     @property
     def accuracy(self) -> float:
-        """Share of decisions that are right: one a record, or one a record and label if several may hold."""
-        return self.right / max(self.decided, 1.0)
+        """Share of correct decisions: one decision per record or, with multi_label, one per record and label."""
+        return self.correct / max(self.decisions, 1.0)
 
     @property
     def precision(self) -> Tensor:
-        """[N]: of what was said, how much held; 0 where nothing was said."""
-        return self.both / (self.both + self.said_only).clamp_min(1)
+        """Precision of each label, [N]; 0 for a label that was never predicted."""
+        return self.true_positives / (self.true_positives + self.false_positives).clamp_min(1)
 
     @property
     def recall(self) -> Tensor:
-        """[N]: of what held, how much was said; 0 where nothing held."""
-        return self.both / (self.both + self.held_only).clamp_min(1)
+        """Recall of each label, [N]; 0 for a label that never applies."""
+        return self.true_positives / (self.true_positives + self.false_negatives).clamp_min(1)
 
     @property
     def macro_f1(self) -> float:
-        """Mean over labels of 2 both / (2 both + said_only + held_only); labels neither said nor held do not count."""
-        size = 2 * self.both + self.said_only + self.held_only
-        met = size > 0
-        return float((2 * self.both[met] / size[met]).mean()) if bool(met.any()) else 0.0
+        """Mean of F1 = 2 TP / (2 TP + FP + FN) over the labels that apply or are predicted at least once."""
+        size = 2 * self.true_positives + self.false_positives + self.false_negatives
+        occurring = size > 0
+        return float((2 * self.true_positives[occurring] / size[occurring]).mean()) if bool(occurring.any()) else 0.0
 
 
 def confusion_sums(logits: Tensor, target: Tensor, *, multi_label: bool) -> Tensor:
-    """Confusion sums of a batch, one vector so that they add over batches and processes.
+    """Return the confusion counts of a batch as one vector, which can be summed over batches and processes.
 
     Args:
-        logits, target: [B, N]. A target counts as its likeliest label, or as the labels above 0.5 if multi_label.
-    Returns: [3N + 2] float64: both, said only, held only, right, decided.
+        logits: [B, N].
+        target: [B, N] probabilities. The true label is the most probable one; with multi_label, all above 0.5.
+        multi_label: whether several labels may apply to a record.
+    Returns: [3N + 2] float64: true positives, false positives, false negatives, correct decisions, decisions.
     """
     if multi_label:
-        said, held = logits > 0, target > 0.5
-        right, decided = (said == held).sum(), torch.tensor(held.numel())
+        predicted, true = logits > 0, target > 0.5
+        correct, decisions = (predicted == true).sum(), torch.tensor(true.numel())
     else:
         classes = torch.arange(logits.shape[1], device=logits.device)
-        said, held = (x.argmax(dim=1, keepdim=True) == classes for x in (logits, target))
-        right, decided = (said & held).sum(), torch.tensor(len(held))
-    parts = [(said & held).sum(dim=0), (said & ~held).sum(dim=0), (~said & held).sum(dim=0)]
-    ends = torch.stack([right, decided.to(right.device)])
-    return torch.cat([*parts, ends]).double()
+        predicted, true = (x.argmax(dim=1, keepdim=True) == classes for x in (logits, target))
+        correct, decisions = (predicted & true).sum(), torch.tensor(len(true))
+    parts = [(predicted & true).sum(dim=0), (predicted & ~true).sum(dim=0), (~predicted & true).sum(dim=0)]
+    totals = torch.stack([correct, decisions.to(correct.device)])
+    return torch.cat([*parts, totals]).double()
 
 
 def read_confusion_counts(sums: Tensor) -> ConfusionCounts:
-    """`Counts` of a sum of `count` vectors."""
-    both, said_only, held_only = sums[:-2].chunk(3)
-    return ConfusionCounts(both, said_only, held_only, float(sums[-2]), float(sums[-1]))
+    """Return the `ConfusionCounts` of a sum of `confusion_sums` vectors."""
+    true_positives, false_positives, false_negatives = sums[:-2].chunk(3)
+    return ConfusionCounts(true_positives, false_positives, false_negatives, float(sums[-2]), float(sums[-1]))
 
 
 @dataclass(frozen=True)
 class LabelledCollator:
-    """Rows of [input_ids, target] for a Trainer."""
+    """Collator that makes a batch of rows with input_ids and target."""
 
     pad_id: int
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Returns: "input_ids", "attention_mask" [B, T] int64, right-padded; "target" [B, N] float32."""
+        """Return "input_ids" and "attention_mask", [B, T] int64, right-padded, and "target", [B, N] float32."""
         ids, mask = pad_right([f["input_ids"] for f in features], self.pad_id)
         target = torch.tensor([f["target"] for f in features], dtype=torch.float32)
         return {"input_ids": ids, "attention_mask": mask.long(), "target": target}
 
 
 class ClassifierTrainer(OverridingTrainer, Trainer):
-    """A Trainer with `classification_loss`; a batch's loss is its mean over records."""
+    """transformers.Trainer with `classification_loss`; the loss of a batch is its mean over records."""
 
     columns = ("input_ids", "target")
     multi_label = False
@@ -104,7 +106,7 @@ class ClassifierTrainer(OverridingTrainer, Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean loss of a batch. Held-out records count once."""
+        """Return the mean loss of a batch; rows that repeat held-out records to fill the batch are left out."""
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         rows = len(inputs["target"])
         real = rows if model.training else count_real_rows(self.accelerator, rows)
@@ -119,13 +121,13 @@ class ClassifierTrainer(OverridingTrainer, Trainer):
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
-        """The loss alone: what is counted is counted in `compute_loss`."""
+        """Return the loss only; `compute_loss` has already added the confusion counts."""
         with torch.no_grad():
             loss = self.compute_loss(model, self.inputs_on_device(inputs))
         return loss.detach(), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add accuracy and macro F1 over everything seen since the last log line."""
+        """Add accuracy and macro F1 over all records since the last log line."""
         prefix = next((p for p in ("eval_", "ood_") if any(k.startswith(p) for k in logs)), "")
         mode = "eval" if prefix else "train"
         sums = self._sums.pop(mode, None)
@@ -148,7 +150,7 @@ def build_classifier_trainer(
     multi_label: bool,
     weight: Tensor | None,
 ) -> ClassifierTrainer:
-    """The trainer; keeps the checkpoint of the lowest held-out loss, the one whose probabilities are best."""
+    """Build the trainer. It restores the checkpoint of the lowest held-out loss, whose probabilities are best."""
     from datasets import Dataset
 
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
@@ -163,7 +165,7 @@ def build_classifier_trainer(
         callbacks=[report, StopOnBadLoss()],
     )
     trainer.multi_label, trainer.weight = multi_label, weight
-    # Batches are not grouped by length: where length tells the label, each would hold one label only.
+    # Batches are not grouped by length: if length correlates with the label, a batch would hold one label only.
     order_rows(trainer, [_length(row) for row in train], pool=1)
     return trainer
 

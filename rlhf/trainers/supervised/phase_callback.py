@@ -1,8 +1,9 @@
-"""A transformers Trainer that follows a program of phases.
+"""Callback that makes a transformers Trainer follow a phase schedule.
 
-One optimizer and one engine for the whole run: it holds every weight that is ever trained, in groups whose members
-begin and end together. A weight that waits takes no gradient (so blocks below the first trained one run without
-autograd) and has rate 0, so that no engine moves it. Optimizer state is therefore never rebuilt and never lost.
+One optimizer and one engine serve the whole run. The optimizer holds every parameter that is ever trained, in groups
+that are trained in the same phases. Outside its phases a parameter has requires_grad=False, so that blocks below the
+first trained one run without autograd, and learning rate 0, so that no engine changes it. Optimizer state is therefore
+never rebuilt and never lost.
 """
 
 from __future__ import annotations
@@ -18,30 +19,33 @@ from rlhf.distributed.zero_gather import reset_adam_steps
 from rlhf.trainers.phase_schedule import OptimizerGroup, PhaseSchedule
 
 
-def set_trained(model: Any, plan: PhaseSchedule, phase: int) -> None:
-    """Let the parameters of a phase take gradients, and no other of the program's."""
-    trained = plan.stretches[phase].names
+def set_trained(model: Any, schedule: PhaseSchedule, phase: int) -> None:
+    """Set `requires_grad` to True for the parameters of a phase, and to False for the others that the schedule trains.
+
+    Parameters that the schedule never trains are not changed.
+    """
+    trained = schedule.phases[phase].names
     for name, parameter in model.named_parameters():
-        if name in plan.names:
+        if name in schedule.names:
             parameter.requires_grad_(name in trained)
 
 
-def groups_that_begin(groups: Sequence[OptimizerGroup], phase: int) -> list[int]:
-    """Numbers of the groups that are trained in a phase for the first time, and that have waited until then."""
-    return [i for i, g in enumerate(groups) if phase and g.phases[phase] and not any(g.phases[:phase])]
+def newly_trained(groups: Sequence[OptimizerGroup], phase: int) -> list[int]:
+    """Return the indices of the groups that are trained in this phase for the first time; none in the first phase."""
+    return [i for i, g in enumerate(groups) if phase and g.trained_in[phase] and not any(g.trained_in[:phase])]
 
 
 class PhaseCallback(TrainerCallback):
-    """Moves a Trainer from phase to phase."""
+    """Sets what a Trainer trains and its learning rates, update by update, and stops it after the last phase."""
 
-    def __init__(self, plan: PhaseSchedule) -> None:
-        self.plan = plan
+    def __init__(self, schedule: PhaseSchedule) -> None:
+        self.schedule = schedule
         self.groups: list[OptimizerGroup] = []
         self.evaluations: list[tuple[int, float]] = []
 
     def rate(self, group: int, done: int) -> float:
-        """Learning rate of a group in the update after `done`, for the scheduler."""
-        return self.plan.rates(self.groups, done, self.plan.now(done, self.evaluations))[group]
+        """Return the learning rate of a group in the update after `done`, for the scheduler."""
+        return self.schedule.rates(self.groups, done, self.schedule.position(done, self.evaluations))[group]
 
     def optimizer_groups(self, model: Any, decays: frozenset[str], weight_decay: float) -> list[dict[str, Any]]:
         """Make the parameter groups of an optimizer, which hold everything that is ever trained.
@@ -49,7 +53,7 @@ class PhaseCallback(TrainerCallback):
         Args:
             decays: names of the parameters to which weight decay applies.
         """
-        self.groups = self.plan.groups(frozenset(self.plan.names) - decays)
+        self.groups = self.schedule.groups(frozenset(self.schedule.names) - decays)
         named = dict(model.named_parameters())
         return [
             {
@@ -78,34 +82,34 @@ class PhaseCallback(TrainerCallback):
         lr_scheduler: Any = None,
         **_: Any,
     ) -> None:
-        """Enter the phase of this update; say its learning rates."""
-        now = self.plan.now(state.global_step, self.evaluations)
-        if state.global_step == now.begun:
-            reset_adam_steps(optimizer, groups_that_begin(self.groups, now.phase))
-            if now.phase == len(self.plan.stretches) - 1:
-                # Earlier phases prepare this one: its best weights are looked for among its own evaluations.
+        """Enter the phase of this update and set its learning rates."""
+        position = self.schedule.position(state.global_step, self.evaluations)
+        if state.global_step == position.start:
+            reset_adam_steps(optimizer, newly_trained(self.groups, position.phase))
+            if position.phase == len(self.schedule.phases) - 1:
+                # The best checkpoint is chosen among the evaluations of the last phase only.
                 state.best_metric = state.best_global_step = state.best_model_checkpoint = None
-        set_trained(model, self.plan, now.phase)
-        rates = self.plan.rates(self.groups, state.global_step, now)
+        set_trained(model, self.schedule, position.phase)
+        rates = self.schedule.rates(self.groups, state.global_step, position)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         lr_scheduler._last_lr = rates
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
-        """Keep the held-out loss; the last phase may end here."""
+        """Record the held-out loss, and stop training if it ends the last phase."""
         if metrics and "eval_loss" in metrics:
             self.evaluations.append((state.global_step, metrics["eval_loss"]))
         self.on_step_end(args, state, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stop when all phases are over."""
-        if self.plan.now(state.global_step, self.evaluations).over:
+        """Stop training when all phases are over."""
+        if self.schedule.position(state.global_step, self.evaluations).finished:
             control.should_training_stop = True
 
 
-def attach_phases(trainer: Any, plan: PhaseSchedule) -> PhaseCallback:
-    """Make a Trainer follow a program. Its optimizer and schedule are made from the program when training begins."""
-    trainer.phases = PhaseCallback(plan)
-    trainer.add_callback(trainer.phases)
-    phases: PhaseCallback = trainer.phases
-    return phases
+def attach_phases(trainer: Any, schedule: PhaseSchedule) -> PhaseCallback:
+    """Make a Trainer follow a phase schedule. Call before training begins, when it creates optimizer and scheduler."""
+    callback = PhaseCallback(schedule)
+    trainer.phase_callback = callback
+    trainer.add_callback(callback)
+    return callback

@@ -1,4 +1,4 @@
-"""Loads what a probe reads, as the stage reads its own records."""
+"""Loading of the data of a forgetting probe, with the same settings as the stage's own records."""
 
 from __future__ import annotations
 
@@ -32,19 +32,27 @@ def load_probe(
     render: Callable[[Sequence[Any]], Sequence[Any]],
     scorer: bool,
 ) -> ProbeData | None:
-    """What is read at each evaluation; None if nothing is.
+    """Return the data of the configured probe, or None if none is configured.
 
     Args:
-        kind: of record that the stage trains on; `render` makes rows of them.
-        scorer: the model has another output layer than its source.
-    Raises: ConfigError without held-out records, CheckpointError if the source has no output layer to read with.
+        config: configuration of the stage, with its `probe` section.
+        data: data settings of the stage.
+        source: the model that training starts from.
+        renderer: renders and tokenizes records.
+        console: where notes are printed.
+        kind: kind of record that the stage trains on.
+        evaluate: whether there are held-out records.
+        render: function from records to rows of the trainer.
+        scorer: whether the trained model has another output layer than its source.
+    Raises: ConfigError without held-out records; CheckpointError if `stop_above` is set and the source has no output
+        layer to compute the text's loss with.
     """
     wanted = config.probe
     if not (wanted.text or wanted.ood):
         return None
     if not evaluate:
         raise ConfigError(
-            "a probe is read when held-out records are, and there are none",
+            "a probe is measured at each evaluation, and there are no held-out records to evaluate",
             where="probe",
             do="set data.validation or data.validation_fraction",
         )
@@ -62,16 +70,19 @@ def load_probe(
     if scorer and text and output is None:
         if wanted.stop_above is not None:
             raise CheckpointError(
-                "the probe's text is read with the source's output layer, and it has none",
+                "the loss of the probe's text needs the source model's output layer, and it has none",
                 where=source.path,
                 do="start from a causal LM, or leave probe.stop_above empty",
             )
-        console.note("probe: the source has no output layer to read text with; how far its features move is measured")
+        console.note(
+            "probe: the source model has no output layer to compute the text's loss with; only the change of hidden "
+            "states is measured"
+        )
     return ProbeData(text, not scorer, output, ood, renderer.pad_id, wanted.stop_above)
 
 
 def output_weight(source: ModelSource) -> torch.Tensor | None:
-    """[V, H]: a copy of a causal LM's output layer; None of a model that has another one."""
+    """Return a copy of a causal LM's output layer, [V, H]; None for a model that is no causal LM."""
     from transformers import AutoConfig
 
     folder = resolve_model(source)

@@ -1,4 +1,4 @@
-"""Reward model: rendered pairs into trl.RewardTrainer, with our loss and honest counting."""
+"""Trainer of reward models on trl.RewardTrainer, with soft labels and metrics that count every pair once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ TokenizedPair = dict[str, Any]  # chosen_ids, rejected_ids, preference, and marg
 
 
 class RewardModelTrainer(OverridingTrainer, RewardTrainer):
-    """trl.RewardTrainer with soft labels. Accuracy counts decided pairs only and sums over batches and processes."""
+    """trl.RewardTrainer with soft labels. Accuracy counts only pairs with a preference other than 0.5.
+
+    Accuracy and margin are computed from sums over all batches and processes.
+    """
 
     columns = ("chosen_ids", "rejected_ids", "preference", "margin")
     center = 0.0
@@ -30,7 +33,10 @@ class RewardModelTrainer(OverridingTrainer, RewardTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean Bradley-Terry loss of a batch; the chosen rows come first. Held-out pairs count once."""
+        """Return the mean Bradley-Terry loss of a batch, in which the chosen rows come first.
+
+        Pairs that only repeat held-out pairs to fill the batch are left out.
+        """
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         scores = outputs.logits.squeeze(-1).float()
         pairs = len(scores) // 2
@@ -47,19 +53,19 @@ class RewardModelTrainer(OverridingTrainer, RewardTrainer):
 
     def _count(self, mode: str, chosen: torch.Tensor, rejected: torch.Tensor, preference: torch.Tensor) -> None:
         decided = preference != 0.5
-        right = ((chosen > rejected) == (preference > 0.5)) & (chosen != rejected) & decided
+        correct = ((chosen > rejected) == (preference > 0.5)) & (chosen != rejected) & decided
         margin = (chosen - rejected).sum()
-        sums = torch.stack([right.sum(), decided.sum(), margin, torch.full_like(margin, len(chosen))]).double()
+        sums = torch.stack([correct.sum(), decided.sum(), margin, torch.full_like(margin, len(chosen))]).double()
         self._sums[mode] = self._sums.get(mode, torch.zeros_like(sums)) + sums
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add accuracy and margin over everything seen since the last log line."""
+        """Add accuracy and margin over all pairs since the last log line."""
         prefix = next((p for p in ("eval_", "ood_") if any(k.startswith(p) for k in logs)), "")
         mode = "eval" if prefix else "train"
         sums = self._sums.pop(mode, None)
         if sums is not None:
-            right, decided, margin, pairs = self.accelerator.reduce(sums, "sum").tolist()
-            logs[f"{prefix}accuracy"] = right / max(decided, 1.0)
+            correct, decided, margin, pairs = self.accelerator.reduce(sums, "sum").tolist()
+            logs[f"{prefix}accuracy"] = correct / max(decided, 1.0)
             logs[f"{prefix}margin"] = margin / max(pairs, 1.0)
         super().log(logs, start_time)
 
@@ -74,9 +80,11 @@ def build_reward_trainer(
     *,
     center: float,
 ) -> RewardModelTrainer:
-    """The trainer; keeps the checkpoint of the best held-out accuracy.
+    """Build the trainer. It restores the checkpoint of the best held-out accuracy at the end.
 
-    Raises: TrainingError if the score head would not be trained (a frozen random head gives random rewards).
+    Args:
+        center: weight of (chosen + rejected)^2 in the loss, which keeps scores near 0.
+    Raises: TrainingError if the score head is frozen (a frozen random head gives random rewards).
     """
     from datasets import Dataset
     from trl import RewardConfig

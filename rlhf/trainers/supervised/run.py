@@ -1,4 +1,4 @@
-"""The part that the stages on a transformers Trainer share: train with checkpoints, write `model/`."""
+"""Training run that all stages on a transformers Trainer share: train with checkpoints, then write `model/`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from rlhf.trainers.supervised.base import (
     tokens_until,
     training_arguments,
 )
-from rlhf.trainers.supervised.checkpoint_callback import CheckpointCallback, by_name, last_checkpoint
+from rlhf.trainers.supervised.checkpoint_callback import CheckpointCallback, last_checkpoint, save_by_parameter_name
 from rlhf.trainers.supervised.forgetting import ForgettingCallback, ProbeData
 from rlhf.trainers.supervised.phase_callback import attach_phases
 
@@ -38,34 +38,41 @@ def run_training(
     seed: int,
     console: Console,
     *,
-    program: PhaseSchedule,
+    schedule: PhaseSchedule,
     saving: Saving,
     evaluate: bool,
     build: Callable[[dict[str, Any], MetricsCallback], Any],
     save: Callable[[Any, Path], dict[str, Any]],
     resume: bool,
-    what: str = "sequences",
+    unit: str = "sequences",
     shown: tuple[str, ...] = ("loss", "eval_loss"),
     evaluations: int = 5,
-    probed: ProbeData | None = None,
+    probe_data: ProbeData | None = None,
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """Train, or go on from the newest checkpoint, and write the model.
+    """Train from the start or from the newest checkpoint, and write the model.
 
     Args:
-        program: what is trained when.
-        saving: how many checkpoints stay, and how long a stop may take.
+        stage: name of the stage, for the progress bar.
+        directory: run directory.
+        optim: optimizer and batch settings.
+        seed: seed of the run.
+        console: where notes and progress are printed.
+        schedule: the phases of the run.
+        saving: how many checkpoints are kept, and how long saving after a stop request may take.
         evaluate: whether there are held-out records.
-        what: sequences, pairs or records.
-        build: from training arguments and the report to the trainer.
-        save: writes the model of the trainer into a folder; what it returns joins the summary.
+        build: function from training arguments and the metrics callback to the trainer.
+        save: function that writes the trainer's model into a folder and returns entries for the summary.
+        resume: whether to continue from the newest checkpoint.
+        unit: what a batch consists of: sequences, pairs or records.
         shown: metrics on the progress bar.
-        evaluations: how often held-out records are read, and checkpoints written.
-        probed: what else is read then.
-    Returns: the run's summary so far (updates and what `save` returned), and the numbers of the last evaluation.
+        evaluations: number of evaluations, and of regular checkpoints, in the run.
+        probe_data: data of the forgetting probe, which is measured at each evaluation; None = no probe.
+    Returns: the run's summary so far (updates, what `save` returned, and the last probe), and the numbers of the last
+        evaluation.
     """
     world = world_size()
-    updates = program.updates
-    console.note(f"{SupervisedPlan(optim, world, 0).describe(what)}; {updates} updates")
+    updates = schedule.updates
+    console.note(f"{SupervisedPlan(optim, world, 0).describe(unit)}; {updates} updates")
     checkpoint = last_checkpoint(directory, console.note) if resume else None
     check_same_checkpoint(checkpoint.path.name if checkpoint else None, directory)
     lines, step = (checkpoint.about["lines"], checkpoint.about["step"]) if checkpoint else (0, 0)
@@ -75,30 +82,34 @@ def run_training(
     before, losses = tokens_until(path, step), losses_since(path, lines)
     writer = MetricsWriter(path, main=is_main_process(), keep_until=step, keep_lines=lines)
     args = training_arguments(
-        optim, directory, seed=seed, processes=world, program=program, evaluate=evaluate, evaluations=evaluations
+        optim, directory, seed=seed, processes=world, schedule=schedule, evaluate=evaluate, evaluations=evaluations
     )
     with directory.guard(), console.progress(stage, updates, "update") as bar:
         trainer = build(args, MetricsCallback(writer, bar, shown, tokens=before, losses=losses))
-        attach_phases(trainer, program)
+        attach_phases(trainer, schedule)
         remove_printer(trainer)
         check_accelerator(trainer.accelerator)
-        probe = ForgettingCallback(trainer, probed, console.note) if probed is not None else None
+        probe = ForgettingCallback(trainer, probe_data, console.note) if probe_data is not None else None
         if probe is not None:
             trainer.add_callback(probe)
         CheckpointCallback(directory, saving, writer).attach(trainer)
-        with preemption.delay_sigterm(saving.grace_seconds), by_name(trainer, program):
+        with preemption.delay_sigterm(saving.grace_seconds), save_by_parameter_name(trainer, schedule):
             trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
-        updates = trainer.state.global_step  # patience may have ended it early
+        updates = trainer.state.global_step  # fewer than planned if patience ended the run
         final = trainer.evaluate() if evaluate else {}
-        elsewhere = {name: round(value, 6) for name, value in probe.last.items()} if probe is not None else {}
+        probe_results = {name: round(value, 6) for name, value in probe.last.items()} if probe is not None else {}
         with directory.new_model() as folder:
-            more = save(trainer, folder)
+            saved = save(trainer, folder)
     writer.close()
-    return {"updates": updates, **more, **elsewhere}, final
+    return {"updates": updates, **saved, **probe_results}, final
 
 
 def save_trained(trainer: Any, folder: Path, stage: str, renderer: Renderer, tokenizer: Any, **record: Any) -> None:
-    """Weights, tokenizer and hand-over record; `record` adds to the last. Collective."""
+    """Write weights, tokenizer and hand-over record into a folder. Collective.
+
+    Args:
+        record: further entries of the hand-over record.
+    """
     save_model(trainer.model_wrapped, str(folder), accelerator=trainer.accelerator)
     if is_main_process():
         save_tokenizer_and_handover(folder, stage, renderer, tokenizer, **record)
@@ -114,20 +125,21 @@ def train_language_model(
     seed: int,
     console: Console,
     *,
-    program: PhaseSchedule,
+    schedule: PhaseSchedule,
     saving: Saving,
     records: int,
     evaluate: bool,
     build: Callable[[dict[str, Any], MetricsCallback], Any],
     resume: bool,
     evaluations: int = 5,
-    probed: ProbeData | None = None,
+    probe_data: ProbeData | None = None,
     reply_tokens: float | None = None,
 ) -> dict[str, Any]:
-    """`fit` for a language model, to the end of the run. Returns: the summary.
+    """Train a language model with `run_training`, finish the run directory, and return the run's summary.
 
     Args:
-        reply_tokens: mean length of what it learns to say, for the hand-over record.
+        records: number of training records, for the summary.
+        reply_tokens: mean length of the replies in the training data, in tokens, for the hand-over record.
     """
 
     def save(trainer: Any, folder: Path) -> dict[str, Any]:
@@ -141,7 +153,7 @@ def train_language_model(
         optim,
         seed,
         console,
-        program=program,
+        schedule=schedule,
         saving=saving,
         evaluate=evaluate,
         build=build,
@@ -149,7 +161,7 @@ def train_language_model(
         resume=resume,
         shown=("loss", "eval_loss", "gap", "token_accuracy"),
         evaluations=evaluations,
-        probed=probed,
+        probe_data=probe_data,
     )
     if final:
         summary["eval_loss"] = round(final["eval_loss"], 6)

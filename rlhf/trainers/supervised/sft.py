@@ -1,4 +1,4 @@
-"""Supervised fine-tuning and pretraining: rendered columns into trl.SFTTrainer."""
+"""Trainers of language models: pretraining on transformers.Trainer, SFT on trl.SFTTrainer."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from rlhf.trainers.supervised.eval_loss import TokenMeanLoss
 
 
 class DocumentTrainer(TokenMeanLoss, OverridingTrainer, Trainer):
-    """A plain transformers.Trainer: every token counts, so TRL has nothing to add."""
+    """transformers.Trainer for documents, whose tokens all carry loss."""
 
 
 class DemonstrationTrainer(TokenMeanLoss, OverridingTrainer, SFTTrainer):
-    """trl.SFTTrainer, but for the held-out loss."""
+    """trl.SFTTrainer whose held-out loss is the mean over tokens."""
 
 
 def to_dataset(rows: Sequence[Rendered]) -> Any:
-    """Columns `input_ids` and `labels` (-100 where the mask is False), which TRL uses as they are."""
+    """Return a data set with columns `input_ids` and `labels` (-100 where the mask is False), as TRL accepts them."""
     from datasets import Dataset
 
     labels = [[i if m else -100 for i, m in zip(r.ids, r.mask, strict=True)] for r in rows]
@@ -42,7 +42,7 @@ def build_pretrain_trainer(
     arguments: dict[str, Any],
     report: MetricsCallback,
 ) -> Any:
-    """A trainer on every token of documents."""
+    """Build the trainer of a pretraining run, on every token of documents."""
     from transformers import TrainingArguments
 
     args = TrainingArguments(**arguments)
@@ -69,10 +69,11 @@ def build_sft_trainer(
     *,
     packing: int | None = None,
 ) -> Any:
-    """A trl.SFTTrainer on rendered rows.
+    """Build the trainer of an SFT run on rendered rows.
 
     Args:
-        packing: fill sequences of this many tokens with several rows (attention stays within a row); None = off.
+        packing: length in tokens of sequences that are filled with several rows (attention stays within a row);
+            None = no packing.
     """
     from trl import SFTConfig
 
@@ -85,7 +86,7 @@ def build_sft_trainer(
         eval_dataset=_by_length(validation),
         callbacks=[report, StopOnBadLoss()],
     )
-    # Packed sequences are as long as each other: any order will do, as long as it is ours.
+    # Packed sequences have the same length, so they are only shuffled, by our sampler and not by the Trainer's.
     lengths = [len(row.ids) for row in train] if packing is None else [packing] * len(trainer.train_dataset)
     order_rows(trainer, lengths, pool=50 if packing is None else 1)
     return trainer

@@ -1,4 +1,4 @@
-"""What a run checks about itself: a sound run passes, and each planted fault stops it at the first step, in words."""
+"""Tests of PPO's checks: a sound run passes, and each planted fault stops it at the first step with its message."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STOP = {"broken": "stop"}
 
 
 def sound(reward_folder: str, **options: Any) -> PPOTrainer:
-    """A trainer whose policy starts as its reference, so that every invariant holds."""
+    """Return a trainer whose policy equals its reference, so that every invariant holds."""
     policy, reference = sometimes_ending(tiny.new(1)), sometimes_ending(tiny.new(1)).requires_grad_(False)
     return make(reward_folder, policy=policy, reference=reference, **{"watch": STOP} | options)
 
@@ -50,13 +50,13 @@ def test_a_sound_run_breaks_nothing(reward_folder: str, changes: dict[str, Any])
 
 
 def other_temperature(trainer: PPOTrainer, _: pytest.MonkeyPatch) -> None:
-    """Rollouts are drawn at another temperature than they are scored at."""
+    """Sample rollouts at another temperature than they are scored at."""
     generator: Any = trainer.generator
     generator.settings = generator.settings.model_copy(update={"temperature": 0.6})
 
 
 def hidden_filter(_: PPOTrainer, patch: pytest.MonkeyPatch) -> None:
-    """A top-k that shapes the draws but is not told to the log-probs."""
+    """Sample with a top-k filter that the log-probs do not include."""
     original = sampling.draw_token
 
     def pick(logits: Any, uniform: Any, temperature: float) -> Any:
@@ -78,7 +78,7 @@ def shifted_mask(_: PPOTrainer, patch: pytest.MonkeyPatch) -> None:
 
 
 def score_on_a_pad(_: PPOTrainer, patch: pytest.MonkeyPatch) -> None:
-    """One past the last token where there is room: what several code bases do."""
+    """Put the score one position past the last token if there is one, as several code bases do."""
 
     def shaped(scores: Any, kl: Any, mask: Any, coef: float) -> Any:
         rewards = -coef * kl * mask
@@ -102,7 +102,7 @@ def another_reference(trainer: PPOTrainer, _: pytest.MonkeyPatch) -> None:
 
 
 class Noisy(nn.Module):
-    """A score head with dropout before it."""
+    """Score head with dropout before it."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ def reward_model_in_training_mode(trainer: PPOTrainer, _: pytest.MonkeyPatch) ->
 
 
 def padding_in_the_score(trainer: PPOTrainer, _: pytest.MonkeyPatch) -> None:
-    """The reward model attends to padding."""
+    """Make the reward model attend to padding."""
     model = trainer.models.rewards.parts[0][1].model  # type: ignore[union-attr]
     original = model.model.forward
 
@@ -130,7 +130,7 @@ def padding_in_the_score(trainer: PPOTrainer, _: pytest.MonkeyPatch) -> None:
 
 
 def packed_rows_that_leak(_: PPOTrainer, patch: pytest.MonkeyPatch) -> None:
-    """Sequences in one row see each other."""
+    """Make sequences in one packed row attend to each other."""
     original = packed_batch.pack
 
     def leaking(ids: torch.Tensor, mask: torch.Tensor) -> packed_batch.PackedBatch:
@@ -145,10 +145,10 @@ FAULTS: list[tuple[Callable[[PPOTrainer, pytest.MonkeyPatch], None], str]] = [
     (hidden_filter, "log-probs while sampling differ from teacher-forced ones"),
     (shifted_mask, "log-probs while sampling differ from teacher-forced ones"),
     (dropout_left_on, "the first importance ratio is not 1"),
-    (score_on_a_pad, "the score does not lie, whole, on the last real token"),
+    (score_on_a_pad, "the score is not entirely on the last real token"),
     (whitening_by_rank, "whitened over all processes together"),
     (another_reference, "the KL of a fresh policy is not 0"),
-    (reward_model_in_training_mode, "it is in training mode"),
+    (reward_model_in_training_mode, "it may be in training mode"),
     (padding_in_the_score, "the reward model's score depends on padding"),
     (packed_rows_that_leak, "the reward model's score depends on padding"),
 ]
@@ -175,12 +175,12 @@ def test_a_planted_fault_stops_the_first_step_before_anything_moves(
 
 
 def test_to_continue_says_it_once_and_goes_on(reward_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    trainer = sound(reward_folder, watch={"broken": "continue"}, say=said.append)
+    logged: list[str] = []
+    trainer = sound(reward_folder, watch={"broken": "continue"}, log=logged.append)
     hidden_filter(trainer, monkeypatch)
     trainer.train()
     assert trainer.state.step == 2
-    assert sum("while sampling" in line for line in said) == 2  # the words name the size of the gap, which differs
+    assert sum("while sampling" in line for line in logged) == 2  # the words name the size of the gap, which differs
 
 
 # Health
@@ -204,7 +204,7 @@ def test_a_fresh_value_model_may_explain_nothing() -> None:
 
 def test_a_rollback_returns_to_the_last_good_step_with_a_smaller_rate(reward_folder: str) -> None:
     kept, save, load = memory()
-    said: list[str] = []
+    logged: list[str] = []
     steps: list[int] = []
     trainer = sound(
         reward_folder,
@@ -212,7 +212,7 @@ def test_a_rollback_returns_to_the_last_good_step_with_a_smaller_rate(reward_fol
         ppo={"steps": 4},
         checkpoint=save,
         restore=load,
-        say=said.append,
+        log=logged.append,
         report=lambda step, *_: steps.append(step),
         optim={"learning_rate": 1e-4, "value_learning_rate": 1e-3},
         kl={"coef": 0.1, "target": None},
@@ -224,13 +224,13 @@ def test_a_rollback_returns_to_the_last_good_step_with_a_smaller_rate(reward_fol
     assert trainer.state.rollbacks == 1
     assert trainer.state.learning_rate_scale == 0.25
     assert trainer.state.kl_coef == pytest.approx(0.2)
-    assert len(said) == 1
-    assert "Rolled back from step 2 to step 2" in said[0] or "Rolled back from step 3 to step 2" in said[0]
+    assert len(logged) == 1
+    assert "Rolled back from step 2 to step 2" in logged[0] or "Rolled back from step 3 to step 2" in logged[0]
     assert kept["state"]["rollbacks"] == 1
 
 
 def test_each_rollback_raises_the_kl_coefficient_once(reward_folder: str) -> None:
-    """Whether the checkpoint is older than the earlier rollback or already holds it."""
+    """The result is the same whether the checkpoint was written before or after the earlier rollback."""
     for held in (0, 1):
 
         def restore(trainer: PPOTrainer, held: int = held) -> bool:
@@ -262,9 +262,9 @@ def test_too_many_rollbacks_end_the_run(reward_folder: str) -> None:
 def test_unhealthy_numbers_can_stop_a_run_or_be_said(reward_folder: str) -> None:
     with pytest.raises(TrainingError, match=r"outside .*lower optim.learning_rate"):
         sound(reward_folder, watch={"unhealthy": "stop"}, optim={"learning_rate": 10.0}).train()
-    said: list[str] = []
-    sound(reward_folder, watch={"unhealthy": "continue"}, optim={"learning_rate": 10.0}, say=said.append).train()
-    assert any("outside" in line for line in said)
+    logged: list[str] = []
+    sound(reward_folder, watch={"unhealthy": "continue"}, optim={"learning_rate": 10.0}, log=logged.append).train()
+    assert any("outside" in line for line in logged)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_batch(
@@ -280,13 +280,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_batch(
 
 def test_a_gradient_that_is_not_finite_is_rolled_back_if_that_is_wanted(reward_folder: str) -> None:
     _, save, load = memory()
-    said: list[str] = []
+    logged: list[str] = []
     trainer = sound(
         reward_folder,
         watch={"unhealthy": "rollback"},
         checkpoint=save,
         restore=load,
-        say=said.append,
+        log=logged.append,
         ppo={"steps": 2},
         sampling={"max_new_tokens": 60},
         optim={"learning_rate": 1e-4, "value_learning_rate": 1e-3},
@@ -303,7 +303,7 @@ def test_a_gradient_that_is_not_finite_is_rolled_back_if_that_is_wanted(reward_f
     trainer.accumulate = accumulate  # type: ignore[method-assign]
     trainer.train()
     assert (trainer.state.step, trainer.state.rollbacks) == (2, 1)
-    assert "the gradient norm is" in said[0]
+    assert "the gradient norm is" in logged[0]
     assert all(bool(p.isfinite().all()) for p in trainer.models.trained.parameters())
 
 

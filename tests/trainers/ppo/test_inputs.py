@@ -1,4 +1,4 @@
-"""PPO from Python: whatever a user may give to the trainer is understood, or refused with advice."""
+"""Tests of PPO from Python: every kind of argument is accepted, or rejected with a message that names a remedy."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LEARNING: dict[str, Any] = {
 
 
 def made(policy: Any, reward: Any, prompts: Any = ("hello", "good day"), **options: Any) -> PPOTrainer:
-    """A trainer with small settings."""
+    """Return a trainer with small settings."""
     settings = PPOSettings.model_validate(SMALL | options.pop("settings", {}))
     return PPOTrainer(policy, reward, prompts, settings, console=Console(quiet=True), **options)
 
@@ -46,7 +46,7 @@ def shorter(prompt: Any, response: str, record: Any) -> float:
 
 
 def test_a_plain_model_a_lambda_and_a_list_of_strings(sft_folder: str, tmp_path: Path) -> None:
-    """Six lines: it learns, saves, and what it saved loads."""
+    """A script of six lines trains and saves a model that can be loaded."""
     model = AutoModelForCausalLM.from_pretrained(sft_folder)
     settings = PPOSettings.model_validate(SMALL | LEARNING)
     trainer = PPOTrainer(model, lambda prompt, response, record: response.count(" "), ["hello", "good day"], settings)
@@ -80,7 +80,7 @@ def load_value(folder: str) -> Any:
 
 
 def test_an_adapter_is_asked_for_in_the_settings(sft_folder: str, tmp_path: Path) -> None:
-    """Its base is the reference; what is saved is the adapter."""
+    """The adapter's base model is the reference, and the adapter is what is saved."""
     trainer = made(sft_folder, shorter, settings={"peft": {"method": "lora", "r": 2, "alpha": 4.0}})
     assert trainer.models.reference is None
     assert isinstance(trainer.models.trained.value_model, SharedValueHead)

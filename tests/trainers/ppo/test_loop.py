@@ -1,4 +1,4 @@
-"""The PPO loop: which prompts, which rows, how many updates, at which rates, and what is reported."""
+"""Tests of the PPO loop: prompts, rows, number of updates, learning rates and reported metrics."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_slots_of_a_step_do_not_depend_on_how_it_was_reached(reward_folder: 
 
 
 def test_ranks_share_the_slots_and_draw_what_one_process_would(reward_folder: str) -> None:
-    """Two ranks by hand: together they hold exactly the episodes of one process."""
+    """Two simulated ranks together have exactly the episodes of one process."""
     trainer = make(reward_folder)
     whole = trainer.sample()
     accelerator = trainer.accelerator
@@ -118,7 +118,7 @@ def test_a_rollout_that_cannot_be_shared_is_refused(reward_folder: str) -> None:
 
 
 def rates(reward_folder: str, **optim: Any) -> list[tuple[float, float]]:
-    """Both learning rates at each of the 8 updates of a run."""
+    """Return both learning rates at each of the 8 updates of a run."""
     trainer = make(reward_folder, optim={"learning_rate": 0.8, "value_learning_rate": 1.6, **optim})
     seen = []
     for update in range(PPOPlan(trainer.settings, 1).updates):
@@ -165,7 +165,7 @@ def test_each_group_holds_its_own_model_and_nothing_frozen(reward_folder: str, s
 
 
 def with_kl(trainer: Any, nats: float) -> Any:
-    """An experience whose KL is the same in every row."""
+    """Return an experience with the same KL in every row."""
     e = experienced(trainer)
     first = torch.zeros_like(e.old_logprobs)
     first[:, 0] = nats

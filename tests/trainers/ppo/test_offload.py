@@ -1,4 +1,4 @@
-"""PPO whose frozen models rest while they are not asked: the same numbers, and one journey a step for each."""
+"""Tests of offloading in PPO: the numbers are the same, and each frozen model is moved once per step."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ BOTH = ["reference", "reward"]
 
 
 def travelling(folder: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[PPOTrainer, list[str]]:
-    """A trainer that believes its frozen models to rest away from an accelerator, and the journeys that they make.
+    """Return a trainer with (simulated) offloaded frozen models, and a list of their transfers.
 
-    They go nowhere in truth, so that they compute."""
+    The models are not really moved, so that they can compute.
+    """
     models = {"reference": tiny.new(2).requires_grad_(False), "reward": load_scorer(tiny.source(folder))}
     log: list[str] = []
     for name, model in models.items():

@@ -1,4 +1,4 @@
-"""Each option of PPO does what its name says, and nothing when it is off."""
+"""Tests of PPO's options: each has its effect, and none when it is off."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.trainers.setup import Hooks, config, experienced, make, saved
 
 @pytest.fixture(scope="module")
 def parts(reward_folder: str) -> tuple[Any, ...]:
-    """An experience and what a policy that has moved says about it."""
+    """Return an experience, and the outputs of a changed policy for it."""
     trainer = make(reward_folder)
     e = experienced(trainer)
     shake(trainer.models.trained, size=0.05)

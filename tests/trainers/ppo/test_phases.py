@@ -1,4 +1,4 @@
-"""Freezing and unfreezing inside PPO, of policy and value model each."""
+"""Tests of freezing and unfreezing in PPO, of the policy and of the value model."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_value_head_warms_up_on_a_frozen_trunk(reward_folder: str) -> None:
 
 
 def test_a_step_samples_in_the_phase_that_it_trains_in(reward_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A resumed step has no step before it; what takes gradients changes the last digit of a product."""
+    """A resumed step samples with the same requires_grad flags, which change the last digit of a product."""
     trainer = make(reward_folder, unfreeze=LAST_FIRST, ppo={"steps": 2})
     real, seen = trainer.sample, []
 
@@ -87,7 +87,7 @@ def test_phases_that_train_everything_change_nothing(reward_folder: str) -> None
 
 @pytest.mark.parametrize("after", [1, 2])
 def test_a_resumed_run_is_in_the_phase_of_the_uninterrupted_one(after: int, reward_folder: str, tmp_path: Path) -> None:
-    """At the unfreeze and after it, with averaged weights."""
+    """This holds at the unfreezing step and after it, with averaged weights."""
     settings: dict[str, Any] = {"unfreeze": LAST_FIRST | HEAD_FIRST, "ppo": {"steps": 3, "ema": 0.5}}
     one = make(reward_folder, **settings)
     while one.state.step < 3:

@@ -1,4 +1,4 @@
-"""A value head on the policy's own trunk: the same policy, one trunk, and a gradient through it."""
+"""Tests of a value head on the policy's trunk: the same policy, one trunk, and a gradient through it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PPO-ptx: the gradient of its text term, which documents take part, and the coefficient that follows the gradients."""
+"""Tests of PPO-ptx: the gradient of its text term, the documents of each update, and the adaptive coefficient."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def with_text(reward_folder: str, coef: float, microbatch: int = 3, **options: A
     return make(reward_folder, text=text, ptx=ptx, optim={"microbatch_size": microbatch}, **options)
 
 
-def accumulate(trainer: PPOTrainer, update: int, weigh: bool = False) -> None:
+def accumulate(trainer: PPOTrainer, update: int, measure: bool = False) -> None:
     assert trainer.text is not None
-    trainer.text.accumulate(trainer.models.trained, trainer.accelerator, update, trainer.autocast, {}, weigh=weigh)
+    trainer.text.accumulate(trainer.models.trained, trainer.accelerator, update, trainer.autocast, {}, measure=measure)
 
 
 @pytest.mark.parametrize("microbatch", [1, 3, 8])
@@ -68,7 +68,7 @@ def test_documents_are_used_once_a_lap_and_shared_by_processes(reward_folder: st
 
 
 def test_text_keeps_the_policy_able_to_predict_it(reward_folder: str) -> None:
-    """Learning: the loss on the documents falls with the term and not without it."""
+    """The loss on the documents falls with the term and not without it."""
 
     def text_loss(coef: float) -> float:
         options: dict[str, Any] = {"ppo": {"steps": 6}}
@@ -85,7 +85,7 @@ def test_text_keeps_the_policy_able_to_predict_it(reward_folder: str) -> None:
 
 
 def text_and_ppo_norms(trainer: PPOTrainer, experience: Experience) -> tuple[float, float]:
-    """Gradient norms of the weighted text term and of the PPO term of a first update, each by itself."""
+    """Return the gradient norms of the weighted text term and of the PPO term in the first update."""
     total = experience.response_mask.sum()
     trainer.models.trained.zero_grad()
     accumulate(trainer, 0)
@@ -105,7 +105,7 @@ def test_the_coefficient_finds_the_wanted_ratio_of_gradient_norms(start: float, 
     coefs = []
     for _ in range(24):  # the same update again and again, without a step
         trainer.models.trained.zero_grad()
-        accumulate(trainer, 0, weigh=True)
+        accumulate(trainer, 0, measure=True)
         part = trainer.minibatches(len(experience))[0][1]
         trainer.accumulate(experience, part, experience.response_mask.sum(), {})
         text.rebalance(trainer.models.trained.trained_policy().values(), trainer.accelerator)

@@ -47,7 +47,7 @@ def trainer(
 
 
 def check_alike(sft: str, reward: str, peft: Peft, **sections: Any) -> dict[bool, list[dict[str, float]]]:
-    """Trains with shared and with separate roles; returns the numbers of each."""
+    """Train with shared and with separate roles, and return the metrics of each."""
     lines: dict[bool, list[dict[str, float]]] = {True: [], False: []}
     trained = {}
     for shared in (True, False):

@@ -1,4 +1,4 @@
-"""The PPO update: its gradient is that of the equation, however the work is cut."""
+"""Tests of the PPO update: its gradient is that of the equation, for any split into microbatches and minibatches."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def trainer(reward_folder: str) -> PPOTrainer:
 
 
 def accumulated(trainer: PPOTrainer, e: Experience, microbatch: int, minibatch: Tensor = MINIBATCH) -> Tensor:
-    """Gradient of a minibatch as the trainer makes it."""
+    """Return the gradient of a minibatch as the trainer computes it."""
     optim = trainer.settings.optim.model_copy(update={"microbatch_size": microbatch})
     trainer.settings = trainer.settings.model_copy(update={"optim": optim})
     trainer.models.trained.zero_grad()
@@ -37,7 +37,7 @@ def accumulated(trainer: PPOTrainer, e: Experience, microbatch: int, minibatch: 
 
 
 def transcribed(trainer: PPOTrainer, e: Experience, mean_of_rows: bool = False) -> Tensor:
-    """The same from the equation: one episode at a time, without padding, without the package's losses."""
+    """Return the gradient from the equation, one episode at a time, without padding and the package's losses."""
     trainer.models.trained.zero_grad()
     ppo, temperature = trainer.settings, trainer.settings.sampling.temperature
     policy, value_model = trainer.models.trained.policy, trainer.models.trained.value_model
@@ -72,7 +72,7 @@ def test_the_gradient_is_that_of_the_equation_for_every_split(trainer: PPOTraine
 
 
 def test_moving_the_policy_clips_some_tokens_and_not_all(trainer: PPOTrainer) -> None:
-    """What the test above stands on."""
+    """The test above relies on this."""
     e = experienced(trainer)
     shake(trainer.models.trained, size=0.03)
     sums: dict[str, Tensor] = {}
@@ -136,7 +136,7 @@ def test_advantages_are_whitened_over_real_tokens(trainer: PPOTrainer, reward_fo
 
 
 def test_means_are_over_response_tokens(trainer: PPOTrainer) -> None:
-    """With one minibatch and one epoch: the entropy reported is that of the rollout."""
+    """With one minibatch and one epoch the reported entropy is that of the rollout."""
     trainer.settings = config(ppo={"epochs": 1, "minibatches": 1}).settings
     e = experienced(trainer)
     with torch.no_grad():
@@ -160,7 +160,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(trainer: PPOTrainer
 
 
 def norms(trainer: PPOTrainer) -> list[float]:
-    """Gradient norms as the optimizer meets them."""
+    """Return the gradient norms at each optimizer step."""
     seen: list[float] = []
 
     def look(optimizer: Any, *_: Any) -> None:

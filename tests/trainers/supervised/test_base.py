@@ -1,4 +1,4 @@
-"""Arithmetic of the stages on a transformers Trainer, and what they write."""
+"""Tests of the parts that stages on a transformers Trainer share: batches, schedules, row order and metrics."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def made(tmp_path: Path, processes: int = 1, updates: int = 40, phases: int = 1,
     plan = make_schedule(
         LAYOUT, SupervisedPlan(optim, 1, 10 * optim.batch_size), freeze=EMPTY_SELECTION, unfreeze=unfreeze, factors={}
     )
-    return training_arguments(optim, RunDir(tmp_path), seed=5, processes=processes, program=plan, evaluate=True)
+    return training_arguments(optim, RunDir(tmp_path), seed=5, processes=processes, schedule=plan, evaluate=True)
 
 
 @pytest.mark.parametrize(("processes", "accumulation"), [(1, 8), (2, 4), (8, 1)])
@@ -204,7 +204,7 @@ def test_the_last_batch_of_an_epoch_is_filled_up_with_other_rows_of_it() -> None
 
 @pytest.mark.parametrize("rows", [9, 11, 15])
 def test_no_row_stands_twice_in_a_batch_that_others_can_fill(rows: int) -> None:
-    """Also where all batches are sorted together."""
+    """This also holds if all batches are sorted together."""
     for epoch in range(20):
         assert len(set(drawn(LENGTHS[:rows], 8, epoch=epoch)[8:])) == 8
 

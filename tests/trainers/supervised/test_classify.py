@@ -1,4 +1,4 @@
-"""The classifier's loss on batches of uneven rows, and counting that no split into batches spoils."""
+"""Tests of the classifier's loss on rows of different lengths, and of metrics under any split into batches."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ TARGETS: dict[bool, list[list[float]]] = {
         [0, 1, 0],
     ],
 }
-"""By whether several labels may hold at once."""
+"""Parametrization by whether several labels may apply to a record."""
 BOTH = pytest.mark.parametrize("multi_label", [False, True], ids=["exclusive", "multi_label"])
 
 
 def classifier(folder: str, peft: Peft | None = None) -> Any:
-    """Three labels on the SFT model, moved a little so that they differ."""
+    """Return a classifier with three labels on the SFT model, with changed weights so that the labels differ."""
     new = new_classifier(
         tiny.source(folder), peft or Peft(), outputs=3, pad_id=PAD, vocab_size=len(tiny.tokenizer()), seed=3
     )
@@ -70,7 +70,7 @@ def model(sft_folder: str) -> Any:
 
 
 def rows(multi_label: bool) -> list[dict[str, Any]]:
-    """11 rows of uneven lengths, soft and certain labels; the last batch of 4 has 3."""
+    """Return 11 rows of different lengths with soft and certain labels; the last batch of 4 has 3."""
     return [
         {"input_ids": ids, "target": [float(t) for t in target]}
         for ids, target in zip(tiny.rows(1, LENGTHS), TARGETS[multi_label], strict=True)
@@ -78,7 +78,7 @@ def rows(multi_label: bool) -> list[dict[str, Any]]:
 
 
 def alone(model: Any, data: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
-    """Logits of each row in a batch of its own, and the targets."""
+    """Return the logits of each row in a batch of its own, and the targets."""
     found = []
     for row in data:
         ids = torch.tensor([row["input_ids"]])
@@ -116,7 +116,7 @@ def test_the_loss_is_the_mean_of_the_equation_on_uneven_lengths(
 
 
 def test_a_padded_row_beside_a_long_one_keeps_its_gradient(model: Any, tmp_path: Path) -> None:
-    """The mean over a batch has the mean of the gradients of its rows, each in a batch of its own."""
+    """The gradient of a batch is the mean of the gradients of its rows, each in a batch of its own."""
     data = rows(False)[:4]
     trainer = label_trainer(tmp_path, model, data)
     trainer.compute_loss(model, LabelledCollator(PAD)(data)).backward()
@@ -131,7 +131,7 @@ def test_a_padded_row_beside_a_long_one_keeps_its_gradient(model: Any, tmp_path:
 
 
 def by_hand(logits: Tensor, target: Tensor, multi_label: bool) -> tuple[float, list[tuple[int, int, int]]]:
-    """Accuracy, and for each label (said and held, said only, held only), counted one decision at a time."""
+    """Return the accuracy and, for each label, true positives, false positives and false negatives."""
     right = decided = 0
     table = [[0, 0, 0] for _ in range(target.shape[1])]
     for z, t in zip(logits.tolist(), target.tolist(), strict=True):
@@ -147,25 +147,25 @@ def by_hand(logits: Tensor, target: Tensor, multi_label: bool) -> tuple[float, l
 
 
 def f1_by_hand(table: list[tuple[int, int, int]]) -> float:
-    """Mean of the harmonic means of precision and recall over labels that were said or held."""
+    """Return the mean F1 over labels that were predicted or apply."""
     scores = []
-    for both, said_only, held_only in table:
-        if both + said_only + held_only:
-            precision = both / (both + said_only) if both + said_only else 0.0
-            recall = both / (both + held_only) if both + held_only else 0.0
+    for both, false_positives, false_negatives in table:
+        if both + false_positives + false_negatives:
+            precision = both / (both + false_positives) if both + false_positives else 0.0
+            recall = both / (both + false_negatives) if both + false_negatives else 0.0
             scores.append(2 * precision * recall / (precision + recall) if both else 0.0)
     return sum(scores) / len(scores)
 
 
 def test_counts_of_exclusive_labels_by_hand() -> None:
-    """Of label 0 it said 3 and 2 held, of label 1 it said 1 and that held, label 2 it never said; one was soft."""
+    """Label 0 is predicted 3 times and 2 are right, label 1 once and right, label 2 never; one target is soft."""
     said = [0, 0, 0, 1, 1, 0]
     logits = torch.nn.functional.one_hot(torch.tensor(said), 4).float() * 5 - 2
     target = torch.tensor([[1, 0, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 1, 0, 0], [0, 0.6, 0.4, 0], [0, 1, 0, 0]])
     counts = read_confusion_counts(confusion_sums(logits, target, multi_label=False))
-    assert counts.both.tolist() == [2, 2, 0, 0]
-    assert counts.said_only.tolist() == [2, 0, 0, 0]
-    assert counts.held_only.tolist() == [0, 1, 1, 0]
+    assert counts.true_positives.tolist() == [2, 2, 0, 0]
+    assert counts.false_positives.tolist() == [2, 0, 0, 0]
+    assert counts.false_negatives.tolist() == [0, 1, 1, 0]
     assert counts.accuracy == pytest.approx(4 / 6)
     assert counts.precision.tolist() == pytest.approx([2 / 4, 2 / 2, 0, 0])
     assert counts.recall.tolist() == pytest.approx([2 / 2, 2 / 3, 0, 0])
@@ -173,11 +173,15 @@ def test_counts_of_exclusive_labels_by_hand() -> None:
 
 
 def test_counts_of_several_labels_by_hand() -> None:
-    """A label is said above a logit of 0 and holds above a probability of one half."""
+    """A label is predicted above a logit of 0 and applies above a probability of one half."""
     logits = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0], [0.0, 1.0]])
     target = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.5], [0.9, 0.51]])
     counts = read_confusion_counts(confusion_sums(logits, target, multi_label=True))
-    assert (counts.both.tolist(), counts.said_only.tolist(), counts.held_only.tolist()) == ([2, 1], [0, 1], [1, 1])
+    assert (counts.true_positives.tolist(), counts.false_positives.tolist(), counts.false_negatives.tolist()) == (
+        [2, 1],
+        [0, 1],
+        [1, 1],
+    )
     assert counts.accuracy == pytest.approx(5 / 8)
     assert counts.precision.tolist() == pytest.approx([1.0, 0.5])
     assert counts.recall.tolist() == pytest.approx([2 / 3, 1 / 2])
@@ -205,7 +209,9 @@ def test_counts_add_up_over_any_split(multi_label: bool, seed: int) -> None:
     assert torch.equal(torch.stack(parts).sum(0), whole)
     counts, (accuracy, table) = read_confusion_counts(whole), by_hand(logits, target, multi_label)
     assert counts.accuracy == pytest.approx(accuracy)
-    assert torch.stack([counts.both, counts.said_only, counts.held_only], dim=1).tolist() == [list(t) for t in table]
+    assert torch.stack([counts.true_positives, counts.false_positives, counts.false_negatives], dim=1).tolist() == [
+        list(t) for t in table
+    ]
     assert counts.macro_f1 == pytest.approx(f1_by_hand(table))
 
 
@@ -230,7 +236,7 @@ def test_held_out_numbers_are_over_all_records_and_written_once(
     (line,) = written(tmp_path)
     assert line["eval_label_accuracy"] == pytest.approx(accuracy)
     assert {"eval_loss", "eval_label_accuracy", "eval_macro_f1"} <= set(line)
-    assert [int(n) for n in trainer.counts["eval"].both] == [both for both, _, _ in table]
+    assert [int(n) for n in trainer.counts["eval"].true_positives] == [both for both, _, _ in table]
 
 
 def test_each_evaluation_counts_anew(model: Any, tmp_path: Path) -> None:
@@ -238,7 +244,7 @@ def test_each_evaluation_counts_anew(model: Any, tmp_path: Path) -> None:
     trainer = label_trainer(tmp_path, model, data, data)
     first, second = trainer.evaluate(), trainer.evaluate()
     assert first["eval_label_accuracy"] == second["eval_label_accuracy"]
-    assert trainer.counts["eval"].decided == len(data)
+    assert trainer.counts["eval"].decisions == len(data)
 
 
 def test_training_numbers_are_those_of_the_update(model: Any, tmp_path: Path) -> None:
@@ -253,7 +259,7 @@ def test_training_numbers_are_those_of_the_update(model: Any, tmp_path: Path) ->
 
 @BOTH
 def test_accumulation_changes_neither_loss_nor_step(multi_label: bool, sft_folder: str, tmp_path: Path) -> None:
-    """Weights are uneven on purpose: were they divided out, microbatches would differ."""
+    """The weights differ on purpose: a loss normalized by them would differ between microbatches."""
     weight = balanced_weights(torch.tensor([row["target"] for row in rows(multi_label)]), multi_label=multi_label)
     moved, lines = [], []
     for microbatch in (8, 2, 1):
@@ -278,7 +284,7 @@ def test_accumulation_changes_neither_loss_nor_step(multi_label: bool, sft_folde
 
 @pytest.mark.parametrize(("peft", "rate"), [(None, 3e-3), (tiny.LORA, 1e-2)], ids=["full", "LoRA"])
 def test_the_model_of_the_lowest_held_out_loss_is_kept(peft: Any, rate: float, sft_folder: str, tmp_path: Path) -> None:
-    """Trained on turned labels, the model gets worse: the checkpoint kept is not the last."""
+    """Trained on swapped labels the model gets worse, so the checkpoint kept is not the last."""
     model = classifier(sft_folder, peft)
     validation = rows(False)
     turned = [row | {"target": row["target"][1:] + row["target"][:1]} for row in validation]

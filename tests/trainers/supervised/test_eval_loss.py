@@ -1,4 +1,4 @@
-"""Held-out losses: every record and every token once, for any batch and any number of processes."""
+"""Tests of held-out losses: every record and token counts once, for any batch size and number of processes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LENGTHS = (1, 2, 7, 8)  # of evaluation sets
 
 
 def token_mean(model: Any, rows: list[Rendered]) -> float:
-    """Nats per token that carries loss, from the definition."""
+    """Return nats per token with loss, computed from the definition."""
     found = []
     for row in rows:
         with torch.no_grad():
@@ -60,7 +60,7 @@ def test_the_check_sees_a_mean_over_batches(tmp_path: Path, monkeypatch: pytest.
 
 
 def processes(records: int, world: int, rows: int) -> list[Any]:
-    """What accelerate says on each process at the last held-out batch."""
+    """Return stand-ins for the Accelerator of each process at the last held-out batch."""
     left = records % (world * rows)
     return [
         SimpleNamespace(gradient_state=SimpleNamespace(end_of_dataloader=True, remainder=left), process_index=rank)
@@ -96,7 +96,7 @@ def test_accelerate_still_says_what_the_last_batch_holds(records: int) -> None:
 @pytest.mark.parametrize("build", [sft_trainer, packed_trainer, document_trainer])
 @pytest.mark.parametrize("real", [0, 2, 5])
 def test_repetitions_are_not_counted(build: Any, real: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five rows, of which the first are records."""
+    """Of five rows the first are records and the others repetitions."""
     model = tiny.new(3)
     trainer = build(tmp_path, model, ROWS, ROWS, batch_size=5, microbatch_size=5)
     monkeypatch.setattr("rlhf.trainers.supervised.eval_loss.count_real_rows", lambda _, rows: {5: real}[rows])

@@ -1,4 +1,4 @@
-"""A Trainer that follows phases: what moves when, with which optimizer state, and after a resume."""
+"""Tests of a Trainer with phases: which parameters change when, with which optimizer state, and after a resume."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_probe_leaves_every_other_weight_bit_for_bit_and_the_next_phase_moves_
 
 
 def by_hand(model: Any, batches: list[Any], *, rebuild: bool) -> dict[str, torch.Tensor]:
-    """The same run with one AdamW of torch; `rebuild` makes a new one for the second phase."""
+    """Train the same run with torch's AdamW; `rebuild` creates a new optimizer for the second phase."""
     model.train()
     named = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(named.values(), lr=0.0, weight_decay=0.0)
@@ -89,7 +89,7 @@ def test_optimizer_state_survives_an_unfreeze(sft_folder: str, tmp_path: Path) -
 
 
 def test_the_first_update_of_a_weight_has_the_size_of_its_rate(sft_folder: str, tmp_path: Path) -> None:
-    """Adam's first step is rate x sign(gradient): the rate of every layer can be read from the weights."""
+    """Adam's first step is rate x sign(gradient), so the weights show the learning rate of every layer."""
     model = classifier(sft_folder)
     trainer = trained(
         tmp_path,
@@ -112,7 +112,7 @@ def test_the_first_update_of_a_weight_has_the_size_of_its_rate(sft_folder: str, 
 
 
 def saved_bytes(model: Any) -> int:
-    """Bytes that autograd keeps of a forward pass, weights aside."""
+    """Return the bytes that autograd saves in a forward pass, without weights."""
     own = {p.data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -185,18 +185,18 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(case: str, sft_fold
 
 
 class StopAt(TrainerCallback):
-    """Ends a run after an update."""
+    """Callback that stops a run after an update."""
 
     def __init__(self, update: int) -> None:
         self.update = update
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """After the checkpoint of that update."""
+        """Stop after the checkpoint of that update."""
         control.should_training_stop = state.global_step >= self.update
 
 
 def test_early_stopping_restores_the_best_weights(sft_folder: str, tmp_path: Path) -> None:
-    """A rate so high that the loss rises soon."""
+    """With a very high learning rate the loss soon rises."""
     trainer = trained(tmp_path, classifier(sft_folder), (), learning_rate=0.1, epochs=40, patience=3, evaluations=40)
     losses = [line["eval_loss"] for line in written(tmp_path) if "eval_loss" in line]
     assert trainer.state.global_step < 40
@@ -206,7 +206,7 @@ def test_early_stopping_restores_the_best_weights(sft_folder: str, tmp_path: Pat
 
 
 def test_the_best_weights_are_looked_for_in_the_last_phase(sft_folder: str, tmp_path: Path) -> None:
-    """Though the probe's loss is lower: the second phase has a rate that only does harm."""
+    """The best checkpoint is one of the second phase although the first phase has a lower loss."""
     harm = TrainingPhase(updates=4, learning_rate=0.05)
     trainer = trained(tmp_path, classifier(sft_folder), [PROBE, harm], evaluations=7, batch_size=8, microbatch_size=8)
     losses = {line["step"]: line["eval_loss"] for line in written(tmp_path) if "eval_loss" in line}

@@ -1,4 +1,4 @@
-"""What fine-tuning costs elsewhere: measured right, said, and able to stop a run."""
+"""Tests of the forgetting probe: its loss is right, it is reported, and it can stop a run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROWS = tiny.rows(4, [9, 30, 2, 17])
 
 
 def by_definition(model: Any) -> float:
-    """Row by row, token by token."""
+    """Return the loss of the text, computed row by row and token by token."""
     total, count = 0.0, 0
     for row in ROWS:
         with torch.no_grad():
@@ -34,8 +34,8 @@ def by_definition(model: Any) -> float:
     return total / count
 
 
-def probed(output: Any = None, *, speaks: bool = False) -> ProbeData:
-    return ProbeData(ROWS, speaks, output, (), tiny.renderer().pad_id, None)
+def probed(output: Any = None, *, language_model: bool = False) -> ProbeData:
+    return ProbeData(ROWS, language_model, output, (), tiny.renderer().pad_id, None)
 
 
 def text_loss(model: Any, what: ProbeData) -> float:
@@ -47,7 +47,7 @@ def text_loss(model: Any, what: ProbeData) -> float:
 
 def test_the_loss_of_a_text_is_the_mean_over_its_tokens() -> None:
     model = tiny.new(3)
-    assert_close(torch.tensor(text_loss(model, probed(speaks=True))), by_definition(model))
+    assert_close(torch.tensor(text_loss(model, probed(language_model=True))), by_definition(model))
 
 
 def test_a_scorer_reads_with_the_sources_output_layer_and_forgets_nothing_before_training(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_a_scorer_reads_with_the_sources_output_layer_and_forgets_nothing_before
     assert_close(torch.tensor(text_loss(scorer, probed(weight))), by_definition(model))
     before = probe_text(scorer, probed())[1]
     assert probe_text(scorer, probed())[0] is None
-    assert state_drift(probe_text(model, probed(speaks=True))[1], before) == 0.0
+    assert state_drift(probe_text(model, probed(language_model=True))[1], before) == 0.0
     with torch.no_grad():
         scorer.model.layers[0].mlp.down_proj.weight.mul_(3.0)
     assert text_loss(scorer, probed(weight)) != pytest.approx(by_definition(model), rel=1e-3)
@@ -115,7 +115,7 @@ def test_a_run_that_forgets_too_much_stops(full: Any, run_stage: Any, tmp_path: 
     ("changes", "words"),
     [
         ({"probe": {"stop_above": 1.0}}, "stop_above: set text"),
-        ({"data": {"validation_fraction": 0.0}, "probe": {"text": [{"path": "text"}]}}, "a probe is read when"),
+        ({"data": {"validation_fraction": 0.0}, "probe": {"text": [{"path": "text"}]}}, "a probe is measured at each"),
         ({"data": {"validation_fraction": 0.0}, "optim": {"patience": 2}}, "patience needs held-out records"),
         ({"freeze": {"names": ["*.nothing"]}}, "no weight has a name like this"),
         ({"freeze": {"names": ["*"]}}, "nothing is left to train"),

@@ -1,4 +1,4 @@
-"""The reward model's loss, and counting that neither ties nor uneven batches spoil."""
+"""Tests of the reward model's loss and of its metrics with ties and uneven batches."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def model(reward_folder: str) -> Any:
 
 
 def pairs(*, margin: bool = False) -> list[dict[str, Any]]:
-    """11 pairs of uneven lengths, ties and turned labels among them; the last batch of 4 has 3."""
+    """Return 11 pairs of different lengths, some with ties or swapped labels; the last batch of 4 has 3."""
     chosen, rejected = (tiny.rows(s, [5, 9, 3, 14, 6, 7, 2, 8, 11, 4, 6]) for s in (1, 2))
     made = [
         {"chosen_ids": c, "rejected_ids": r, "preference": p}
@@ -38,7 +38,7 @@ def pairs(*, margin: bool = False) -> list[dict[str, Any]]:
 
 
 def gaps(model: Any, data: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores of both sides, each sequence alone."""
+    """Return the scores of both sides, each sequence in a forward pass of its own."""
     sides = []
     for side in ("chosen_ids", "rejected_ids"):
         with torch.no_grad():
@@ -142,7 +142,7 @@ def test_accumulation_changes_neither_loss_nor_step(reward_folder: str, tmp_path
 
 
 def as_it_prefers(model: Any, pair: dict[str, Any]) -> dict[str, Any]:
-    """The pair turned so that an untrained model is right about it."""
+    """Swap the pair if needed so that the untrained model prefers its chosen side."""
     with torch.no_grad():
         scores = [
             float(sequence_scores(model, torch.tensor([ids]), torch.ones(1, len(ids)).bool()))
@@ -155,7 +155,7 @@ def as_it_prefers(model: Any, pair: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("peft", "rate"), [(None, 3e-4), (tiny.LORA, 3e-3)], ids=["full", "LoRA"])
 def test_the_best_held_out_model_is_kept(peft: Any, rate: float, reward_folder: str, tmp_path: Path) -> None:
-    """Trained on turned labels, the model gets worse: the checkpoint kept is not the last."""
+    """Trained on swapped labels the model gets worse, so the checkpoint kept is not the last."""
     model = load_scorer(tiny.source(reward_folder), trainable=True, peft=peft)
     validation = [as_it_prefers(model, pair) for pair in pairs() if pair["preference"] == 1.0]
     turned = [pair | {"preference": 0.0} for pair in validation]

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: which tokens are learnt, and that neither accumulation nor packing changes the loss."""
+"""Tests of supervised fine-tuning: which tokens carry loss, and that accumulation and packing do not change it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def rendered() -> list[Rendered]:
 
 
 def mean_loss(model: Any, rows: list[Rendered]) -> float:
-    """Nats per supervised token, one row at a time, from the definition."""
+    """Return nats per supervised token, computed row by row from the definition."""
     total, count = 0.0, 0
     for row in rows:
         with torch.no_grad():

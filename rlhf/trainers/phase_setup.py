@@ -1,4 +1,7 @@
-"""What a stage trains: its program of phases, said as a table before anything is trained."""
+"""Set-up of phases at the start of a stage: resolve the schedule, freeze what it never trains, and print it as tables.
+
+The schedule itself is in `phase_schedule`.
+"""
 
 from __future__ import annotations
 
@@ -25,15 +28,18 @@ from rlhf.trainers.phase_schedule import PhaseSchedule, make_schedule, parameter
 from rlhf.trainers.ppo.phases import phase_schedules, value_parameter_map
 from rlhf.trainers.ppo.policy_value import PolicyAndValue
 
-SMALL_DATASET = 1000  # records below which all weights of a pretrained model learn the records themselves
+SMALL_DATASET = 1000  # below this many records, full fine-tuning soon memorizes them
 
 
-def plan_phases(model: Any, config: SupervisedConfig, *, rows: int, evaluate: bool, console: Console) -> PhaseSchedule:
-    """The phases of a run; freezes what none of them trains, and prints what is trained, when and how fast.
+def set_up_phases(
+    model: Any, config: SupervisedConfig, *, rows: int, evaluate: bool, console: Console
+) -> PhaseSchedule:
+    """Resolve the phases of a run, freeze the parameters that no phase trains, and print the schedule.
 
     Args:
-        rows: sequences (or pairs) of one epoch. evaluate: whether there are held-out records.
-    Raises: ConfigError for a selection that matches nothing, for nothing left to train, and for patience without
+        rows: sequences (or pairs) of one epoch.
+        evaluate: whether there are held-out records.
+    Raises: ConfigError for a selection that matches nothing, if nothing is left to train, and for patience without
         held-out records.
     """
     optim = config.optim
@@ -44,47 +50,57 @@ def plan_phases(model: Any, config: SupervisedConfig, *, rows: int, evaluate: bo
         raise ConfigError(
             "patience needs held-out records", where="data", do="set data.validation or data.validation_fraction"
         )
-    everything = map_parameters(model)
+    parameters = map_parameters(model)
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-    factors = parameter_rate_factors(everything, layer_decay=optim.layer_decay, head_factor=optim.head_factor)
+    factors = parameter_rate_factors(parameters, layer_decay=optim.layer_decay, head_factor=optim.head_factor)
     if not isinstance(config, PretrainConfig):
         factors = {name: factor * adapter_rate_factor(name, config.peft) for name, factor in factors.items()}
-    made = make_schedule(
-        everything.only(trainable),
+    schedule = make_schedule(
+        parameters.only(trainable),
         SupervisedPlan(optim, world_size(), rows),
         freeze=freeze,
         unfreeze=unfreeze,
         factors=factors,
     )
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in made.names)
-    print_phases(dict(model.named_parameters()), everything, made, console)
-    if made.names == set(everything.places) and len(made.stretches) == 1 and isinstance(config, FineTuningStage):
-        _say_small(model, rows, console)
-    return made
+        parameter.requires_grad_(name in schedule.names)
+    print_phases(dict(model.named_parameters()), parameters, schedule, console)
+    if schedule.names == set(parameters.places) and len(schedule.phases) == 1 and isinstance(config, FineTuningStage):
+        _note_small_dataset(model, rows, console)
+    return schedule
 
 
 def print_phases(
     weights: Mapping[str, Tensor],
-    everything: ParameterMap,
-    made: PhaseSchedule,
+    parameters: ParameterMap,
+    schedule: PhaseSchedule,
     console: Console,
     *,
     title: str = "",
     unit: str = "updates",
 ) -> None:
-    """The table of weights, that of the phases if there are several, and what follows for the blocks below."""
+    """Print a table of the model's parts and when they are trained, and a table of the phases if there are several.
+
+    Adds a note if trained embeddings below frozen blocks keep the activations of those blocks in memory.
+
+    Args:
+        weights: parameters of the model by name.
+        parameters: their places in the model.
+        schedule: the phases.
+        title: begins the titles of both tables.
+        unit: what the lengths of phases count, updates or steps.
+    """
     if console.quiet:
         return
-    counts = {name: tensor.numel() for name, tensor in weights.items() if name in everything.places}
-    trained, total = sum(counts[n] for n in made.names), sum(counts.values())
+    counts = {name: tensor.numel() for name, tensor in weights.items() if name in parameters.places}
+    trained, total = sum(counts[n] for n in schedule.names), sum(counts.values())
     console.table(
         f"{title}{total:,} parameters, {trained:,} trained ({100 * trained / total:.1f} %)",
-        *phase_table(everything, counts, made),
+        *phase_table(parameters, counts, schedule),
     )
-    if everything.tied:
+    if parameters.tied:
         console.note("the output layer shares its weights with the embeddings: they are frozen and trained together")
-    if len(made.stretches) > 1:
+    if len(schedule.phases) > 1:
         rows = [
             [
                 str(i),
@@ -94,21 +110,21 @@ def print_phases(
                 s.schedule,
                 f"after {s.patience} evaluations without a lower held-out loss" if s.patience else f"after its {unit}",
             ]
-            for i, s in enumerate(made.stretches, 1)
+            for i, s in enumerate(schedule.phases, 1)
         ]
         console.table(f"{title}phases", ["phase", "trained", unit, "peak rate", "schedule", "ends"], rows)
-    lowest = min(everything.places[name].depth for name in made.names)
-    frozen = {p.block for n, p in everything.places.items() if p.block is not None} - {
-        everything.places[name].block for name in made.names
+    lowest = min(parameters.places[name].depth for name in schedule.names)
+    frozen = {p.block for n, p in parameters.places.items() if p.block is not None} - {
+        parameters.places[name].block for name in schedule.names
     }
-    if lowest == 0 and 0 in frozen and any(everything.places[name].part == "embeddings" for name in made.names):
+    if lowest == 0 and 0 in frozen and any(parameters.places[name].part == "embeddings" for name in schedule.names):
         console.note(
             "the embeddings are trained below frozen blocks, which therefore keep their activations: freeze them too "
             "(freeze.parts=[embeddings]) to save time and memory"
         )
 
 
-def _say_small(model: Any, rows: int, console: Console) -> None:
+def _note_small_dataset(model: Any, rows: int, console: Console) -> None:
     _, total = count_parameters(model)
     if rows < SMALL_DATASET:
         console.note(
@@ -118,24 +134,24 @@ def _say_small(model: Any, rows: int, console: Console) -> None:
 
 
 def print_ppo_phases(settings: PPOSettings, model: PolicyAndValue, console: Console) -> None:
-    """The tables of policy and value model; without phases, the number of parameters alone.
+    """Print the tables of policy and value model or, with nothing frozen and no phases, the number of parameters.
 
     Raises: ConfigError for a selection that matches nothing, or if nothing is left to train.
     """
     policy, value = phase_schedules(settings, model)
-    frozen, waiting = settings.freeze, settings.unfreeze
-    if not (frozen.policy.given or frozen.value_model.given or waiting.policy or waiting.value_model):
+    freeze, unfreeze = settings.freeze, settings.unfreeze
+    if not (freeze.policy.given or freeze.value_model.given or unfreeze.policy or unfreeze.value_model):
         print_model_size(model, console)
         return
     own = dict(model.value_model.named_parameters()) | model.trained_value()
-    for name, everything, weights, made in (
+    for name, parameters, weights, schedule in (
         ("policy", map_parameters(model.policy), dict(model.policy.named_parameters()), policy),
         ("value model", value_parameter_map(model), own, value),
     ):
-        print_phases(weights, everything, made, console, title=f"{name}: ", unit="steps")
+        print_phases(weights, parameters, schedule, console, title=f"{name}: ", unit="steps")
 
 
 def print_model_size(model: Any, console: Console) -> None:
-    """Trainable and total parameters."""
+    """Print the numbers of trainable and of all parameters."""
     trainable, total = count_parameters(model)
     console.note(f"model: {total:,} parameters, {trainable:,} trainable ({100 * trainable / total:.1f} %)")
