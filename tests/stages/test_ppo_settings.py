@@ -262,8 +262,8 @@ def test_activation_checkpointing_reaches_every_layer_that_is_trained(
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
-        ({"ppo": {"target_kl": 0.1}}, "cannot take back the gradients"),
-        ({"ptx": {"coef": 1.0, "balance": 0.5, "data": [{"path": "x"}]}}, "cannot be compared"),
+        ({"ppo": {"target_kl": 0.1}}, "cannot discard the gradients"),
+        ({"ptx": {"coef": 1.0, "balance": 0.5, "data": [{"path": "x"}]}}, "gives no access to the gradients"),
         ({"ptx": {"coef": 1.0, "data": [{"path": "x"}], "batch_size": 3}}, "cannot be shared equally by 2 processes"),
     ],
 )

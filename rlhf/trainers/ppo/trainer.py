@@ -233,7 +233,7 @@ class PPOTrainer:
     @contextmanager
     def sampling_policy(self) -> Iterator[Any]:
         """Yield the policy with whole weights, in the precision of the run."""
-        gathered = engine.gathered_module(self.models.trained, self.accelerator, lambda whole: whole.policy)
+        gathered = engine.gathered_module(self.models.trained, self.accelerator, lambda module: module.policy)
         with gathered as policy, self.autocast():
             yield policy
 
