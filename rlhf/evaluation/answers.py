@@ -13,7 +13,7 @@ from rlhf.data.collate import pad_right
 from rlhf.data.render import Renderer
 from rlhf.generation.native import generate_rollout
 from rlhf.models.heads import position_ids, sequence_scores
-from rlhf.rollout.forward import response_logprobs
+from rlhf.rollout.teacher_forcing import response_logprobs
 from rlhf.rollout.types import Rollout
 
 

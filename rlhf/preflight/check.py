@@ -192,7 +192,7 @@ def _pairing(checkup: PreflightReport, config: PPOConfig, renderer: Any) -> bool
         if renderer is None:
             continue
         same = same_tokenizer(source, renderer)
-        record = lifecycle.handover.read_handover(resolve_model(source))
+        record = lifecycle.model_metadata.read_handover(resolve_model(source))
         said = "agrees with the policy's hand-over record" if record is not None else "has no hand-over record"
         other = "has another tokenizer: responses will be decoded and tokenised again"
         checkup.console.note(f"pairing: {source.path} {said if same else other}")

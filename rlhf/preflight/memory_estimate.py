@@ -22,7 +22,7 @@ from rlhf.preflight.memory_model import (
     WeightCounts,
 )
 from rlhf.preflight.model_shapes import ModelShape, PPOModelShapes, TrainablePhase
-from rlhf.rollout.forward import MAX_LOGITS_AT_ONCE
+from rlhf.rollout.teacher_forcing import MAX_LOGITS_AT_ONCE
 
 
 @dataclass(frozen=True)

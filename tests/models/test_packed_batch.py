@@ -12,8 +12,8 @@ from torch import Tensor
 
 from rlhf.models.heads import sequence_outputs, token_scores
 from rlhf.models.packed_batch import PackedBatch, can_pack, has_plain_head, microbatches, packed_rows
-from rlhf.rollout import forward as forward_module
-from rlhf.rollout.forward import policy_forward
+from rlhf.rollout import teacher_forcing
+from rlhf.rollout.teacher_forcing import policy_forward
 from rlhf.rollout.types import Rollout, pack_bits
 from tests.models import tiny
 from tests.tolerances import GRADIENT, assert_close, distance
@@ -215,7 +215,7 @@ def test_log_probs_in_parts_are_the_same(name: str, filtered: bool, monkeypatch:
         allowed |= torch.nn.functional.one_hot(rollout.response_ids, 300).bool()
         rollout = replace(rollout, support=pack_bits(allowed))
     whole = numbers(policy, rollout)
-    monkeypatch.setattr(forward_module, "MAX_LOGITS_AT_ONCE", 3 * 300)
+    monkeypatch.setattr(teacher_forcing, "MAX_LOGITS_AT_ONCE", 3 * 300)
     parts = numbers(policy, rollout)
     assert has_plain_head(policy) is (name != "Gemma2")
     for ours, theirs in zip(parts, whole, strict=True):
@@ -233,7 +233,7 @@ def test_no_more_logits_are_kept_than_allowed(monkeypatch: pytest.MonkeyPatch) -
         return max(size for size in sizes if size % 300 == 0 and size != 300 * 32)  # but for the layer's own weights
 
     assert largest() == 13 * 300
-    monkeypatch.setattr(forward_module, "MAX_LOGITS_AT_ONCE", 3 * 300)
+    monkeypatch.setattr(teacher_forcing, "MAX_LOGITS_AT_ONCE", 3 * 300)
     assert largest() <= 3 * 300
 
 

@@ -17,9 +17,9 @@ from rlhf.console import Console
 from rlhf.data.render import Renderer
 from rlhf.distributed.engine_limits import check_deepspeed
 from rlhf.errors import ConfigError
-from rlhf.models.handover import save_tokenizer_and_handover
 from rlhf.models.heads import sequence_scores
 from rlhf.models.load import load_tokenizer
+from rlhf.models.model_metadata import save_tokenizer_and_handover
 from rlhf.models.policy import load_causal
 from rlhf.models.reward_models import load_scorer
 from rlhf.stages.ppo import load_components
@@ -228,7 +228,7 @@ def test_a_base_that_cannot_be_shared_is_said_or_refused(
     code, _, err = call_cli(["ppo", wrong])
     assert code == 2
     assert "the roles cannot share a base" in err
-    assert "is no adapter" in err
+    assert "is not an adapter" in err
     assert not (tmp_path / "refused").exists()
     code, _, err = call_cli(["ppo", wrong, "peft={method: none}"])
     assert code == 2

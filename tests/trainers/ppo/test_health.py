@@ -16,8 +16,7 @@ from rlhf.functional import masked_whiten
 from rlhf.generation import native as sampling
 from rlhf.models import packed_batch
 from rlhf.models.reward_models import load_scorer
-from rlhf.rollout import experience
-from rlhf.rollout import forward as scoring
+from rlhf.rollout import experience, teacher_forcing
 from rlhf.runs.metrics import METRICS
 from rlhf.trainers.ppo.health import HEALTH_METRICS, UnhealthyError, find_unhealthy_metrics
 from rlhf.trainers.ppo.trainer import PPOTrainer
@@ -74,8 +73,8 @@ def dropout_left_on(trainer: PPOTrainer, _: pytest.MonkeyPatch) -> None:
 
 def shifted_mask(_: PPOTrainer, patch: pytest.MonkeyPatch) -> None:
     """Log-probs are read one position off."""
-    original = scoring.token_logprobs
-    patch.setattr(scoring, "token_logprobs", lambda logits, ids, **k: original(logits, ids.roll(1), **k))
+    original = teacher_forcing.token_logprobs
+    patch.setattr(teacher_forcing, "token_logprobs", lambda logits, ids, **k: original(logits, ids.roll(1), **k))
 
 
 def score_on_a_pad(_: PPOTrainer, patch: pytest.MonkeyPatch) -> None:

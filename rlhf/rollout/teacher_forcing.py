@@ -1,4 +1,4 @@
-"""Rollout to Experience: measure (log-probs, values, raw scores), then shape (scores, rewards, advantages)."""
+"""Teacher-forced forward passes over rollouts: log-probabilities, entropies and values of the response tokens."""
 
 from __future__ import annotations
 
@@ -14,10 +14,8 @@ from rlhf.models.load import backbone
 from rlhf.models.packed_batch import PackedBatch, has_plain_head, head_reads, output_layer
 from rlhf.rollout.types import Rollout, unpack_bits
 
-# Logits that a policy's output layer may hold at once (128 MiB in float32); more are computed in parts.
 MAX_LOGITS_AT_ONCE = 2**25
-
-"""A context manager that yields a scoring function; the models that it reads are on the device inside it."""
+"""Most logits that exist at once (128 MiB in float32); if there are more, they are computed in chunks."""
 
 
 class PolicyOutput(NamedTuple):
@@ -31,12 +29,13 @@ class PolicyOutput(NamedTuple):
 def response_logprobs(
     policy: Any, rollout: Rollout, temperature: float, *, entropy: bool = False, batch: PackedBatch | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return teacher-forced log-probabilities of the response tokens: one code path for old, new and reference.
+    """Return teacher-forced log-probabilities of the response tokens, for the old, new and reference policy alike.
 
-    Where sampling was restricted to some tokens, these are log-probabilities of the distribution restricted likewise.
+    If sampling was restricted to some tokens, they are those of the distribution restricted to the same tokens.
 
     Args:
-        batch: the rollout's sequences, packed or padded; None = as suits the policy.
+        entropy: also return the entropy of the distribution of each token.
+        batch: the rollout's sequences, packed or padded; None = packed if the policy allows it.
     Returns: ([B, R] nats, 0 off-mask; [B, R] nats of entropy or None).
     """
     output = policy_forward(policy, rollout, temperature, entropy=entropy, batch=batch)
@@ -52,11 +51,12 @@ def policy_forward(
     states: bool = False,
     batch: PackedBatch | None = None,
 ) -> PolicyOutput:
-    """Run the policy on prompt and response. The output layer sees the response positions only.
+    """Run the policy on prompt and response; logits are computed at the response positions only.
 
     Args:
+        entropy: also return the entropy of the distribution of each token.
         states: also return the last hidden states before each response token.
-        batch: the rollout's sequences, packed or padded; None = as suits the policy.
+        batch: the rollout's sequences, packed or padded; None = packed if the policy allows it.
     """
     real, width = rollout.response_mask, rollout.response_ids.shape[1]
     if batch is None:
@@ -64,26 +64,32 @@ def policy_forward(
     if batch.mask is not None:
         output = policy(**batch.inputs(), logits_to_keep=width + 1, output_hidden_states=states)
         hidden = output.hidden_states[-1][:, -width - 1 : -1] if states else None
-        return _finish(rollout, *_numbers(output.logits[:, :-1][real], rollout, temperature, entropy), hidden)
+        return _finish(
+            rollout, *_logprobs_and_entropy(output.logits[:, :-1][real], rollout, temperature, entropy), hidden
+        )
     before = batch.slot[:, -width - 1 : -1]  # the position that each response token is predicted from
     at_once = max(1, MAX_LOGITS_AT_ONCE // policy.config.get_text_config().vocab_size)
     if int(real.sum()) > at_once and has_plain_head(policy):
-        every = backbone(policy)(**batch.inputs()).last_hidden_state.flatten(0, 1)
-        numbers = _in_chunks(output_layer(policy), every[before[real]], rollout, temperature, entropy, at_once)
-        return _finish(rollout, *numbers, every[before] if states else None)
+        all_states = backbone(policy)(**batch.inputs()).last_hidden_state.flatten(0, 1)
+        computed = _in_chunks(output_layer(policy), all_states[before[real]], rollout, temperature, entropy, at_once)
+        return _finish(rollout, *computed, all_states[before] if states else None)
     with head_reads(policy, before[real]):
         output = policy(**batch.inputs(), output_hidden_states=states)
     hidden = output.hidden_states[-1].flatten(0, 1)[before] if states else None
-    return _finish(rollout, *_numbers(output.logits[0], rollout, temperature, entropy), hidden)
+    return _finish(rollout, *_logprobs_and_entropy(output.logits[0], rollout, temperature, entropy), hidden)
 
 
 LogprobsAndEntropy = tuple[Tensor, Tensor | None]  # log-probs and entropies of the real response tokens, [n] nats
 
 
-def _numbers(
+def _logprobs_and_entropy(
     logits: Tensor, rollout: Rollout, temperature: float, entropy: bool, part: slice = slice(None)
 ) -> LogprobsAndEntropy:
-    """Of logits [n, V] that predict the real response tokens, or a part of them."""
+    """Return log-probabilities and entropies from the logits [n, V] of all real response tokens, or of a part of them.
+
+    Args:
+        part: which of the real response tokens, in row-major order, the logits belong to.
+    """
     real = rollout.response_mask
     if rollout.support.shape[-1]:
         allowed = unpack_bits(rollout.support[real][part], logits.shape[-1])
@@ -98,17 +104,23 @@ def _numbers(
 def _in_chunks(
     head: Any, states: Tensor, rollout: Rollout, temperature: float, entropy: bool, size: int
 ) -> LogprobsAndEntropy:
-    """`_numbers` from the states [n, H] before the output layer: logits of no more than `size` tokens exist at once.
+    """Compute output layer and `_logprobs_and_entropy` from the last hidden states [n, H], in chunks of `size` tokens.
 
-    The backward pass computes them a second time (2 H V more operations a token).
+    Only the logits of one chunk exist at a time. The backward pass computes them again (2 H V more operations a token).
     """
 
-    def some(chunk: Tensor, part: slice) -> LogprobsAndEntropy:
-        return _numbers(head(chunk), rollout, temperature, entropy, part)
+    def compute_chunk(chunk: Tensor, part: slice) -> LogprobsAndEntropy:
+        return _logprobs_and_entropy(head(chunk), rollout, temperature, entropy, part)
 
     found = [
-        checkpoint(some, states[at : at + size], slice(at, at + size), use_reentrant=False, preserve_rng_state=False)
-        for at in range(0, len(states), size)
+        checkpoint(
+            compute_chunk,
+            states[start : start + size],
+            slice(start, start + size),
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        for start in range(0, len(states), size)
     ]
     return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found]) if entropy else None
 
@@ -119,15 +131,15 @@ def _finish(rollout: Rollout, logprobs: Tensor, entropy: Tensor | None, states: 
 
 
 def _unflatten(flat: Tensor, mask: Tensor) -> Tensor:
-    """[n] values of the real tokens to [B, R], 0 off-mask. Differentiable."""
+    """Scatter the [n] values of the real tokens to [B, R], 0 off-mask. Differentiable."""
     return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
 
 
 def response_values(value_model: Any, rollout: Rollout, *, batch: PackedBatch | None = None) -> Tensor:
-    """Return V before each response token, [B, R] score units, 0 off-mask; token t's is read at position P - 1 + t.
+    """Return V before each response token, [B, R] score units, 0 off-mask; token t's is read start position P - 1 + t.
 
     Args:
-        batch: the rollout's sequences, packed or padded; None = as suits the value model.
+        batch: the rollout's sequences, packed or padded; None = packed if the value model allows it.
     """
     prompt, (size, width) = rollout.prompt_ids.shape[1], rollout.response_ids.shape
     if batch is None:
