@@ -1,8 +1,9 @@
-"""Checkpoints that are whole or are not used: written beside, synced, renamed; the manifest is written last.
+"""Write, verify, list and remove checkpoint folders; an incomplete or damaged checkpoint is never loaded.
 
-A folder is a checkpoint if its `manifest.json` is there and every file that it lists has the size and the SHA-256 that
-it says. A killed process, a full disk or a power cut therefore leaves the checkpoints before as they were, and a half
-one that is not taken for a whole one. A damaged one is named, and the one before it is used.
+A checkpoint is written to a temporary folder, synced to disk and renamed; its manifest is written last. A folder is a
+valid checkpoint if `manifest.json` exists and every file that it lists has the recorded size and SHA-256. After a
+killed process, a full disk or a power cut, earlier checkpoints are therefore unchanged, and an unfinished one is
+recognised. A damaged checkpoint is reported, and the one before it is used.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from rlhf.errors import CheckpointError
 from rlhf.runs.run_dir import fsync_path, read_json, write_json
 
 CHECKPOINT_FORMAT = 2
-"""Of the layout of a checkpoint. Raise it when an older one can no longer be read."""
+"""Version of the layout of a checkpoint. Increase it when older checkpoints can no longer be read."""
 MANIFEST = "manifest.json"
 DAMAGED_MANIFEST = "manifest.damaged.json"
 UNFINISHED_SUFFIX = ".tmp"
@@ -30,22 +31,22 @@ DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class DamagedCheckpoint(CheckpointError):
-    """A checkpoint that is not what was written: unfinished, cut, changed or with a part missing."""
+    """Error for a checkpoint that is unfinished, truncated or changed, or that lacks a file."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint, and what its manifest says about it."""
+    """A verified checkpoint: its folder, and the facts that its manifest records under "about"."""
 
     path: Path
     about: dict[str, Any]
 
 
 def write_manifest(folder: Path, **about: Any) -> None:
-    """Make a folder a checkpoint: sync its files, then write the manifest.
+    """Make a folder a valid checkpoint: sync its files to disk, then write the manifest.
 
     Args:
-        about: facts kept in the manifest, such as the step; `needs` names another checkpoint that this one refers to.
+        about: facts to record in the manifest, such as the step; `needs` names another checkpoint that this one needs.
     """
     (folder / MANIFEST).unlink(missing_ok=True)
     files = {}
@@ -60,15 +61,15 @@ def write_manifest(folder: Path, **about: Any) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def verify_checkpoint(folder: Path) -> Checkpoint:
-    """Compare a checkpoint with its manifest, every byte.
+    """Compare every file of a checkpoint with the manifest, and return the checkpoint.
 
-    Raises: Damaged; CheckpointError if another version of this program wrote it.
+    Raises: DamagedCheckpoint if they differ; CheckpointError if its layout is another version's.
     """
     if not (folder / MANIFEST).is_file():
         raise DamagedCheckpoint("the checkpoint was never finished", found=f"no {MANIFEST}", where=str(folder))
@@ -79,18 +80,18 @@ def verify_checkpoint(folder: Path) -> Checkpoint:
         raise DamagedCheckpoint("the checkpoint is damaged", found=f"{MANIFEST}: {error}", where=str(folder)) from None
     if schema != CHECKPOINT_FORMAT:
         raise _other_schema(folder, schema)
-    wrong = [problem for name, facts in files.items() if (problem := _wrong(folder / name, facts))]
-    if wrong:
-        raise DamagedCheckpoint("the checkpoint is damaged", found="; ".join(wrong[:3]), where=str(folder))
+    problems = [problem for name, facts in files.items() if (problem := _problem(folder / name, facts))]
+    if problems:
+        raise DamagedCheckpoint("the checkpoint is damaged", found="; ".join(problems[:3]), where=str(folder))
     return Checkpoint(folder, about)
 
 
-def _wrong(path: Path, facts: dict[str, Any]) -> str:
+def _problem(path: Path, facts: dict[str, Any]) -> str:
     if not path.is_file():
         return f"{path.name} is missing"
     if (size := path.stat().st_size) != facts["bytes"]:
         return f"{path.name} has {size} bytes instead of {facts['bytes']}"
-    return "" if file_sha256(path) == facts["sha256"] else f"{path.name} has another content than was written"
+    return "" if file_sha256(path) == facts["sha256"] else f"{path.name} has changed since it was written"
 
 
 def _other_schema(folder: Path, schema: Any) -> CheckpointError:
@@ -98,14 +99,14 @@ def _other_schema(folder: Path, schema: Any) -> CheckpointError:
         "the checkpoint has another layout than this version reads",
         found=f"schema {schema}, not {CHECKPOINT_FORMAT}",
         where=str(folder),
-        do="go on with the version of rlhf that wrote it, or delete the checkpoints to start over",
+        do="continue with the version of rlhf that wrote it, or delete the checkpoints to start over",
     )
 
 
 def refuse_format_without_manifest(path: Path) -> None:
-    """Refuse a file of the time before there were manifests.
+    """Reject a checkpoint file of a release that wrote no manifests.
 
-    Raises: CheckpointError.
+    Raises: CheckpointError if the file exists.
     """
     if path.is_file():
         raise _other_schema(path, 0)
@@ -116,20 +117,25 @@ def _number(path: Path) -> tuple[int, ...]:
 
 
 def list_checkpoints(folder: Path, prefix: str) -> list[Path]:
-    """Folders that may be checkpoints, oldest first. One that was sealed and not yet renamed is as good as renamed."""
+    """Return the folders that may be checkpoints, oldest first.
+
+    A temporary folder with a manifest is included: the process was killed after writing it and before renaming it.
+    """
     found = []
     for path in folder.glob(f"{prefix}-*"):
         name = path.name.removesuffix(UNFINISHED_SUFFIX)
-        sealed = name == path.name or (path / MANIFEST).is_file()
-        if path.is_dir() and sealed and re.fullmatch(rf"{re.escape(prefix)}(-\d+)+", name):
+        complete = name == path.name or (path / MANIFEST).is_file()
+        if path.is_dir() and complete and re.fullmatch(rf"{re.escape(prefix)}(-\d+)+", name):
             found.append(path)
     return sorted(found, key=lambda path: (_number(path), path.name))
 
 
-def find_newest_checkpoint(folder: Path, prefix: str, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest whole checkpoint, with the one that it needs; those that are not are named.
+def find_newest_checkpoint(folder: Path, prefix: str, log: Callable[[str], None]) -> Checkpoint | None:
+    """Return the newest valid checkpoint whose needed checkpoint, if any, is valid too; None if there is none.
 
-    Raises: CheckpointError for one that another version wrote.
+    Args:
+        log: called with a message about each damaged checkpoint.
+    Raises: CheckpointError if the layout of a checkpoint is another version's.
     """
     candidates = list_checkpoints(folder, prefix)
     for path in reversed(candidates):
@@ -137,10 +143,12 @@ def find_newest_checkpoint(folder: Path, prefix: str, say: Callable[[str], None]
             found = verify_checkpoint(path)
             if found.about.get("needs") not in (None, path.name):
                 verify_checkpoint(folder / found.about["needs"])
-        except DamagedCheckpoint as trouble:
-            before = candidates.index(path) > 0
-            say(f"{trouble}; {'trying the one before it' if before else 'no older one is left: starting over'}")
-            with suppress(OSError):  # its files stay for who wants to look, until the next checkpoint is whole
+        except DamagedCheckpoint as error:
+            has_older = candidates.index(path) > 0
+            log(
+                f"{error}; {'trying the checkpoint before it' if has_older else 'there is no older one: starting over'}"
+            )
+            with suppress(OSError):  # its files are kept for inspection until the next checkpoint is complete
                 os.replace(path / MANIFEST, path / DAMAGED_MANIFEST)
             continue
         return found
@@ -148,8 +156,10 @@ def find_newest_checkpoint(folder: Path, prefix: str, say: Callable[[str], None]
 
 
 def remove_old_checkpoints(folder: Path, prefix: str, keep: int) -> None:
-    """After one has been written: remove all but the newest `keep` whole ones and what they need, and what is left of
-    others."""
+    """Remove all checkpoints but the newest `keep` complete ones and those that they need, and remove unfinished ones.
+
+    Call it after a checkpoint has been written.
+    """
     for path in folder.glob(f"{prefix}-*{UNFINISHED_SUFFIX}"):
         shutil.rmtree(path, ignore_errors=True)
     kept = [path for path in list_checkpoints(folder, prefix) if (path / MANIFEST).is_file()][-keep:]
@@ -160,8 +170,10 @@ def remove_old_checkpoints(folder: Path, prefix: str, keep: int) -> None:
 
 
 def remove_checkpoints_after(folder: Path, prefix: str, name: str) -> None:
-    """Remove checkpoints that are later than one that has just been written: damaged ones, of a future that this run
-    has taken back."""
+    """Remove checkpoints that are later than `name`, which has just been written.
+
+    They are left from before the run resumed at an earlier checkpoint, or rolled back to one.
+    """
     for path in list_checkpoints(folder, prefix):
         if _number(path) > _number(Path(name)):
             shutil.rmtree(path, ignore_errors=True)
@@ -169,11 +181,15 @@ def remove_checkpoints_after(folder: Path, prefix: str, name: str) -> None:
 
 @contextmanager
 def new_checkpoint_folder(folder: Path, name: str, *, needed: int, keep: int, about: dict[str, Any]) -> Iterator[Path]:
-    """A folder to write a checkpoint into; it gets its name when it is whole. Then the oldest are removed.
+    """Context manager that yields a temporary folder for a checkpoint, which is renamed to `name` when it is complete.
+
+    Then later checkpoints and the oldest ones are removed. If an error occurs inside, the temporary folder is removed.
 
     Args:
         name: prefix-number or prefix-number-number.
-        needed: bytes that it will take.
+        needed: bytes that the checkpoint will take.
+        keep: number of newest checkpoints that are not removed.
+        about: facts to record in the manifest, see `write_manifest`.
     Raises: CheckpointError if the disk is full.
     """
     prefix = name.split("-")[0]
@@ -187,7 +203,7 @@ def new_checkpoint_folder(folder: Path, name: str, *, needed: int, keep: int, ab
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-    shutil.rmtree(folder / name, ignore_errors=True)  # only ever a damaged one, or of a future taken back
+    shutil.rmtree(folder / name, ignore_errors=True)  # if it exists, it is damaged or from before a rollback
     os.replace(temporary, folder / name)
     fsync_path(folder)
     remove_checkpoints_after(folder, prefix, name)
@@ -196,28 +212,28 @@ def new_checkpoint_folder(folder: Path, name: str, *, needed: int, keep: int, ab
 
 @contextmanager
 def reserve_disk_space(folder: Path, needed: int, prefix: str) -> Iterator[None]:
-    """Around writing a checkpoint: refuse to begin without room, and say what is missing if it runs out.
+    """Context manager for writing a checkpoint: check the free disk space first, and translate disk-full errors.
 
-    Raises: CheckpointError.
+    Raises: CheckpointError that states the free and the needed space.
     """
     if free_bytes(folder) < needed:
-        raise _full(folder, needed, prefix)
+        raise _disk_full(folder, needed, prefix)
     try:
         yield
     except Exception as error:
         if is_disk_full_error(error) or free_bytes(folder) < needed:  # some libraries hide the reason
-            raise _full(folder, needed, prefix) from error
+            raise _disk_full(folder, needed, prefix) from error
         raise
 
 
 def free_bytes(folder: Path) -> int:
-    """Left for us on the disk of a folder that may not exist yet."""
+    """Return the free bytes on the disk of a folder, which need not exist yet."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(existing).free
 
 
 def is_disk_full_error(error: BaseException | None) -> bool:
-    """Whether an error, or one behind it, says that a disk, quota or file-size limit is reached."""
+    """Return whether an error, or one that caused it, means that a disk, quota or file-size limit is reached."""
     while error is not None:
         if (isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS) or "No space left on device" in str(error):
             return True
@@ -225,17 +241,17 @@ def is_disk_full_error(error: BaseException | None) -> bool:
     return False
 
 
-def _full(folder: Path, needed: int, prefix: str) -> CheckpointError:
-    whole = [path for path in list_checkpoints(folder, prefix) if (path / MANIFEST).is_file()]
-    before = f"{whole[-1].name} is untouched" if whole else "there was none before"
+def _disk_full(folder: Path, needed: int, prefix: str) -> CheckpointError:
+    complete = [path for path in list_checkpoints(folder, prefix) if (path / MANIFEST).is_file()]
+    earlier = f"{complete[-1].name} is intact" if complete else "there is no earlier checkpoint"
     return CheckpointError(
-        "no room for a checkpoint",
-        found=f"{free_bytes(folder) / 2**20:.1f} MiB free, {needed / 2**20:.1f} MiB needed; {before}",
+        "not enough disk space for a checkpoint",
+        found=f"{free_bytes(folder) / 2**20:.1f} MiB free, {needed / 2**20:.1f} MiB needed; {earlier}",
         where=str(folder),
-        do=f"free {needed / 2**20:.1f} MiB and start the same command again: it continues",
+        do=f"free {needed / 2**20:.1f} MiB and run the same command again: it resumes",
     )
 
 
 def folder_size(folder: Path) -> int:
-    """Bytes of all files below a folder."""
+    """Return the total size in bytes of all files below a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,4 +1,4 @@
-"""How often a run saves: as often as is cheap. What a kill costs is then bounded by what a checkpoint costs."""
+"""The interval between checkpoints, chosen so that saving takes at most a given share of a run's time."""
 
 from __future__ import annotations
 
@@ -8,24 +8,29 @@ from contextlib import contextmanager
 
 
 class CheckpointInterval:
-    """Keeps the time spent on checkpoints below a share of the run's: after one that took c seconds, c / share pass.
+    """Timer that is due c / share seconds after a checkpoint that took c seconds.
 
-    When one is due depends on the clock, so nothing that a run computes may depend on it.
+    Because this depends on the clock, nothing that a run computes may depend on when a checkpoint is due.
     """
 
     def __init__(self, share: float, clock: Callable[[], float] = time.monotonic) -> None:
-        """`share` of the time, in [0, 1); with 0 nothing is ever due. The first is due at once: its cost is unknown."""
+        """Start the timer. The first checkpoint is due at once, because its cost is not known yet.
+
+        Args:
+            share: largest share of the time to spend on checkpoints, in [0, 1); with 0 no checkpoint is ever due.
+            clock: returns the time in seconds.
+        """
         self.share, self.clock = share, clock
         self.cost, self.last = 0.0, clock()
 
     def due(self) -> bool:
-        """Whether the next one is paid for."""
+        """Return whether the next checkpoint is due."""
         return self.share > 0.0 and (self.clock() - self.last) * self.share >= self.cost
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Around writing one."""
-        begun = self.clock()
+        """Context manager for writing a checkpoint: measure how long it takes, and restart the timer."""
+        started = self.clock()
         yield
         self.last = self.clock()
-        self.cost = self.last - begun
+        self.cost = self.last - started

@@ -1,4 +1,7 @@
-"""The only module that touches accelerate, DeepSpeed and TRL internals."""
+"""The calls into accelerate and DeepSpeed: create the Accelerator; backward, clipping, optimizer step, saving.
+
+Only `rlhf.distributed` and `rlhf.trainers.supervised.base` depend on how these libraries and TRL work inside.
+"""
 
 from __future__ import annotations
 
@@ -19,24 +22,27 @@ from rlhf.distributed.library_internals import reset_accelerate
 from rlhf.distributed.zero_gather import is_sharded
 from rlhf.errors import TrainingError
 
-# Minor releases that tests/distributed/test_engine.py has seen. Outside it, TRL may have moved what we rely on.
+# Releases (from, below) that tests/distributed/test_engine.py covers. In others, names that we rely on may be gone.
 TESTED_VERSIONS = {"trl": ("1.16", "1.17"), "accelerate": ("1.14", "2.0"), "transformers": ("5.20", "6.0")}
 
 
 def quiet_libraries(*, telemetry: bool) -> None:
-    """Settings that should precede the first import of TRL and the hub client: no usage ping, no wall of warnings."""
+    """Turn off warnings, progress bars and, unless `telemetry`, usage pings of the libraries.
+
+    Call before the first import of TRL and of the hub client.
+    """
     if not telemetry:
         os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
         hub = sys.modules.get("huggingface_hub.constants")
-        if hub is not None:  # imported already: it has read the environment once and for all
+        if hub is not None:  # an imported module has read the environment already and does not read it again
             hub.HF_HUB_DISABLE_TELEMETRY = True  # type: ignore[attr-defined]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if use_cpu():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed prints how it looked for one
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed logs its search for an accelerator
     if use_cpu() and under_deepspeed():
         import deepspeed
 
-        # Otherwise compiled at the first start, for minutes; it only serves inference.
+        # DeepSpeed would compile this operator at the first start, which takes minutes; only inference uses it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     import logging
     import warnings
@@ -54,10 +60,10 @@ def quiet_libraries(*, telemetry: bool) -> None:
 
 
 def reset_accelerator_state() -> None:
-    """Drop what an earlier stage of this process settled: its mixed precision would otherwise be ours too, in silence,
-    and after one under ZeRO-3 models would be loaded in shards, which no new head fits.
+    """Reset the global state that an earlier stage left in this process; the process group is kept.
 
-    The process group stays.
+    Without the reset, this stage would silently use the earlier stage's mixed precision, and after a ZeRO-3 stage
+    transformers would load models in shards, to which a new head cannot be added.
     """
     reset_accelerate()
     if under_deepspeed():
@@ -69,13 +75,13 @@ def reset_accelerator_state() -> None:
 def make_accelerator(*, find_unused_parameters: bool = False) -> Any:
     """Create the Accelerator and check its world size against the launcher's.
 
-    On CPU the backend is named explicitly: under a DeepSpeed launch every rank would otherwise believe to be alone.
-    The scheduler is ours, so accelerate must not step it once per process.
+    On CPU the backend is set explicitly: under a DeepSpeed launch every rank would otherwise get a world size of 1.
+    The trainers step the learning-rate scheduler themselves, so accelerate must not step it once per process.
 
     Args:
         find_unused_parameters: under an unfreezing schedule some trainable parameters receive no gradient, which DDP
             must be told.
-    Raises: TrainingError if the number of processes is not the launched one.
+    Raises: TrainingError as `check_accelerator`.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
     from accelerate.utils import GradientAccumulationPlugin
@@ -89,7 +95,7 @@ def make_accelerator(*, find_unused_parameters: bool = False) -> Any:
         cpu=use_cpu() and not under_deepspeed(),
         kwargs_handlers=handlers,
         step_scheduler_with_optimizer=False,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # ours; the files of configs/ say 'auto'
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # overrides 'auto' in configs/
     )
     check_accelerator(accelerator)
     return accelerator
@@ -107,9 +113,10 @@ def inference_device() -> torch.device:
 
 
 def count_real_rows(accelerator: Any, rows: int) -> int:
-    """How many of this process's `rows` in the held-out batch at hand are records.
+    """Return how many of this process's `rows` in the current held-out batch are records of their own.
 
-    The others, at its end, are repetitions: accelerate fills up the last batch so that all processes have as much.
+    The remaining rows, at the end of the batch, are repetitions: accelerate fills the last batch so that all processes
+    have equally many rows.
     """
     state = accelerator.gradient_state
     if not state.end_of_dataloader or state.remainder <= 0:
@@ -118,22 +125,24 @@ def count_real_rows(accelerator: Any, rows: int) -> int:
 
 
 def set_process_group_timeout() -> None:
-    """Set the default process-group timeout, also for groups that DeepSpeed makes itself (torch's default is half
-    an hour). Call before `init_process_group`."""
+    """Set the default process-group timeout, which also applies to the groups that DeepSpeed creates.
+
+    torch's default is 30 minutes. Call before `init_process_group`.
+    """
     import torch.distributed.distributed_c10d as c10d
 
     c10d.default_pg_timeout = timedelta(seconds=timeout_seconds())
 
 
 def check_accelerator(accelerator: Any) -> None:
-    """Compare what an Accelerator became with what the launcher asked for.
+    """Check an Accelerator's world size and engine against the launcher's.
 
-    Raises: TrainingError for another number of processes, or another engine than DeepSpeed.
+    Raises: TrainingError if the number of processes differs, or if DeepSpeed was requested and another engine is used.
     """
     check_world_size(accelerator.num_processes)
     if under_deepspeed() and accelerator.distributed_type.value != "DEEPSPEED":
         raise TrainingError(
-            "DeepSpeed was asked for, and something else would run",
+            "DeepSpeed was requested, but another engine would run",
             found=str(accelerator.distributed_type.value),
             where="ACCELERATE_USE_DEEPSPEED",
             do="unset ACCELERATE_USE_CPU: it turns DeepSpeed off",
@@ -155,10 +164,10 @@ def set_deepspeed_batch_size(accelerator: Any, microbatch_size: int, max_grad_no
 
 
 def trainer_arguments(precision: str) -> dict[str, Any]:
-    """Arguments that make a transformers Trainer see the right world on this machine.
+    """Return the arguments of a transformers Trainer that depend on the device, the launch and the precision.
 
     Args:
-        precision: 'auto', 'native', 'float32' or 'bfloat16', of forward and backward.
+        precision: 'auto', 'native', 'float32' or 'bfloat16', for the forward and backward passes.
     """
     arguments: dict[str, Any] = {"use_cpu": use_cpu(), "report_to": "none", "disable_tqdm": True}
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -168,22 +177,27 @@ def trainer_arguments(precision: str) -> dict[str, Any]:
 
 
 def wants_bfloat16(precision: str) -> bool:
-    """Whether forward and backward run in bfloat16: 'bfloat16', 'auto' on a GPU that has it, 'native' also on a CPU."""
+    """Return whether forward and backward run in bfloat16.
+
+    They do for 'bfloat16', for 'auto' on a GPU that supports it, and for 'native' on a GPU or CPU that supports it.
+    """
     if use_cpu():
         return precision == "bfloat16" or (precision == "native" and cpu_has_bfloat16())
     return precision == "bfloat16" or (precision in ("auto", "native") and torch.cuda.is_bf16_supported())
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 itself (AVX-512 BF16, AMX, or of Arm): others take many times longer
-    than for float32."""
-    found = torch.cpu.get_capabilities()
-    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+    """Return whether the processor has bfloat16 products (AVX-512 BF16, AMX, or Arm's BF16 extensions).
+
+    On other processors bfloat16 takes many times longer than float32.
+    """
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
 @contextmanager
 def gradient_accumulation(model: Any, accelerator: Any, *, last: bool) -> Iterator[None]:
-    """Around the forward and backward of a microbatch: gradients go to the other processes with the `last` one."""
+    """Context manager for the forward and backward of one microbatch; only the `last` one synchronizes gradients."""
     if under_deepspeed():
         model.set_gradient_accumulation_boundary(last)
         yield
@@ -193,7 +207,10 @@ def gradient_accumulation(model: Any, accelerator: Any, *, last: bool) -> Iterat
 
 
 def backward(loss: Tensor, model: Any, accelerator: Any) -> None:
-    """Add the gradient of a loss. accelerate would also let a DeepSpeed engine step, at every microbatch."""
+    """Run the backward pass of a loss, which adds to the gradients.
+
+    Under DeepSpeed the engine is called directly: `accelerator.backward` would also step it, at every microbatch.
+    """
     if under_deepspeed():
         model.backward(loss)
     else:
@@ -203,19 +220,21 @@ def backward(loss: Tensor, model: Any, accelerator: Any) -> None:
 def clip_and_step(
     model: Any, optimizer: Any, accelerator: Any, max_norm: float, check: Callable[[float], None]
 ) -> float:
-    """One optimizer step. Returns the global gradient norm before clipping.
+    """Clip the gradients, take one optimizer step and return the global gradient norm before clipping.
 
     Args:
-        check: is given the norm before the step (DeepSpeed: after it, since it is made inside) and may raise.
+        check: called with the norm; it may raise. It is called before the step, but after it under DeepSpeed, which
+            computes the norm during the step.
     """
     if under_deepspeed():
-        model.step()  # clips to what `set_batch` has set
+        model.step()  # clips to the norm that `set_deepspeed_batch_size` has set
         norm = float(model.get_global_grad_norm() or 0.0)
-        kept = getattr(model.optimizer, "grad_partitions_flat_buffer", None)
-        if kept is not None:
-            # ZeRO-3 overwrites the last update's gradients in the first backward of the next one, but only those of
-            # weights that take part in it: a value model does not in that of a text, and would add to its old one.
-            kept.zero_()
+        gradients = getattr(model.optimizer, "grad_partitions_flat_buffer", None)
+        if gradients is not None:
+            # The first backward of the next update overwrites these gradients only for weights that take part in it.
+            # With PPO-ptx it may be the loss on text, in which the value model takes no part: its next gradient would
+            # be added to that of the last update.
+            gradients.zero_()
         check(norm)
         return norm
     norm = float(accelerator.clip_grad_norm_(model.parameters(), max_norm))
@@ -227,7 +246,11 @@ def clip_and_step(
 
 @contextmanager
 def override_deepspeed_loading(load: Callable[[str], None]) -> Iterator[None]:
-    """Have a Trainer under DeepSpeed take weights and optimizer state out of a checkpoint's folder by our function."""
+    """Replace, inside the context, the function by which a Trainer under DeepSpeed loads a checkpoint.
+
+    Args:
+        load: called with the checkpoint's folder; it restores weights and optimizer state.
+    """
     from transformers import trainer as module
 
     original = module.deepspeed_load_checkpoint
@@ -239,11 +262,11 @@ def override_deepspeed_loading(load: Callable[[str], None]) -> Iterator[None]:
 
 
 def save_model(model: Any, folder: str, *, accelerator: Any) -> None:
-    """Write full (gathered) weights or the adapter with plain `save_pretrained`; collective, rank 0 writes."""
+    """Write the full (gathered) weights, or the adapter, with `save_pretrained`. Collective; rank 0 writes."""
     inner = accelerator.unwrap_model(model)
-    # Gathered only where that is needed: the copies that it makes of tied weights would be written twice.
-    parted = any(is_sharded(p) for p in inner.parameters()) or accelerator.distributed_type.value == "FSDP"
-    state = accelerator.get_state_dict(model) if parted else None
+    # Gathering copies tied weights, which would then be written twice, so it is done only for sharded weights.
+    sharded = any(is_sharded(p) for p in inner.parameters()) or accelerator.distributed_type.value == "FSDP"
+    state = accelerator.get_state_dict(model) if sharded else None
     if accelerator.is_main_process:
         inner.save_pretrained(folder, state_dict=state)
     accelerator.wait_for_everyone()
@@ -251,44 +274,47 @@ def save_model(model: Any, folder: str, *, accelerator: Any) -> None:
 
 @contextmanager
 def gathered_module(
-    model: nn.Module, accelerator: Any, part: Callable[[Any], nn.Module] = lambda whole: whole
+    model: nn.Module, accelerator: Any, select: Callable[[Any], nn.Module] = lambda module: module
 ) -> Iterator[Any]:
-    """The bare module, or a part of it, with whole weights, for sampling and scoring.
+    """Context manager that yields the unwrapped module, or a submodule, with full parameters for sampling and scoring.
 
-    Under ZeRO-3 the weights of that part are gathered, once, and those of the rest stay shared out. Nothing but the
-    part may run inside: the engine gathers for none of its modules meanwhile.
+    Under ZeRO-3 the parameters of the yielded module are gathered once, while all other parameters remain sharded.
+    Only the yielded module may run inside, because DeepSpeed's hooks, which gather parameters, are removed meanwhile.
+
+    Args:
+        select: returns the submodule of the unwrapped model; the whole model by default.
     """
-    wanted = part(accelerator.unwrap_model(model))
+    selected = select(accelerator.unwrap_model(model))
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     if plugin is None or plugin.zero_stage != 3:
-        yield wanted
+        yield selected
         return
     import deepspeed
     from trl.models.utils import add_hooks, remove_hooks
 
-    with deepspeed.zero.GatheredParameters(list(wanted.parameters())):
-        remove_hooks(model)  # gathering alone does not help: the ZeRO-3 hooks would partition again
+    with deepspeed.zero.GatheredParameters(list(selected.parameters())):
+        remove_hooks(model)  # with its hooks, ZeRO-3 would partition the parameters again in every forward
         try:
-            yield wanted
+            yield selected
         finally:
             add_hooks(model)
 
 
 def all_gather_objects(value: Any, processes: int) -> list[Any]:
-    """One object of every process, in rank order, on all of them."""
-    found: list[Any] = [None] * processes
-    torch.distributed.all_gather_object(found, value)
-    return found
+    """Return the `value` of every process, in rank order, on all processes. Collective."""
+    gathered: list[Any] = [None] * processes
+    torch.distributed.all_gather_object(gathered, value)
+    return gathered
 
 
 def any_process(flag: bool, accelerator: Any) -> bool:
-    """Whether a flag is set on some process; the same answer on all of them."""
+    """Return, on all processes, whether the flag is set on at least one of them. Collective."""
     if accelerator.num_processes == 1:
         return flag
     return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum") > 0)
 
 
 def library_versions() -> dict[str, str]:
-    """Installed versions of what a run depends on."""
+    """Return the installed version of each library that a run's results depend on."""
     names = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")
     return {name: version(name) for name in names}

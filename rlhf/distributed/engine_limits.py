@@ -1,4 +1,4 @@
-"""What an engine cannot do, said before it is asked to."""
+"""Check PPO's settings against the limits of a DeepSpeed engine before training starts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rlhf.errors import ConfigError
 
 
 def check_deepspeed(settings: PPOSettings) -> None:
-    """Refuse what a DeepSpeed engine cannot do.
+    """Reject settings that a DeepSpeed engine does not support; without DeepSpeed, accept all.
 
     Raises: ConfigError.
     """
@@ -16,14 +16,14 @@ def check_deepspeed(settings: PPOSettings) -> None:
         return
     if settings.ptx.balance is not None:
         raise ConfigError(
-            "DeepSpeed keeps gradients where they cannot be compared",
+            "DeepSpeed gives no access to the gradients that this setting compares",
             found=f"ptx.balance={settings.ptx.balance}",
             where="ptx.balance",
             do="set ptx.balance=null and choose ptx.coef, or launch without DeepSpeed",
         )
     if settings.target_kl is not None:
         raise ConfigError(
-            "DeepSpeed cannot take back the gradients of an update that is not made",
+            "DeepSpeed cannot discard the gradients of an update that is skipped",
             found=f"ppo.target_kl={settings.target_kl}",
             where="ppo.target_kl",
             do="set ppo.target_kl=null and fewer ppo.epochs, or launch without DeepSpeed",
@@ -32,5 +32,5 @@ def check_deepspeed(settings: PPOSettings) -> None:
         raise ConfigError(
             f"{settings.ptx.batch_size} documents cannot be shared equally by {world_size()} processes",
             where="ptx.batch_size",
-            do="choose a multiple",
+            do=f"choose a multiple of {world_size()}",
         )

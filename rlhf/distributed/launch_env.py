@@ -1,5 +1,4 @@
-"""What the launcher said, read from the environment, and the launches that are refused: those that would run as
-something else than was asked for, with exit code 0."""
+"""Read the launcher's environment variables, and reject launches that would silently run otherwise than requested."""
 
 from __future__ import annotations
 
@@ -12,32 +11,32 @@ import torch
 from rlhf.config.env_vars import EXPECTED_PROCESSES, secret_names
 from rlhf.errors import ConfigError, TrainingError
 
-SECRETS_FILE = ".deepspeed_env"  # where DeepSpeed keeps the environment of other machines
+SECRETS_FILE = ".deepspeed_env"  # environment variables that DeepSpeed's launcher sends to the other machines
 
 
 def use_cpu() -> bool:
-    """Whether to train on the CPU: no accelerator is there, or ACCELERATE_USE_CPU asks for it."""
+    """Return whether to train on the CPU: no GPU is available, or ACCELERATE_USE_CPU is set."""
     return not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
 
 
 def under_deepspeed() -> bool:
-    """Whether the launcher asked for DeepSpeed."""
+    """Return whether the launcher requested DeepSpeed."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
 
 
 def check_launch(stage: str) -> None:
-    """Refuse what a launcher set up and what would run as something else, or run and not save.
+    """Reject a launch that would train otherwise than requested, or train and be unable to save.
 
-    Raises: ConfigError; TrainingError, as `check_world`.
+    Raises: ConfigError as `check_fsdp` and `check_no_secrets`; TrainingError if the number of processes is wrong.
     """
     check_world_size(int(os.environ.get("WORLD_SIZE", "1")))
-    # accelerate says where to meet if several were asked for, also where it then starts one process without a word.
-    launched, meeting = "ACCELERATE_MIXED_PRECISION" in os.environ, "MASTER_ADDR" in os.environ
-    if launched and meeting and "WORLD_SIZE" not in os.environ:
+    # If several processes are requested, accelerate sets MASTER_ADDR even where it then silently starts only one.
+    launched, has_address = "ACCELERATE_MIXED_PRECISION" in os.environ, "MASTER_ADDR" in os.environ
+    if launched and has_address and "WORLD_SIZE" not in os.environ:
         raise TrainingError(
-            "accelerate was asked for several processes and started one",
+            "several processes were requested, but accelerate started one",
             where="accelerate launch",
-            do="use configs/accelerate/ddp.yaml (for a CPU too); for one process, unset MASTER_ADDR",
+            do="use configs/accelerate/ddp.yaml (also on a CPU); for one process, unset MASTER_ADDR",
         )
     if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
         check_fsdp(stage)
@@ -46,28 +45,28 @@ def check_launch(stage: str) -> None:
 
 
 def check_fsdp(stage: str) -> None:
-    """Refuse FSDP where it would not run, or not as asked for.
+    """Reject FSDP on a CPU and for PPO.
 
     Raises: ConfigError.
     """
     if use_cpu():
         raise ConfigError(
-            "FSDP on a CPU would silently become plain data parallel, or train each process apart",
+            "FSDP on a CPU would silently become plain data parallelism, or train each process separately",
             where="--launcher fsdp2",
-            do="use --launcher zero3 (which shards on a CPU too), or a machine with GPUs",
+            do="use --launcher zero3 (which also shards on a CPU), or a machine with GPUs",
         )
     if stage == "ppo":
         raise ConfigError(
-            "PPO does not sample from weights that FSDP has sharded",
+            "PPO cannot sample from weights that FSDP has sharded",
             where="--launcher fsdp2",
             do="use --launcher zero3",
         )
 
 
 def check_no_secrets(*folders: Path) -> None:
-    """Refuse to run beside a `.deepspeed_env` that holds credentials: DeepSpeed would send them to other machines.
+    """Reject a launch if a folder has a `.deepspeed_env` with credentials: DeepSpeed would send them to other machines.
 
-    Raises: ConfigError naming the variables (not their values).
+    Raises: ConfigError that names the variables (not their values).
     """
     for path in (folder / SECRETS_FILE for folder in folders):
         if path.is_file():
@@ -75,55 +74,56 @@ def check_no_secrets(*folders: Path) -> None:
             found = secret_names(line.partition("=")[0].strip() for line in lines)
             if found:
                 raise ConfigError(
-                    "a file of DeepSpeed holds what looks like credentials",
+                    "DeepSpeed would send variables that look like credentials to the other machines",
                     found=", ".join(found),
                     where=str(path),
-                    do="delete it: the launchers here do not need it",
+                    do="delete this file: the launchers in configs/ do not need it",
                 )
 
 
 def check_world_size(processes: int) -> None:
-    """Compare the processes that run with those that were asked for.
+    """Compare the number of running processes with the number that was requested.
 
-    Raises: TrainingError (some launch forms silently start one process).
+    Raises: TrainingError if they differ: some forms of launch silently start one process.
     """
     for variable in ("WORLD_SIZE", EXPECTED_PROCESSES):
         wanted = os.environ.get(variable)
         if wanted is not None and int(wanted) != processes:
             raise TrainingError(
-                "the launcher did not start the processes it was asked for",
+                "the launcher did not start the requested number of processes",
                 found=f"{processes} instead of {wanted}",
                 where=variable,
-                do="use a file of configs/accelerate with 'accelerate launch --config_file'",
+                do="pass a file of configs/accelerate to 'accelerate launch --config_file'",
             )
 
 
 def get_rank() -> int:
-    """This process's index, also before an Accelerator exists."""
+    """Return this process's rank from the environment, also before an Accelerator exists."""
     return int(os.environ.get("RANK", "0"))
 
 
 def is_main_process() -> bool:
-    """Whether this process writes files and prints."""
+    """Return whether this process is rank 0, which writes files and prints."""
     return get_rank() == 0
 
 
 def leave_process_groups_at_exit() -> None:
-    """Have this process leave its groups of processes before the interpreter is taken down.
+    """Destroy this process's groups at exit, before the interpreter is finalized.
 
-    For one that ends well, together with the others. gloo's threads may still hold tensors of the last message; freeing
-    those after Python has gone aborts the process (pytorch/pytorch#190489), and a run that had finished would count as
-    failed. One that fails does not wait for messages that may never come.
+    Call it in a process that ends successfully, together with the others. Threads of gloo may still hold tensors of the
+    last message, and freeing them after the interpreter is gone aborts the process (pytorch/pytorch#190489), so that a
+    finished run would count as failed. A process that fails must not call it: it would wait for messages that may
+    never arrive.
     """
     atexit.register(leave_process_groups)
 
 
 def leave_process_groups() -> None:
-    """Leave every group of processes, if there is one."""
+    """Destroy all process groups, if `torch.distributed` is initialized."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def world_size() -> int:
-    """World size as the launcher set it."""
+    """Return the world size that the launcher set."""
     return int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,7 +1,7 @@
-"""Private names of accelerate, DeepSpeed, PEFT and transformers that no public name stands for.
+"""Uses of private names of accelerate, DeepSpeed, PEFT and transformers that have no public equivalent.
 
-Beside `rlhf.trainers.supervised.base`, which overrides methods of the Trainers, this is the only file that touches
-private names of these libraries. A test for each says loudly when a new release has changed it.
+Besides `rlhf.trainers.supervised.base`, which overrides methods of the Trainers, this is the only file that touches
+private names of these libraries. Each has a test that fails if a new release has changed it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import nn
 
 
 def reset_accelerate() -> None:
-    """Forget the precision and the plugins that an earlier Accelerator of this process has settled."""
+    """Reset the precision and the plugins that an earlier Accelerator of this process has set globally."""
     from accelerate.state import AcceleratorState, GradientState
 
     AcceleratorState._reset_state()
@@ -22,9 +22,9 @@ def reset_accelerate() -> None:
 
 
 def link_adam_state(zero: Any) -> None:
-    """Make a DeepSpeed ZeRO optimizer look for the Adam state of every parameter again.
+    """Make a DeepSpeed ZeRO optimizer link the Adam state to every parameter again.
 
-    DeepSpeed does so once, in the first update of the first group, when the others have no state yet.
+    DeepSpeed does so once, in the first update of the first parameter group, when the other groups have no state yet.
     """
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
         zero._hp_optimizer_states_linked = False
@@ -32,7 +32,7 @@ def link_adam_state(zero: Any) -> None:
 
 
 def set_attention(config: Any, kind: str) -> None:
-    """Choose the attention kernel of a model that is to be built from a configuration."""
+    """Set the attention kernel of a model that will be built from this configuration."""
     config._attn_implementation = kind
 
 
@@ -43,9 +43,9 @@ def adapter_layers(model: nn.Module) -> list[Any]:
 
 @contextmanager
 def switched_adapter(model: nn.Module, adapter: str | None) -> Iterator[None]:
-    """Have the layers of a PeftModel compute with one of their adapters, or without any (None), inside the context.
+    """Context manager inside which the layers of a PeftModel compute with one adapter, or with none (None).
 
-    Nothing is copied and nothing else changes; PEFT's public `set_adapter` would also switch what is trainable.
+    Nothing is copied and `requires_grad` does not change; PEFT's public `set_adapter` would change it.
     """
     layers = adapter_layers(model)
     before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
@@ -61,6 +61,6 @@ def switched_adapter(model: nn.Module, adapter: str | None) -> Iterator[None]:
 
 
 def name_of_active_adapter(model: nn.Module) -> str | None:
-    """Return the name of the adapter that a PeftModel computes with now, or None."""
+    """Return the name of the adapter that a PeftModel currently computes with, or None."""
     layer = adapter_layers(model)[0]
     return None if layer._disable_adapters else str(layer.active_adapters[0])

@@ -14,7 +14,7 @@ from rlhf.data.render import Renderer
 from rlhf.generation.native import generate_rollout
 from rlhf.models.heads import position_ids, sequence_scores
 from rlhf.models.output_layer import next_token_positions, token_numbers
-from rlhf.rollout.forward import response_logprobs
+from rlhf.rollout.teacher_forcing import response_logprobs
 from rlhf.rollout.types import Rollout
 
 

@@ -1,4 +1,4 @@
-"""Adapters: made fresh, continued from an earlier stage, or kept frozen as the reference."""
+"""Adapters (LoRA, IA3, soft prompts): create them, load and continue saved ones, and switch between them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlhf.models.load import disable_dropout, grow_embeddings, load_pretrained, 
 
 REFERENCE_ADAPTER = "reference"
 PeftTask = Literal["CAUSAL_LM", "SEQ_CLS"]
-METHOD_NAMES = {"LORA": "lora", "IA3": "ia3", "PROMPT_TUNING": "prompt"}  # PEFT's names and ours
+METHOD_NAMES = {"LORA": "lora", "IA3": "ia3", "PROMPT_TUNING": "prompt"}  # PEFT's name -> value of peft.method
 PEFT_SETTING_NAMES = {
     "r": "r",
     "alpha": "lora_alpha",
@@ -24,15 +24,15 @@ PEFT_SETTING_NAMES = {
     "dora": "use_dora",
     "prompt_tokens": "num_virtual_tokens",
 }
-"""What PEFT calls the settings that give an adapter its shape, in adapter_config.json."""
+"""Our settings that determine an adapter's shape -> their names in PEFT's adapter_config.json."""
 
 
 def base_source(source: ModelSource, folder: str) -> ModelSource:
-    """Where the base model of an adapter folder lies.
+    """Return the model source of the base model that a saved adapter names.
 
-    Raises: CheckpointError if it is not there.
+    Raises: CheckpointError if the adapter names no base model.
     """
-    config = _saved(folder)
+    config = _saved_config(folder)
     base = config.get("base_model_name_or_path")
     if not base:
         raise CheckpointError("the adapter does not name its base model", where=folder)
@@ -40,9 +40,10 @@ def base_source(source: ModelSource, folder: str) -> ModelSource:
 
 
 def load_adapter(source: ModelSource, folder: str, auto_class: Any, *, trainable: bool, config: Any = None) -> Any:
-    """Base model plus the adapter saved in `folder`, as a PeftModel.
+    """Load the base model and the adapter saved in `folder`, as a PeftModel.
 
     Args:
+        trainable: the adapter's parameters require gradients.
         config: PEFT configuration that replaces the saved one, see `continued_config`.
     """
     from peft import PeftModel, get_peft_model, set_peft_model_state_dict
@@ -51,8 +52,8 @@ def load_adapter(source: ModelSource, folder: str, auto_class: Any, *, trainable
     base = base_source(source, folder)
     model = load_pretrained(auto_class, base, resolve_model(base))
     fit_vocabulary(model, folder)
-    disable_dropout(model)  # the base's; the adapter keeps its own
-    if trainable and saved_adapter_method(folder) == "prompt":  # which PEFT loads frozen only
+    disable_dropout(model)  # of the base only; the adapter keeps its dropout
+    if trainable and saved_adapter_method(folder) == "prompt":  # `from_pretrained` can load a soft prompt only frozen
         model = get_peft_model(model, config)
         set_peft_model_state_dict(model, load_peft_weights(folder, device="cpu"))
         return model
@@ -60,7 +61,7 @@ def load_adapter(source: ModelSource, folder: str, auto_class: Any, *, trainable
 
 
 def fit_vocabulary(model: Any, folder: str) -> None:
-    """Grow a base model's embeddings to those saved with an adapter whose stage had added tokens."""
+    """Grow a base model's embeddings to the size saved with an adapter, if its stage had added tokens."""
     from safetensors import safe_open
 
     embeddings = model.get_input_embeddings()
@@ -72,9 +73,11 @@ def fit_vocabulary(model: Any, folder: str) -> None:
 
 
 def adapter_config(model: Any, peft: Peft, task: PeftTask) -> Any:
-    """PEFT configuration. SEQ_CLS also trains and saves the score head: without it a random head would be frozen.
+    """Return the PEFT configuration of a new adapter.
 
-    Raises: ConfigError if the model has no layers of the names that are asked for.
+    With SEQ_CLS the score head is trained and saved as well; otherwise PEFT would freeze a random head.
+
+    Raises: ConfigError if `peft.target_modules` names layers that the model does not have.
     """
     from peft import IA3Config, LoraConfig, PromptTuningConfig, PromptTuningInit
 
@@ -99,9 +102,9 @@ def adapter_config(model: Any, peft: Peft, task: PeftTask) -> Any:
 
 
 def continued_config(peft: Peft, folder: str, task: PeftTask) -> Any:
-    """PEFT configuration of a saved adapter that is trained on, the head of SEQ_CLS with it.
+    """Return the PEFT configuration for training a saved adapter further, with SEQ_CLS together with the score head.
 
-    Raises: ConfigError if it was made with other settings.
+    Raises: ConfigError if the adapter was created with other settings.
     """
     from peft import PeftConfig
 
@@ -115,65 +118,70 @@ def continued_config(peft: Peft, folder: str, task: PeftTask) -> Any:
 
 
 def add_adapter(model: Any, peft: Peft, task: PeftTask) -> Any:
-    """Wrap a full model with a fresh adapter. LoRA starts with B = 0 and IA3 with factors of 1, so that the output
-    does not change; a soft prompt starts as embeddings of random tokens."""
+    """Add a new adapter to a model with full weights, and return the PeftModel.
+
+    LoRA starts with B = 0 and IA3 with factors of 1, so the output does not change at first. A soft prompt starts as
+    embeddings of random tokens.
+    """
     from peft import get_peft_model
 
     return get_peft_model(model, adapter_config(model, peft, task))
 
 
 def adapter_rate_factor(name: str, peft: Peft) -> float:
-    """By what the learning rate of a parameter is multiplied: LoRA+ (Hayou et al. 2024, arXiv:2402.12354) for B.
+    """Return the factor of a parameter's learning rate: with LoRA+ (Hayou et al. 2024, arXiv:2402.12354) B's is larger.
 
     Args:
-        name: of the parameter in a PeftModel.
+        name: the parameter's name in a PeftModel.
     """
     return peft.lora_plus if peft.lora_plus is not None and ".lora_B." in name else 1.0
 
 
 def is_adapter_weight(name: str) -> bool:
-    """Whether a name (of a parameter, or in a saved file) is an adapter's; not embeddings or heads saved beside it."""
+    """Return whether a name (of a parameter, or in a saved file) is an adapter weight's.
+
+    Embeddings and heads that are saved together with an adapter are not adapter weights.
+    """
     return "lora_" in name or "ia3_" in name
 
 
 def saved_adapter_method(folder: str) -> str:
-    """The method of a saved adapter as `peft.method` names it, or PEFT's own name of one that is not ours."""
-    kind = str(_saved(folder)["peft_type"])
+    """Return the method of a saved adapter: a value of `peft.method`, or PEFT's name if the method is not supported."""
+    kind = str(_saved_config(folder)["peft_type"])
     return METHOD_NAMES.get(kind, kind)
 
 
 def active_adapter_method(model: Any) -> str:
-    """The method of a PeftModel's trained adapter, as `peft.method` names it."""
+    """Return the method of a PeftModel's trained adapter, as a value of `peft.method`."""
     return METHOD_NAMES[model.peft_config["default"].peft_type.value]
 
 
 def check_same_shape(peft: Peft, folder: str) -> None:
-    """Refuse to continue an adapter under other settings than it was made with. `all-linear` stands for whatever
-    layers it has.
+    """Check that a saved adapter has the method, shape and layers of `peft`; `all-linear` accepts any layers.
 
     Raises: ConfigError that names every difference.
     """
-    saved = _saved(folder)
+    saved = _saved_config(folder)
     pairs: dict[str, tuple[Any, Any]] = {"method": (peft.method, saved_adapter_method(folder))}
     if pairs["method"][0] == pairs["method"][1]:
         keys = {name: key for name, key in PEFT_SETTING_NAMES.items() if name in READ_BY[peft.method]}
         pairs |= {name: (getattr(peft, name), saved.get(key, False)) for name, key in keys.items()}
         if "target_modules" in READ_BY[peft.method] and peft.target_modules != ALL_LINEAR:
             pairs["target_modules"] = (_sorted(peft.target_modules), _sorted(saved["target_modules"]))
-    wrong = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-    if wrong:
-        made = [f"{name}={theirs}" for name, (_, theirs) in wrong.items()]
-        ours = saved_adapter_method(folder) in METHOD_NAMES.values()
-        fit = f"set {' '.join(f'peft.{pair}' for pair in made)}, or " if ours else ""
+    different = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    if different:
+        saved_settings = [f"{name}={saved_value}" for name, (_, saved_value) in different.items()]
+        supported = saved_adapter_method(folder) in METHOD_NAMES.values()
+        keep = f"set {' '.join(f'peft.{setting}' for setting in saved_settings)}, or " if supported else ""
         raise ConfigError(
-            f"the adapter in {folder} was trained with {', '.join(made)}",
-            found=", ".join(f"peft.{name}={value}" for name, (value, _) in wrong.items()),
-            where=", ".join(f"peft.{name}" for name in wrong),
-            do=f"{fit}peft.method=none to fold it into its base and train all weights",
+            f"the adapter in {folder} was trained with {', '.join(saved_settings)}",
+            found=", ".join(f"peft.{name}={value}" for name, (value, _) in different.items()),
+            where=", ".join(f"peft.{name}" for name in different),
+            do=f"{keep}peft.method=none to merge it into its base and train all weights",
         )
 
 
-def _saved(folder: str) -> dict[str, Any]:
+def _saved_config(folder: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
     return found
 
@@ -184,28 +192,28 @@ def _sorted(names: Any) -> Any:
 
 @contextmanager
 def reference_policy(model: Any) -> Iterator[Any]:
-    """Inside, an adapter policy computes as the model it started from."""
+    """Context manager inside which a policy with an adapter computes as the model that it started from."""
     with use_adapter(model, REFERENCE_ADAPTER if REFERENCE_ADAPTER in model.peft_config else None):
         yield model
 
 
 @contextmanager
 def use_adapter(model: Any, adapter: str | None) -> Iterator[None]:
-    """Inside, a PeftModel computes with one of its adapters, or with the bare base (None).
+    """Context manager inside which a PeftModel computes with one of its adapters, or with its base alone (None).
 
-    Nothing is copied and nothing else changes: `set_adapter` of PEFT would also switch what is trainable.
+    Nothing is copied and `requires_grad` does not change; PEFT's `set_adapter` would change it.
     """
     with switched_adapter(model, adapter):
         yield
 
 
 def active_adapter(model: Any) -> str | None:
-    """Name of the adapter that a PeftModel computes with now, or None."""
+    """Return the name of the adapter that a PeftModel currently computes with, or None."""
     return name_of_active_adapter(model)
 
 
 def adapter_parameters(model: Any, adapter: str) -> dict[str, Any]:
-    """Named parameters of one adapter of a PeftModel."""
+    """Return the parameters of one adapter of a PeftModel, by name."""
     return {
         name: p
         for name, p in model.named_parameters()

@@ -1,6 +1,6 @@
 """Exponential moving average of a model's trained weights (Ouyang et al. 2022, arXiv:2203.02155, decay 0.992).
 
-The main process keeps it, in CPU memory: it is read once a step, and no device has to hold it.
+The main process keeps the average in CPU memory: it is needed only once a step, and takes no device memory.
 """
 
 from __future__ import annotations
@@ -15,10 +15,16 @@ from rlhf.distributed.zero_gather import gathered_parameters
 
 
 class WeightAverage:
-    """w_avg <- decay w_avg + (1 - decay) w, for the parameters that are trained. Float32."""
+    """Average w_avg <- decay w_avg + (1 - decay) w of the trained parameters, in float32."""
 
     def __init__(self, trained: Mapping[str, nn.Parameter], decay: float, *, main: bool = True) -> None:
-        """Start at the present weights; `decay` in (0, 1). Collective, as the rest; only `main` has `weights`."""
+        """Start the average at the current weights. This and all other methods are collective.
+
+        Args:
+            trained: the trained parameters by name.
+            decay: in (0, 1).
+            main: this process is the main one; only there is `weights` filled.
+        """
         self.decay, self.main = decay, main
         self.weights: dict[str, Tensor] = {}
         for name, p in trained.items():
@@ -28,7 +34,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, trained: Mapping[str, nn.Parameter]) -> None:
-        """Take in the present weights."""
+        """Update the average with the current weights."""
         for name, p in trained.items():
             with gathered_parameters([p]):
                 if self.main:
@@ -36,12 +42,12 @@ class WeightAverage:
 
     @contextmanager
     def applied(self, trained: Mapping[str, nn.Parameter]) -> Iterator[None]:
-        """The model of the main process with its average weights, for saving."""
-        present: dict[str, Tensor] = {}
+        """Context manager inside which the model has the average weights, for saving it on the main process."""
+        current: dict[str, Tensor] = {}
         for name, p in trained.items():
             with torch.no_grad(), gathered_parameters([p], changed=True):
                 if self.main:
-                    present[name] = p.detach().to("cpu", copy=True)
+                    current[name] = p.detach().to("cpu", copy=True)
                     p.copy_(self.weights[name])
         try:
             yield
@@ -49,4 +55,4 @@ class WeightAverage:
             for name, p in trained.items():
                 with torch.no_grad(), gathered_parameters([p], changed=True):
                     if self.main:
-                        p.copy_(present[name])
+                        p.copy_(current[name])

@@ -1,4 +1,7 @@
-"""Heads on a causal LM's trunk, and reading them: by mask, never by token id, in float32."""
+"""Output heads on a causal LM's trunk, and their outputs in float32.
+
+Positions are found from the mask, never from token ids, so that the pad token may equal any other token.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,9 @@ from rlhf.models.packed_batch import PackedBatch, can_pack, trunk_states
 
 
 class Float32Head(nn.Linear):
-    """A linear output layer that computes in float32 whatever the trunk's dtype and under autocast.
+    """Linear output layer that computes in float32, whatever the trunk's dtype, and also under autocast.
 
-    bfloat16 scores of size 4-8 come in steps of 0.03; saved, it is an ordinary linear layer.
+    In bfloat16, scores between 4 and 8 would be multiples of 0.03. In a saved model it is an ordinary linear layer.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -25,9 +28,9 @@ class Float32Head(nn.Linear):
 
 
 class SharedValueHead(nn.Module):
-    """A value head on the policy's own last hidden states: no second trunk, V = 0 everywhere at the start.
+    """Value head on the policy's last hidden states, without a trunk of its own. At the start V = 0 everywhere.
 
-    Its gradient moves the trunk too (weighted by ppo.value_coef), so it saves memory at the price of a conflict.
+    It saves memory, but the gradient of the value loss (weighted by ppo.value_coef) also changes the policy's trunk.
     """
 
     def __init__(self, hidden_size: int) -> None:
@@ -38,7 +41,7 @@ class SharedValueHead(nn.Module):
                 parameter.zero_()
 
     def save_pretrained(self, folder: str) -> None:
-        """Write the head alone; it means nothing without the policy beside it."""
+        """Write the head alone; it can only be used together with the policy that it was trained with."""
         from safetensors.torch import save_file
 
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -48,35 +51,36 @@ class SharedValueHead(nn.Module):
 
 
 class AdapterScorer(nn.Module):
-    """A scorer that is an adapter and a head on another model's base; see `rlhf.models.shared_base`.
+    """Scorer that consists of a head and an adapter on another model's base; see `rlhf.models.shared_base`.
 
     Attributes:
         score: the head, float32.
-        base: PeftModel that has the adapter; not a submodule, it belongs to the policy.
+        adapter: name of the adapter in `base`.
+        base: PeftModel that has the adapter. It is the policy's, so it is not registered as a submodule.
     """
 
     def __init__(self, base: Any, adapter: str, score: Float32Head) -> None:
         super().__init__()
         self.score, self.adapter = score, adapter
-        self._base = [base]  # in a list, so that its parameters are not counted as ours
+        self._base = [base]  # in a list, so that `parameters()` does not include the base's
 
     @property
     def base(self) -> Any:
-        """The model whose adapter this is."""
+        """Return the PeftModel that has the adapter."""
         return self._base[0]
 
     @property
     def config(self) -> Any:
-        """That model's configuration."""
+        """Return the configuration of the base."""
         return self.base.config
 
     def save_pretrained(self, folder: str) -> None:
-        """Write the adapter and the head as PEFT writes a sequence classifier's: `load_scorer` reads it."""
+        """Write the adapter and the head as PEFT writes those of a sequence classifier; `load_scorer` can read them."""
         from peft import get_peft_model_state_dict
         from safetensors.torch import save_file
 
         weights = get_peft_model_state_dict(self.base, adapter_name=self.adapter)
-        weights = {name: w for name, w in weights.items() if "lm_head" not in name}  # saved where tokens were added
+        weights = {name: w for name, w in weights.items() if "lm_head" not in name}  # present if tokens were added
         weights |= {f"base_model.model.score.{name}": p.detach() for name, p in self.score.named_parameters()}
         config = copy.copy(self.base.peft_config[self.adapter])
         config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", ["score"], True
@@ -88,25 +92,25 @@ class AdapterScorer(nn.Module):
 
 
 def rescale_head(model: Any, deviation: float) -> None:
-    """Divide the outputs of a scorer by a deviation (score units), by its head's weights."""
+    """Divide the outputs of a scorer by a deviation (score units), by dividing the parameters of its head."""
     with torch.no_grad():
         for parameter in score_head(model).parameters():
             parameter.div_(deviation)
 
 
 def score_head(model: Any) -> Any:
-    """The output layer of a scorer, adapter wrapping included."""
+    """Return the output layer of a scorer, which may be a PeftModel."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return inner.score
 
 
 def head_dtype(model: Any) -> str:
-    """Name of the dtype that a scorer's head is kept in."""
+    """Return the name of the dtype of a scorer's head, such as "float32"."""
     return str(next(score_head(model).parameters()).dtype).removeprefix("torch.")
 
 
 def trunk_owner(model: Any) -> Any:
-    """Return the model whose trunk a scorer reads: its own, or that of the base that its adapter lies on."""
+    """Return the model whose trunk a scorer uses: the scorer itself, or the base of its adapter."""
     return model.base if isinstance(model, AdapterScorer) else model
 
 
@@ -155,11 +159,11 @@ def sequence_scores(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def last_index(mask: Tensor) -> Tensor:
-    """Index of the last True of each row. [B, T] bool -> [B] int64."""
+    """Return the index of the last True of each row: [B, T] bool -> [B] int64."""
     positions = torch.arange(mask.shape[1], device=mask.device)
     return (positions * mask.long()).amax(dim=1)
 
 
 def position_ids(mask: Tensor) -> Tensor:
-    """Positions that do not count left padding. [B, T] bool -> [B, T] int64."""
+    """Return position ids that do not count left padding: [B, T] bool -> [B, T] int64."""
     return (mask.long().cumsum(dim=1) - 1).clamp_min(0)

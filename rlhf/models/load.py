@@ -1,4 +1,4 @@
-"""Model folders to models: the policy (causal LM) and its tokenizer. Adapters and full weights load alike."""
+"""Load models and tokenizers from folders or the hub, and set dtype, vocabulary size, dropout and stop tokens."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_mo
 
 
 def resolve_model(source: ModelSource) -> str:
-    """The folder (or hub id) that a model path means: a finished run stands for the model it made.
+    """Return the folder (or hub id) of a model path; the path of a finished run resolves to the model that it wrote.
 
-    Raises: CheckpointError if a local folder holds no model, listing what is there and which runs nearby are finished.
+    Raises: CheckpointError if a local folder holds no model, with the files found there and finished runs nearby; also
+        if a hub model has no pinned revision.
     """
     path = Path(source.path)
     if not path.exists():
@@ -45,7 +46,7 @@ def resolve_model(source: ModelSource) -> str:
 
 
 def _finished_runs(path: Path) -> str:
-    """A hint that names finished runs in the folders above."""
+    """Return a hint that names finished runs in the parent folders."""
     for parent in list(path.parents)[:3]:
         if parent.is_dir():
             runs = [p for p in sorted(parent.glob("*/run.json")) if _status(p) == "finished"]
@@ -62,7 +63,7 @@ def _status(run_json: Path) -> str:
 
 
 def dtype_of(source: ModelSource) -> torch.dtype:
-    """Weights' dtype in memory. 'auto' is float32: small AdamW updates are lost in bfloat16 weights."""
+    """Return the dtype of the weights in memory. 'auto' is float32: bfloat16 weights lose small AdamW updates."""
     if source.dtype == "auto":
         return torch.float32
     dtype: torch.dtype = getattr(torch, source.dtype)
@@ -70,12 +71,12 @@ def dtype_of(source: ModelSource) -> torch.dtype:
 
 
 def is_adapter(folder: str) -> bool:
-    """Whether a model folder holds an adapter (PEFT) rather than full weights."""
+    """Return whether a model folder holds a PEFT adapter rather than full weights."""
     return (Path(folder) / "adapter_config.json").is_file()
 
 
 def load_tokenizer(source: ModelSource) -> Any:
-    """The tokenizer stored with a model.
+    """Load the tokenizer that is stored with a model.
 
     Raises: CheckpointError if there is none.
     """
@@ -91,7 +92,10 @@ def load_tokenizer(source: ModelSource) -> Any:
 
 
 def load_pretrained(auto_class: Any, source: ModelSource, folder: str, **options: Any) -> Any:
-    """`from_pretrained` from safetensors only, with library errors turned into ours."""
+    """Call `from_pretrained` with the source's settings; only safetensors files are read.
+
+    Raises: CheckpointError if the model does not load.
+    """
     if source.attention != "auto":
         options["attn_implementation"] = source.attention
     try:
@@ -119,48 +123,48 @@ def grow_embeddings(model: Any, vocab_size: int) -> None:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout to 0: sampling and update must see the same policy (arXiv:2403.17031, detail on dropout)."""
+    """Set every dropout to 0, so that sampling and update compute the same policy (arXiv:2403.17031, on dropout)."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name, value in list(vars(module).items()):  # probabilities that a model keeps as plain attributes
+        for name, value in list(vars(module).items()):  # some models store probabilities as attributes
             if isinstance(value, float) and ("dropout" in name or "layerdrop" in name):
                 setattr(module, name, 0.0)
 
 
 def backbone(model: Any) -> nn.Module:
-    """The transformer below the output layer, adapters included."""
+    """Return the transformer below the output layer, adapters included."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     trunk: nn.Module = getattr(inner, inner.base_model_prefix)
     return trunk
 
 
 def context_length(model: Any) -> int | None:
-    """Positions that the model was made for, or None if its configuration does not say."""
-    if not hasattr(model, "config"):  # a model with a soft prompt, which takes some of them
-        left: int | None = getattr(model, "context", None)
-        return left
+    """Return the model's maximum number of positions, or None if its configuration does not state it."""
+    if not hasattr(model, "config"):  # a `SoftPrompt`, whose prompt takes some of the positions
+        remaining: int | None = getattr(model, "context", None)
+        return remaining
     config = model.config.get_text_config()
     return getattr(config, "max_position_embeddings", None)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, total) parameters."""
+    """Return the number of trainable parameters and the number of all parameters."""
     total = sum(p.numel() for p in model.parameters())
     return sum(p.numel() for p in model.parameters() if p.requires_grad), total
 
 
 def set_stop_tokens(model: Any, renderer: Renderer) -> None:
-    """Make plain `generate` stop at the end token and pad with the pad token."""
+    """Set the end and pad tokens of the model's configuration, so that `model.generate` stops and pads correctly."""
     model.generation_config.eos_token_id = renderer.end_id
     model.generation_config.pad_token_id = renderer.pad_id
     model.config.pad_token_id = renderer.pad_id
 
 
 def check_context(length: int, context: int | None, where: str) -> None:
-    """Refuse sequences longer than the model's positions.
+    """Check that sequences of `length` tokens fit the model's maximum number of positions.
 
-    Raises: ConfigError.
+    Raises: ConfigError if they do not.
     """
     if context is not None and length > context:
         raise ConfigError(

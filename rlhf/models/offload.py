@@ -1,9 +1,9 @@
-"""The frozen models that only scoring reads: on the device throughout, or at rest in CPU memory until they are asked.
+"""Offload frozen models to CPU memory between scoring passes.
 
-Why rest and not share the weights between processes (ZeRO-3): packed microbatches differ in number from process to
-process, so that a forward that gathers its weights from the others would wait for ever; and scoring needs them whole in
-any case. At rest a model costs no device memory instead of 1/n, on one GPU too. The price is one copy to the device a
-step, and the model whole in the CPU memory of every process.
+Sharding their weights between processes (ZeRO-3) is not an alternative: the number of packed microbatches differs
+between processes, so a forward pass that gathers weights would block forever; and scoring needs the full weights. An
+offloaded model takes no device memory (a shard takes 1/n), also with a single GPU. The cost is one copy to the device a
+step, and the full model in the CPU memory of every process.
 """
 
 from __future__ import annotations
@@ -16,56 +16,57 @@ from torch import nn
 
 
 class OffloadedModels:
-    """Models by role, in eval mode.
+    """Frozen models by role, in eval mode, of which some roles are offloaded.
 
-    Their weights do not change, so leaving the device copies nothing: those in CPU memory have stayed there. They are
-    not page-locked: that would be faster by seconds a step at most, and torch rounds locked memory up to powers of two.
+    Because the weights do not change, their tensors in CPU memory are kept, and leaving the device copies nothing. They
+    are not page-locked: this would save seconds a step at most, and torch rounds locked memory up to powers of two.
     """
 
     def __init__(self, device: torch.device, offload: Collection[str] = (), **models: Sequence[nn.Module]) -> None:
-        """Put every model where it belongs.
+        """Move every model to the device, or to CPU memory if its role is offloaded.
 
         Args:
-            offload: roles that rest in CPU memory. Where the device is the CPU they are there already.
-            models: of each role.
+            device: where the models compute.
+            offload: roles to offload. If the device is the CPU, this changes nothing.
+            models: the models of each role.
         """
         self.device = device
-        self._resting: dict[str, list[_Resting]] = {}
+        self._offloaded: dict[str, list[_OffloadedModel]] = {}
         for role, members in models.items():
-            rests = role in offload and device.type != "cpu"
+            is_offloaded = role in offload and device.type != "cpu"
             for model in members:
                 model.eval()
-                model.to("cpu" if rests else device)
-            self._resting[role] = [_Resting(model) for model in members] if rests else []
+                model.to("cpu" if is_offloaded else device)
+            self._offloaded[role] = [_OffloadedModel(model) for model in members] if is_offloaded else []
 
     @contextmanager
     def on_device(self, role: str) -> Iterator[None]:
-        """A role's models are on the device inside, and at rest again afterwards, also after an error."""
-        resting = self._resting[role]
+        """Context manager inside which a role's models are on the device; they leave it at its end or on an error."""
+        offloaded = self._offloaded[role]
         try:
-            for one in resting:
-                one.model.to(self.device)
+            for model in offloaded:
+                model.model.to(self.device)
             yield
         finally:
-            for one in resting:
-                one.rest()
+            for model in offloaded:
+                model.return_to_cpu()
 
 
-class _Resting:
-    """A model and its weights in CPU memory."""
+class _OffloadedModel:
+    """An offloaded model with its weights in CPU memory."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.places = [
+        self.weights = [
             (module, name, parameter, parameter.data)
             for module in model.modules()
             for name, parameter in module._parameters.items()
             if parameter is not None
         ]
 
-    def rest(self) -> None:
-        """Let go of the device's copy. Buffers may have changed there: they are copied."""
-        for module, name, parameter, data in self.places:
+    def return_to_cpu(self) -> None:
+        """Point the parameters to CPU memory again. Buffers are copied, since the forward pass may change them."""
+        for module, name, parameter, data in self.weights:
             parameter.data = data
             module._parameters[name] = parameter
         self.model.to("cpu")

@@ -1,7 +1,8 @@
-"""Rows of unequal length without padding: several in one row of the batch, each attending to itself alone.
+"""Pack sequences of unequal length into rows without padding; each sequence attends only to itself.
 
-A batch of B padded rows becomes fewer rows of like fill. Positions start at 0 in each of the packed sequences, and
-without an attention mask transformers builds the block-diagonal one from them. What comes out is read back by `slot`.
+A batch of B padded rows becomes fewer rows that are about equally full. Position ids start at 0 in each packed
+sequence; without an attention mask, transformers builds the block-diagonal mask from them. `slot` maps the positions of
+the padded batch to those of the packed rows.
 
     ids  _ a b c d        mask  0 1 1 1 1       packed ids  a b c d e f     positions  0 1 2 3 0 1
          _ _ _ e f              0 0 0 1 1       slot        - 0 1 2 3 / - - - 4 5
@@ -25,21 +26,21 @@ from rlhf.models.load import backbone
 LINEAR_COST_LENGTH = (
     512  # row length at which attention costs as much as all the rest of a token; smaller for narrow models
 )
-MAX_ROW_COUNTS_TRIED = 6  # numbers of rows
-ROUNDING_SHARE = 64  # rounding the places of a batch may cost one part in so many
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}  # relative to the largest
+MAX_ROW_COUNTS_TRIED = 6  # how many row counts, from the largest useful one downward, `pack` compares
+ROUNDING_SHARE = 64  # rounding up may add about 1/64 to the size of a batch
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}  # relative to the largest hidden state
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """B sequences as a model's trunk reads them: packed into fewer rows, or padded as they are.
+    """B sequences in the layout that a model's trunk computes on: packed into fewer rows, or padded.
 
-    Make one with `of` or `for_model`, once for each microbatch, and pass it to every model that reads these sequences.
+    Create it with `of` or `for_model`, once for each microbatch, and pass it to every model that reads these sequences.
     """
 
     ids: Tensor  # [b, L] int64
-    positions: Tensor  # [b, L] int64, from 0 in each sequence; 0 on padding, which so attends to itself alone
-    slot: Tensor  # [B, T] int64: where a token of the padded batch lies in the flattened rows; 0 where mask is False
+    positions: Tensor  # [b, L] int64, from 0 in each sequence; 0 on padding, which then attends only to itself
+    slot: Tensor  # [B, T] int64: index of a token of the padded batch in the flattened rows; 0 where mask is False
     mask: Tensor | None = None  # [b, L] bool, True = real token, of padded rows; None where sequences are packed
 
     @classmethod
@@ -67,23 +68,30 @@ class PackedBatch:
 
     @property
     def fill(self) -> float:
-        """Share of the batch's places that hold real tokens."""
+        """Return the share of the batch's positions that are real tokens."""
         return float((self.slot > 0).sum() + 1) / self.ids.numel()  # exactly one real token has slot 0
 
 
 def pack(ids: Tensor, mask: Tensor) -> PackedBatch:
-    """Pack rows so that they are full and yet short, because attention grows with their length.
+    """Pack sequences into rows that are full but short, because the cost of attention grows with the row length.
 
     Args:
         ids: [B, T] int64. mask: [B, T] bool, padding on either side, at least one token a row.
-    Returns: every token in one place, those of a sequence side by side and in order.
+    Returns: a batch with every token once; the tokens of a sequence are adjacent and in order.
     """
     lengths = mask.sum(dim=1).tolist()
     longest = max(lengths)
-    most = -(-sum(lengths) // longest)
-    powers = (2**n for n in range(most.bit_length()))
-    fewer = dict.fromkeys((*range(most, most - MAX_ROW_COUNTS_TRIED, -1), most // 2, most // 4, *powers))
-    candidates = [_fitted(lengths, longest), *(_dealt(lengths, rows) for rows in fewer if rows > 0)]
+    max_row_count = -(-sum(lengths) // longest)
+    powers = (2**n for n in range(max_row_count.bit_length()))
+    row_counts = dict.fromkeys(
+        (
+            *range(max_row_count, max_row_count - MAX_ROW_COUNTS_TRIED, -1),
+            max_row_count // 2,
+            max_row_count // 4,
+            *powers,
+        )
+    )
+    candidates = [_best_fit(lengths, longest), *(_balanced(lengths, rows) for rows in row_counts if rows > 0)]
     rounded = [_rounded(layout, sum(lengths)) for layout in candidates]
     places, rows, capacity = min(rounded, key=lambda c: c[1] * c[2] * (1 + c[2] / LINEAR_COST_LENGTH))
     start = torch.tensor([row * capacity + offset for row, offset in places], device=ids.device)
@@ -96,18 +104,22 @@ def pack(ids: Tensor, mask: Tensor) -> PackedBatch:
 
 
 def microbatches(lengths: Tensor, size: int, *, packed: bool) -> list[Tensor]:
-    """Rows in parts of at most `size`: with about the same number of tokens each if they will be packed, else of like
-    length, so that there is little padding.
+    """Split rows into microbatches of at most `size` rows.
+
+    If they will be packed, the microbatches have about equally many tokens. Otherwise each has rows of similar length,
+    so that there is little padding.
 
     Args:
         lengths: [B] int64, tokens of every row.
-    Returns: int64 row indices on the CPU, like all row numbers; every row is in exactly one part.
+    Returns: int64 row indices on the CPU; every row is in exactly one microbatch.
     """
     order = lengths.cpu().argsort(descending=True, stable=True)
     if not packed:
         return list(order.split(size))
     parts = -(-len(order) // size)
-    rounds = [r if i % 2 == 0 else r.flip(0) for i, r in enumerate(order.split(parts))]  # to and fro: even sums
+    rounds = [
+        r if i % 2 == 0 else r.flip(0) for i, r in enumerate(order.split(parts))
+    ]  # alternate the order, to balance the sums
     return [torch.stack([r[i] for r in rounds if i < len(r)]) for i in range(parts)]
 
 
@@ -115,16 +127,16 @@ RowLayout = tuple[list[tuple[int, int]], int, int]  # (row, offset) of every seq
 
 
 def packed_rows(lengths: Sequence[int], capacity: int) -> int:
-    """Rows of `capacity` tokens that sequences of some lengths are packed into, as `trl.pack_dataset` packs them.
+    """Return how many rows of `capacity` tokens sequences take if they are packed as by `trl.pack_dataset`.
 
     Args:
-        lengths: tokens of each, at most `capacity`.
+        lengths: tokens of each sequence, at most `capacity`.
     """
-    return _fitted(list(lengths), capacity)[1]
+    return _best_fit(list(lengths), capacity)[1]
 
 
-def _fitted(lengths: list[int], capacity: int) -> RowLayout:
-    """Best fit: longest first, each into the fullest row of a given length that has room."""
+def _best_fit(lengths: list[int], capacity: int) -> RowLayout:
+    """Pack by best fit: longest sequence first, each into the fullest row of `capacity` tokens with enough room."""
     places, room = [(0, 0)] * len(lengths), list[tuple[int, int]]()  # room left and row, sorted
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         at = bisect.bisect_left(room, (lengths[i], -1))
@@ -134,8 +146,8 @@ def _fitted(lengths: list[int], capacity: int) -> RowLayout:
     return places, len(room), capacity
 
 
-def _dealt(lengths: list[int], rows: int) -> RowLayout:
-    """A given number of rows: longest first, each to the emptiest."""
+def _balanced(lengths: list[int], rows: int) -> RowLayout:
+    """Pack into a given number of rows: longest sequence first, each into the emptiest row."""
     places, used = [(0, 0)] * len(lengths), [(0, row) for row in range(rows)]
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         length, row = heapq.heappop(used)
@@ -145,15 +157,15 @@ def _dealt(lengths: list[int], rows: int) -> RowLayout:
 
 
 def _rounded(layout: RowLayout, tokens: int) -> RowLayout:
-    """Longer rows, so that the number of places is a multiple of 128 (less if there are few tokens).
+    """Lengthen the rows so that the number of positions is a multiple of 128 (of less if there are few tokens).
 
-    Kernels are prepared, and weights kept rearranged, once for each number of places: oneDNN's cache of bfloat16
-    products takes a copy of a weight for every one.
+    This limits the number of different batch shapes: kernels are prepared once for each shape, and oneDNN caches one
+    pre-packed copy of each bfloat16 weight per shape.
     """
     places, rows, capacity = layout
     grain = min(128, 2 ** max(0, (tokens // ROUNDING_SHARE).bit_length() - 1))
-    by = grain // math.gcd(rows, grain)
-    return places, rows, -(-capacity // by) * by
+    multiple = grain // math.gcd(rows, grain)
+    return places, rows, -(-capacity // multiple) * multiple
 
 
 def trunk_states(model: Any, batch: PackedBatch, where: Tensor | None = None) -> Tensor:
@@ -173,10 +185,10 @@ _packable: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def can_pack(model: Any) -> bool:
-    """Whether a model's trunk computes the same packed as padded; found out once a model, on two short sequences.
+    """Return whether a model's trunk computes the same on packed as on padded rows.
 
-    Models whose layers carry a state along the row (Mamba and its like), or that take positions from elsewhere, do
-    not: they are given padded rows.
+    The answer is determined once for each model, by comparing both on two short sequences. Models whose layers carry a
+    state along the row (such as Mamba), or that ignore the position ids, do not, and are run on padded rows.
     """
     if model not in _packable:
         _packable[model] = False
@@ -194,7 +206,7 @@ def _probe(model: Any) -> bool:
     rows = torch.randint(0, config.vocab_size, (2, 7), generator=generator).to(device)
     mask = torch.ones_like(rows, dtype=torch.bool)
     mask[1, :3] = False  # 7 and 4 tokens
-    was = model.training
+    was_training = model.training
     model.eval()
     trunk = backbone(model)
     positions = (mask.long().cumsum(dim=1) - 1).clamp_min(0)
@@ -206,10 +218,10 @@ def _probe(model: Any) -> bool:
     except Exception:  # whatever an architecture that cannot be packed raises
         return False
     finally:
-        model.train(was)
-    wanted = torch.cat([padded.last_hidden_state[0], padded.last_hidden_state[1, 3:]]).float()
+        model.train(was_training)
+    expected = torch.cat([padded.last_hidden_state[0], padded.last_hidden_state[1, 3:]]).float()
     found = together.last_hidden_state[0].float()
-    if found.shape != wanted.shape:
+    if found.shape != expected.shape:
         return False
     tolerance = TOLERANCE.get(padded.last_hidden_state.dtype, 1e-3)
-    return bool((found - wanted).abs().max() <= tolerance * wanted.abs().max())
+    return bool((found - expected).abs().max() <= tolerance * expected.abs().max())

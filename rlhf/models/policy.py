@@ -1,4 +1,4 @@
-"""Causal language models to train or to start from: full weights, or an adapter over them."""
+"""Load causal language models, from full weights or adapters, to train or to start training from."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from rlhf.models.load import disable_dropout, grow_embeddings, is_adapter, load_
 
 
 def load_causal(source: ModelSource, *, vocab_size: int | None = None) -> Any:
-    """A causal LM with dropout off; an adapter is merged into its base in memory.
+    """Load a causal LM with dropout off; an adapter is merged into its base in memory.
 
     Args:
-        vocab_size: length of the tokenizer; embeddings grow to it if it is larger.
+        vocab_size: length of the tokenizer; smaller embeddings grow to it.
     Raises: CheckpointError if the folder does not hold a loadable model.
     """
     from transformers import AutoModelForCausalLM
@@ -23,11 +23,11 @@ def load_causal(source: ModelSource, *, vocab_size: int | None = None) -> Any:
     if is_adapter(folder):
         if saved_adapter_method(folder) == "prompt":
             raise CheckpointError(
-                "a soft prompt has no weights to fold into the model",
+                "a soft prompt cannot be merged into the model's weights",
                 found="peft.method=prompt",
                 where=folder,
-                do="'rlhf generate', 'rlhf chat' and 'rlhf evaluate' read it as it is; train with peft.method=lora or "
-                "ia3 for a model that other stages start from",
+                do="use it with 'rlhf generate', 'rlhf chat' or 'rlhf evaluate'; for a model that other stages start "
+                "from, train with peft.method=lora or ia3",
             )
         model = load_adapter(source, folder, AutoModelForCausalLM, trainable=False).merge_and_unload()
     else:
@@ -39,10 +39,11 @@ def load_causal(source: ModelSource, *, vocab_size: int | None = None) -> Any:
 
 
 def policy_with_adapter(source: ModelSource, peft: Peft) -> Any:
-    """A trainable adapter policy; `reference_policy` gives its starting point without a second copy of the base.
+    """Load a policy with a trainable adapter; `reference_policy` gives the reference without a second copy of the base.
 
-    From full weights: a fresh adapter (the reference is the adapter switched off). From an adapter: that adapter
-    continues, and a frozen copy of it is the reference, since base weights alone are not the SFT model.
+    If the source has full weights, a new adapter is added, and the reference is the model with the adapter off. If the
+    source is an adapter, it is trained further, and a frozen copy of it gives the reference, because the base alone is
+    not the SFT model.
     """
     from transformers import AutoModelForCausalLM
 

@@ -1,4 +1,4 @@
-"""Scorers: a causal LM's trunk with one or N new outputs, made new or loaded from a folder."""
+"""Create and load scorers (reward models, classifiers, value models): a causal LM's trunk with a head of N outputs."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from rlhf.models.policy import load_causal
 
 
 def new_reward_model(source: ModelSource, peft: Peft, *, pad_id: int, vocab_size: int, seed: int) -> Any:
-    """A reward model that starts from an SFT model: a `new_classifier` with one output, the score."""
+    """Create a reward model from an SFT model: a `new_classifier` with one output, the score."""
     return new_classifier(source, peft, outputs=1, pad_id=pad_id, vocab_size=vocab_size, seed=seed)
 
 
 def new_classifier(source: ModelSource, peft: Peft, *, outputs: int, pad_id: int, vocab_size: int, seed: int) -> Any:
-    """The trunk of a causal LM, bit for bit, with its output layer replaced by one of N outputs.
+    """Create a classifier from the unchanged trunk of a causal LM and a new head of N outputs.
 
-    The source may be a classifier itself, of any number of labels: its trunk is taken and its head, labels and kind of
-    loss are not. The head is drawn from N(0, 1/(H+1)), bias-free (Stiennon et al. 2020, arXiv:2009.01325; std
-    1/sqrt(H+1) as in arXiv:2403.17031). With `peft` and an adapter of the source, that adapter continues; the head is
-    trained and saved with it.
+    The source may itself be a classifier with any number of labels: its trunk is used; its head, labels and problem
+    type are not. The head's weights are drawn from N(0, 1/(H+1)), and it has no bias (Stiennon et al. 2020,
+    arXiv:2009.01325; std 1/sqrt(H+1) as in arXiv:2403.17031). If `peft` is enabled and the source is an adapter, that
+    adapter is trained further, and the head is trained and saved with it.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -49,14 +49,14 @@ def new_classifier(source: ModelSource, peft: Peft, *, outputs: int, pad_id: int
     else:
         model = load_pretrained(AutoModelForSequenceClassification, source, folder)
     grow_embeddings(model, vocab_size)
-    model.config.pad_token_id = pad_id  # only now: the id of a new token would not fit the embeddings before
+    model.config.pad_token_id = pad_id  # only after growing: it may be a new token
     disable_dropout(model)
     _new_head(model, outputs, seed)
     return add_adapter(model, peft, "SEQ_CLS") if peft.enabled else model
 
 
 def new_value_model(source: ModelSource, peft: Peft, *, pad_id: int, vocab_size: int, seed: int) -> Any:
-    """A value model on the policy's trunk, with a head of zeros: V = 0 everywhere (Ziegler et al. 2019)."""
+    """Create a value model from the policy's trunk, with a head of zeros: V = 0 everywhere (Ziegler et al. 2019)."""
     model = new_reward_model(source, peft, pad_id=pad_id, vocab_size=vocab_size, seed=seed)
     with torch.no_grad():
         for parameter in score_head(model).parameters():
@@ -65,9 +65,12 @@ def new_value_model(source: ModelSource, peft: Peft, *, pad_id: int, vocab_size:
 
 
 def load_classifier(source: ModelSource, *, role: str = "classifier", do: str = "give one that was trained") -> Any:
-    """A trained sequence classifier with any number of labels, dropout off; an adapter is merged into its base.
+    """Load a trained sequence classifier with any number of labels and dropout off; an adapter is merged into its base.
 
-    Raises: CheckpointError, in words about a `role`, if the folder holds no sequence classifier.
+    Args:
+        role: what the model is called in messages.
+        do: what messages advise.
+    Raises: CheckpointError if the folder holds no sequence classifier.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -89,10 +92,10 @@ def load_classifier(source: ModelSource, *, role: str = "classifier", do: str = 
 
 
 def load_scorer(source: ModelSource, *, trainable: bool = False, peft: Peft | None = None) -> Any:
-    """A trained reward model, or a value model that starts as one.
+    """Load a trained reward model, also as the start of a value model.
 
     Args:
-        trainable: keep (or add, if `peft` is enabled) adapters that can be trained; else adapters are merged.
+        trainable: with `peft` enabled, keep the adapter (or add one) for training; otherwise an adapter is merged.
     Raises: CheckpointError if the folder is not a one-output classifier.
     """
     folder = resolve_model(source)
@@ -113,18 +116,18 @@ def load_scorer(source: ModelSource, *, trainable: bool = False, peft: Peft | No
 
 
 def check_one_output(outputs: int, folder: str) -> None:
-    """Refuse a classifier with several labels as a reward model.
+    """Check that a reward model has one output.
 
-    Raises: CheckpointError.
+    Raises: CheckpointError if it has several.
     """
     if outputs != 1:
         raise CheckpointError(
-            "a reward model has one output", found=f"{outputs} labels", where=folder, do="train it with 'rlhf reward'"
+            "a reward model has one output", found=f"{outputs} labels", where=folder, do="train one with 'rlhf reward'"
         )
 
 
 def saved_head(folder: str) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of the score head in a folder's safetensors files."""
+    """Yield (name, tensor) of the score head in a folder's safetensors files."""
     from safetensors import safe_open
 
     for file in sorted(Path(folder).glob("*.safetensors")):
@@ -145,9 +148,11 @@ def _float32_head(model: Any) -> None:
 
 
 def adapted_classifier(source: ModelSource, folder: str, role: str, do: str, *, trainable: bool) -> Any:
-    """An adapter over a causal LM, with the head that was saved beside it; it has as many labels as that head.
+    """Load a classifier that was saved as an adapter of a causal LM and a score head, as a PeftModel.
 
-    Raises: CheckpointError, in words about a `role`, if the folder has no head.
+    Args:
+        role, do: see `load_classifier`.
+    Raises: CheckpointError if the folder has no score head.
     """
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
@@ -172,7 +177,7 @@ def adapted_classifier(source: ModelSource, folder: str, role: str, do: str, *, 
 
 
 def _new_head(model: Any, outputs: int, seed: int) -> None:
-    """Put a fresh head of N outputs in place of the one that was loaded, and forget what that one's outputs meant."""
+    """Replace the loaded head by a new one of N outputs, and reset the configuration's labels and problem type."""
     old = model.score
     model.score = Float32Head(old.in_features, outputs, bias=old.bias is not None).to(old.weight.device)
     _init_head(model.score, seed)
@@ -196,15 +201,15 @@ def _continue_adapter(model: Any, config: Any, folder: str) -> Any:
     from peft.utils import load_peft_weights
 
     disable_dropout(model)
-    # The new head stands in for the one that a classifier's adapter has and an SFT adapter has not.
+    # PEFT expects a head among the saved weights. An SFT adapter has none, and a classifier's must not be used.
     head = {f"base_model.model.score.{name}": p.detach().clone() for name, p in model.score.named_parameters()}
     wrapped = get_peft_model(model, config)
-    saved = load_peft_weights(folder, device="cpu")  # with the embeddings and the LM head, if tokens were added
+    saved = load_peft_weights(folder, device="cpu")  # has embeddings and LM head if tokens were added
     weights = head | {n: tensor for n, tensor in saved.items() if "lm_head" not in n and ".score." not in n}
     result = set_peft_model_state_dict(wrapped, weights)
     if result.unexpected_keys:
         raise CheckpointError(
-            "the adapter has weights that a scorer has no place for",
+            "the adapter has weights that do not exist in a scorer",
             found=result.unexpected_keys[0],
             where=folder,
             do="train the adapter on the trunk only (peft.target_modules)",
@@ -213,7 +218,7 @@ def _continue_adapter(model: Any, config: Any, folder: str) -> Any:
 
 
 def _restore_head(model: Any, folder: str) -> None:
-    """Read the head again in the dtype it was saved in: loading casts it to the trunk's."""
+    """Read the head again in float32, because `from_pretrained` casts it to the trunk's dtype."""
     head = dict(score_head(model).named_parameters())
     for name, tensor in saved_head(folder):
         for part, parameter in head.items():

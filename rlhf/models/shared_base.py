@@ -1,4 +1,4 @@
-"""One frozen base for four roles. Adapters are switched, never copied.
+"""One frozen base for PPO's four roles, which differ in their adapters and heads. Adapters are switched, never copied.
 
     role            adapter                       output layer
     policy          default, trained              the base's own
@@ -37,19 +37,19 @@ VALUE, REWARD = "value_model", "reward_model"
 
 
 def reason_not_shared(policy: ModelSource, scorer: ModelSource, method: str) -> str | None:
-    """Why a scorer cannot be an adapter on the policy's base, in words; None if it can.
+    """Return the reason why a scorer cannot be an adapter on the policy's base, as text; None if it can.
 
     Args:
-        method: `peft.method` of the policy; a layer has adapters of one kind.
+        method: `peft.method` of the policy; all adapters of a layer must be of one method.
     """
     folder = resolve_model(scorer)
     if not is_adapter(folder):
-        return f"{scorer.path} is no adapter"
+        return f"{scorer.path} is not an adapter"
     if saved_adapter_method(folder) != method:
         return f"{scorer.path} is an adapter of method {saved_adapter_method(folder)}, the policy's is {method}"
-    base, ours = base_source(scorer, folder).path, policy_base(policy)
-    if _place(base) != _place(ours):
-        return f"{scorer.path} is an adapter of {base}, the policy's base is {ours}"
+    base, base_of_policy = base_source(scorer, folder).path, policy_base(policy)
+    if _resolved(base) != _resolved(base_of_policy):
+        return f"{scorer.path} is an adapter of {base}, the policy's base is {base_of_policy}"
     for name in ("dtype", "attention"):
         if getattr(policy, name) != getattr(scorer, name):
             return f"{scorer.path} has another {name} than the policy"
@@ -57,27 +57,27 @@ def reason_not_shared(policy: ModelSource, scorer: ModelSource, method: str) -> 
 
 
 def policy_base(policy: ModelSource) -> str:
-    """Path of the full weights below the policy."""
+    """Return the path of the full weights that the policy is based on."""
     folder = resolve_model(policy)
     return base_source(policy, folder).path if is_adapter(folder) else folder
 
 
 def enable_activation_checkpointing(model: Any) -> None:
-    """Keep only the layers' inputs for the backward pass, which computes the rest again (arXiv:1604.06174).
+    """Keep only each layer's input for the backward pass, which recomputes the rest (arXiv:1604.06174).
 
-    A layer is computed again with the adapter that it was computed with, whichever is worn by then.
+    A layer is recomputed with the adapter of its first computation, whichever adapter is active by then.
     """
 
     def contexts() -> tuple[Any, Any]:
-        again = use_adapter(model, active_adapter(model)) if hasattr(model, "peft_config") else nullcontext()
-        return nullcontext(), again
+        recompute = use_adapter(model, active_adapter(model)) if hasattr(model, "peft_config") else nullcontext()
+        return nullcontext(), recompute
 
     model.gradient_checkpointing_enable(
         gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": contexts, "preserve_rng_state": False}
     )
 
 
-def _place(path: str) -> str:
+def _resolved(path: str) -> str:
     return str(Path(path).resolve()) if Path(path).exists() else path
 
 
@@ -85,8 +85,9 @@ def attach_scorer(policy: Any, source: ModelSource, name: str, *, trainable: boo
     """Load the adapter and the head of a saved scorer onto the policy's base.
 
     Args:
-        policy: PeftModel. name: of the adapter there.
-    Raises: CheckpointError if the folder has no score head, or weights that the policy has no place for.
+        policy: PeftModel. name: name of the new adapter.
+        trainable: the adapter and the head require gradients.
+    Raises: CheckpointError if the folder has no score head, or embeddings that differ from the policy's.
     """
     from peft import PeftConfig, set_peft_model_state_dict
     from peft.utils import load_peft_weights
@@ -101,11 +102,15 @@ def attach_scorer(policy: Any, source: ModelSource, name: str, *, trainable: boo
         )
     weights = {key: w for key, w in load_peft_weights(folder, device="cpu").items() if ".score." not in key}
     own = dict(policy.named_parameters())
-    for key in [key for key in weights if not is_adapter_weight(key)]:  # embeddings that grew: the policy has them too
-        tensor, ours = weights.pop(key), own.get(key)
-        if ours is None or ours.shape != tensor.shape or not torch.equal(ours.cpu().to(tensor.dtype), tensor):
+    for key in [key for key in weights if not is_adapter_weight(key)]:  # embeddings that grew; the policy has them too
+        tensor, existing = weights.pop(key), own.get(key)
+        if (
+            existing is None
+            or existing.shape != tensor.shape
+            or not torch.equal(existing.cpu().to(tensor.dtype), tensor)
+        ):
             raise CheckpointError(
-                "the adapter brings weights that differ from the policy's base",
+                "the adapter was saved with weights that differ from those of the policy's base",
                 found=key,
                 where=folder,
                 do="set roles=separate",
@@ -116,7 +121,12 @@ def attach_scorer(policy: Any, source: ModelSource, name: str, *, trainable: boo
 
 
 def attach_new_value_model(policy: Any, folder: str, name: str = VALUE) -> AdapterScorer:
-    """A value model that starts as the policy does, with a head of zeros."""
+    """Create a value model on the policy's base: an adapter that starts as the policy's, and a head of zeros.
+
+    Args:
+        policy: PeftModel. name: name of the new adapter.
+        folder: folder of the policy; if it holds an adapter, the value model's adapter starts with its weights.
+    """
     from peft import set_peft_model_state_dict
     from peft.utils import load_peft_weights
 
@@ -137,6 +147,6 @@ def _scorer(policy: Any, name: str, head: dict[str, Tensor], trainable: bool) ->
     score.requires_grad_(trainable)
     for parameter in adapter_parameters(policy, name).values():
         parameter.requires_grad_(trainable)
-    for parameter in adapter_parameters(policy, "default").values():  # adding an adapter may have frozen it
+    for parameter in adapter_parameters(policy, "default").values():  # adding an adapter may freeze it
         parameter.requires_grad_(True)
     return AdapterScorer(policy, name, score.to(next(policy.parameters()).device))

@@ -1,4 +1,4 @@
-"""A model with a soft prompt (Lester et al. 2021, arXiv:2104.08691): learnt embeddings that stand before the text."""
+"""Models with a soft prompt (Lester et al. 2021, arXiv:2104.08691): learned embeddings that precede the text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlhf.models.policy import load_causal
 
 
 def load_for_generation(source: ModelSource, *, vocab_size: int | None = None) -> Any:
-    """A causal LM to sample from: as `load_causal`, and models with a soft prompt too."""
+    """Load a causal LM to sample from: by `load_causal`, or as a `SoftPrompt` if the model has a soft prompt."""
     from transformers import AutoModelForCausalLM
 
     folder = resolve_model(source)
@@ -24,13 +24,13 @@ def load_for_generation(source: ModelSource, *, vocab_size: int | None = None) -
 
 
 class SoftPrompt(nn.Module):
-    """A PeftModel with a soft prompt, called as a causal LM without one: no logits of the prompt come out.
+    """Causal LM that prepends a soft prompt internally: called like a model without one, it returns no logits for it.
 
-    PEFT itself puts the prompt before each new token again and drops the positions that left-padded rows need. Without
-    a `config` it is decoded in batches and never packed.
+    PEFT's own forward would prepend the prompt to each new token again, and discards the position ids that left-padded
+    rows need. Because this module has no `config`, it is decoded with a `BatchCache` and never packed.
 
     Attributes:
-        context: positions left for the text, or None if not known.
+        context: positions that remain for the text, or None if the model does not state its maximum.
     """
 
     def __init__(self, model: Any) -> None:
@@ -39,8 +39,8 @@ class SoftPrompt(nn.Module):
         prompt: Tensor = model.get_prompt(batch_size=1).detach()
         self.prompt: Tensor
         self.register_buffer("prompt", prompt)  # [1, n, H]
-        whole = context_length(self.base)
-        self.context = None if whole is None else whole - prompt.shape[1]
+        positions = context_length(self.base)
+        self.context = None if positions is None else positions - prompt.shape[1]
 
     def forward(
         self,

@@ -209,7 +209,7 @@ def _check_tokenizers(report: PreflightReport, config: PPOConfig, renderer: Any)
         if renderer is None:
             continue
         same = same_tokenizer(source, renderer)
-        record = lifecycle.handover.read_handover(resolve_model(source))
+        record = lifecycle.model_metadata.read_handover(resolve_model(source))
         result = "has a different tokenizer: responses will be decoded and tokenized again"
         if same:
             handover = "and a handover record" if record is not None else "but no handover record"

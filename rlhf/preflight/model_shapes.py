@@ -20,7 +20,7 @@ from rlhf.config.schema import PPOConfig
 from rlhf.config.sections import ModelSource, Peft
 from rlhf.distributed.library_internals import set_attention
 from rlhf.errors import CheckpointError
-from rlhf.models import handover
+from rlhf.models import model_metadata
 from rlhf.models.adapters import add_adapter, base_source
 from rlhf.models.load import disable_dropout, dtype_of, is_adapter, resolve_model
 from rlhf.models.parameter_selection import ParameterMap, map_parameters
@@ -280,6 +280,6 @@ def expected_reply_tokens(config: Any, planned: Mapping[str, PlannedModel]) -> i
     if not Path(path).exists() and path in planned:
         found = planned[path].reply_tokens
     else:
-        record = handover.read_handover(resolve_model(config.policy))
+        record = model_metadata.read_handover(resolve_model(config.policy))
         found = record.reply_tokens if record is not None else None
     return None if found is None else max(math.ceil(found), config.sampling.min_new_tokens)

@@ -1,7 +1,7 @@
-"""Where rewards come from: reward models, classifiers, Python functions; summed by weight.
+"""PPO's reward: the weighted sum of reward models, ensembles, label probabilities and Python functions.
 
-A part that has the policy's tokenizer reads the sampled tokens. One that has another gets text: the response is
-decoded, put into the part's own chat template and tokenised again.
+A model with the policy's tokenizer scores the sampled tokens. For a model with another tokenizer, the response is
+decoded, rendered with the model's own chat template and tokenised again.
 """
 
 from __future__ import annotations
@@ -28,21 +28,22 @@ RewardFunction = Callable[[Messages, str, Mapping[str, Any]], float]
 
 @dataclass(frozen=True)
 class ModelReward:
-    """A model's output on prompt + response: its one score, rescaled, or the probabilities of some labels.
+    """Reward from a model's output on prompt + response: its score, rescaled, or probabilities of some labels.
 
     Attributes:
+        name: what the reward is called in messages.
         model: sequence classifier in eval mode.
-        ours: the policy's renderer.
-        theirs: the model's renderer if it has another tokenizer, else None.
-        scale: (mean, deviation) taken off a score.
-        labels: (index, weight) of the labels whose probabilities add up to the reward; empty = one output, a score.
+        policy_renderer: the policy's renderer.
+        other_renderer: the model's renderer if its tokenizer differs from the policy's, else None.
+        scale: (mean, deviation); the reward is (score - mean) / deviation.
+        labels: (index, weight) of the labels whose weighted probabilities are summed; empty = one output, a score.
         multi_label: labels are independent (sigmoid) instead of exclusive (softmax).
     """
 
     name: str
     model: Any
-    ours: Renderer
-    theirs: Renderer | None = None
+    policy_renderer: Renderer
+    other_renderer: Renderer | None = None
     scale: tuple[float, float] = (0.0, 1.0)
     labels: tuple[tuple[int, float], ...] = ()
     multi_label: bool = False
@@ -52,46 +53,50 @@ class ModelReward:
         """Return [B] float32: score units after rescaling, or a weighted sum of probabilities.
 
         Args:
-            packed: whether sequences are packed; None = if the model computes the same on packed rows.
+            packed: whether sequences are packed; None = pack if the model computes the same on packed rows.
         """
         ids, mask = part.ids, part.mask
-        if self.theirs is not None:
-            ids, mask = (t.to(part.ids.device) for t in self._again(part, prompts))
+        if self.other_renderer is not None:
+            ids, mask = (t.to(part.ids.device) for t in self._retokenize(part, prompts))
         outputs = sequence_outputs(self.model, ids, mask, packed=packed)
         if not self.labels:
             return (outputs[:, 0] - self.scale[0]) / self.scale[1]
         probabilities = outputs.sigmoid() if self.multi_label else outputs.softmax(dim=1)
         return torch.stack([weight * probabilities[:, index] for index, weight in self.labels]).sum(dim=0)
 
-    def _again(self, part: Rollout, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
-        """The same conversations in the model's own tokens; an unfinished response gets no end token."""
-        assert self.theirs is not None
+    def _retokenize(self, part: Rollout, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
+        """Return ids and mask of the conversations in the model's own tokens; unfinished responses get no end token."""
+        assert self.other_renderer is not None
         rows = []
         for row, prompt in enumerate(prompts):
-            said = self.theirs.response(self.ours.decode(part.response_ids[row][part.response_mask[row]].tolist()))
-            rows.append(self.theirs.prompt(prompt.messages) + (said if part.finished[row] else said[:-1]))
-        return pad_right(rows, self.theirs.pad_id)
+            response = self.other_renderer.response(
+                self.policy_renderer.decode(part.response_ids[row][part.response_mask[row]].tolist())
+            )
+            rows.append(
+                self.other_renderer.prompt(prompt.messages) + (response if part.finished[row] else response[:-1])
+            )
+        return pad_right(rows, self.other_renderer.pad_id)
 
 
 @dataclass(frozen=True)
 class FunctionReward:
-    """The user's own function of (prompt, response, record)."""
+    """Reward from a Python function of the user: (prompt messages, response text, record) -> number."""
 
     name: str
     function: RewardFunction
-    ours: Renderer
+    policy_renderer: Renderer
 
     def __call__(self, part: Rollout, prompts: Sequence[Prompt], *, packed: bool | None = None) -> Tensor:
-        """Return [B] float32. `packed` changes nothing: a function reads text.
+        """Return [B] float32. `packed` has no effect, because the function receives text.
 
         Raises: TrainingError if the function fails or returns no finite number.
         """
         found = []
         for row, prompt in enumerate(prompts):
-            text = self.ours.decode(part.response_ids[row][part.response_mask[row]].tolist())
+            text = self.policy_renderer.decode(part.response_ids[row][part.response_mask[row]].tolist())
             try:
                 value = float(self.function(prompt.messages, text, prompt.record))
-            except Exception as error:  # whatever the user's code raises
+            except Exception as error:  # the user's code may raise anything
                 raise TrainingError(
                     "the reward function failed",
                     found=f"{type(error).__name__}: {error}",
@@ -111,7 +116,7 @@ class FunctionReward:
 
 @dataclass(frozen=True)
 class EnsembleReward:
-    """Several reward models read as one (`rlhf.functional.ensemble_score`)."""
+    """Reward from several reward models, combined by `rlhf.functional.ensemble_score`."""
 
     members: tuple[ModelReward, ...]
     kind: str
@@ -119,7 +124,7 @@ class EnsembleReward:
 
     @property
     def name(self) -> str:
-        """In words."""
+        """Return what the reward is called in messages, such as "mean of A, B"."""
         return f"{self.kind} of {', '.join(member.name for member in self.members)}"
 
     def __call__(self, part: Rollout, prompts: Sequence[Prompt], *, packed: bool | None = None) -> Tensor:
@@ -133,7 +138,7 @@ Reward = ModelReward | EnsembleReward | FunctionReward
 
 @dataclass(frozen=True)
 class Rewards:
-    """The weighted sum of all parts."""
+    """The reward of a run: the weighted sum of all parts, given as (weight, part)."""
 
     parts: tuple[tuple[float, Reward], ...]
 
@@ -143,21 +148,21 @@ class Rewards:
         return torch.stack(values).sum(dim=0)
 
     def models(self) -> list[Any]:
-        """Every model that scores."""
+        """Return all models of the parts, members of ensembles included."""
         parts = [r for _, part in self.parts for r in (part.members if isinstance(part, EnsembleReward) else (part,))]
         return [part.model for part in parts if isinstance(part, ModelReward)]
 
     def models_only(self) -> Rewards:
-        """The parts that must give the same number twice."""
+        """Return the parts without Python functions, which may return another number for the same input."""
         return Rewards(tuple((w, r) for w, r in self.parts if not isinstance(r, FunctionReward)))
 
 
 def import_reward_function(name: str, *, what: str, where: str) -> Callable[..., Any]:
-    """Import 'module:function'. It is the user's own code and runs with the user's rights.
+    """Import a function from "module:function". It is the user's own code and runs with the user's rights.
 
     Args:
-        what: it is for, in words; where: the setting that names it.
-
+        what: what messages call the function, such as "reward function".
+        where: the setting that names it.
     Raises: ConfigError if there is no such function.
     """
     module, _, function = name.partition(":")

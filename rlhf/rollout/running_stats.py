@@ -1,4 +1,4 @@
-"""Running mean and deviation of the scores that a run has seen."""
+"""Running mean and standard deviation of all scores of a run."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ class RunningStats(NamedTuple):
     mean: float = 0.0
     squares: float = 0.0
 
-    def seen(self, scores: Tensor) -> RunningStats:
-        """With more scores, [B] of all processes."""
+    def including(self, scores: Tensor) -> RunningStats:
+        """Return the statistics that also include the given scores, [B] of all processes."""
         x = scores.double()
         n, mean = float(len(x)), float(x.mean())
-        total, apart = self.number + n, mean - self.mean
-        squares = self.squares + float((x - mean).square().sum()) + apart**2 * self.number * n / total
-        return RunningStats(total, self.mean + apart * n / total, squares)
+        total, difference = self.number + n, mean - self.mean
+        squares = self.squares + float((x - mean).square().sum()) + difference**2 * self.number * n / total
+        return RunningStats(total, self.mean + difference * n / total, squares)
 
     @property
     def deviation(self) -> float:
-        """Biased standard deviation, at least 1e-3 so that equal scores are not blown up."""
+        """Return the biased standard deviation, at least 1e-3, so that almost equal scores are not amplified."""
         return max((self.squares / max(self.number, 1.0)) ** 0.5, 1e-3)

@@ -1,6 +1,6 @@
-"""What PPO passes around: Rollout (tokens), Measured (+ what the models say), Experience (+ what the update needs).
+"""PPO's data types: Rollout (sampled tokens), ScoredRollout (adds the models' outputs), Experience (adds advantages).
 
-One padded row, prompt `a b`, response `c d .` where `.` is the end token (P = 3, R = 4):
+One padded row with prompt `a b` and response `c d .`, where `.` is the end token (P = 3, R = 4):
 
     prompt_ids       _ a b          prompt_mask      0 1 1          left-padded
     response_ids           c d . _  response_mask          1 1 1 0  right-padded, end token inside the mask
@@ -24,7 +24,7 @@ RolloutT = TypeVar("RolloutT", bound="Rollout")
 
 @dataclass(frozen=True)
 class Rollout:
-    """Tokens of B episodes.
+    """Prompt and response tokens of B episodes.
 
     Example (B = 2): prompt_ids [[0, 5, 6], [7, 8, 9]], prompt_mask [[F, T, T], [T, T, T]],
     response_ids [[4, 2, 0], [3, 3, 3]], response_mask [[T, T, F], [T, T, T]], finished [True, False], index [12, 3],
@@ -36,9 +36,9 @@ class Rollout:
     response_ids: Tensor  # [B, R] int64, right-padded
     response_mask: Tensor  # [B, R] bool, a prefix of each row
     finished: Tensor  # [B] bool, the end token was sampled
-    index: Tensor  # [B] int64, which slot of the step
+    index: Tensor  # [B] int64, number of the prompt within the step
     sampled_logprobs: Tensor  # [B, R] nats, as computed while sampling
-    support: Tensor  # [B, R, ceil(V / 8)] uint8, packed: tokens that could be drawn; [B, R, 0] = all of them
+    support: Tensor  # [B, R, ceil(V / 8)] uint8, bits of the tokens that could be sampled; [B, R, 0] = all tokens
 
     def __len__(self) -> int:
         return int(self.response_ids.shape[0])
@@ -46,7 +46,7 @@ class Rollout:
     def validate(self) -> None:
         """Check shapes, dtypes and masks.
 
-        Raises: ShapeError.
+        Raises: ShapeError if one is wrong.
         """
         size = len(self)
         for field in fields(self):
@@ -65,41 +65,41 @@ class Rollout:
 
     @property
     def ids(self) -> Tensor:
-        """Prompt and response, [B, P + R]."""
+        """Return the token ids of prompt and response, [B, P + R] int64."""
         return torch.cat([self.prompt_ids, self.response_ids], dim=1)
 
     @property
     def mask(self) -> Tensor:
-        """Real tokens of prompt and response, [B, P + R] bool."""
+        """Return the mask of the real tokens of prompt and response, [B, P + R] bool."""
         return torch.cat([self.prompt_mask, self.response_mask], dim=1)
 
     @property
     def response_length(self) -> Tensor:
-        """Real response tokens, [B] int64."""
+        """Return the number of real tokens of each response, [B] int64."""
         return self.response_mask.sum(dim=1)
 
     def select(self: RolloutT, rows: Tensor) -> RolloutT:
-        """Some rows, with padding that none of them needs cut off."""
-        taken = replace(self, **{f.name: getattr(self, f.name)[rows] for f in fields(self)})
-        prompt = int(taken.prompt_mask.sum(dim=1).max())
-        response = int(taken.response_length.max())
+        """Return some of the rows, without the padding that none of them needs."""
+        selected = replace(self, **{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+        prompt = int(selected.prompt_mask.sum(dim=1).max())
+        response = int(selected.response_length.max())
         cut: dict[str, Any] = {}
-        for f in fields(taken):
-            value = getattr(taken, f.name)
+        for f in fields(selected):
+            value = getattr(selected, f.name)
             if f.name in ("prompt_ids", "prompt_mask"):
                 cut[f.name] = value[:, value.shape[1] - prompt :]
             elif value.dim() >= 2:
                 cut[f.name] = value[:, :response]
-        return replace(taken, **cut)
+        return replace(selected, **cut)
 
     def to(self: RolloutT, device: torch.device) -> RolloutT:
-        """The same on another device."""
+        """Return a copy with all tensors on the device."""
         return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
 
 @dataclass(frozen=True)
 class ScoredRollout(Rollout):
-    """A rollout with what the four models say about it, each row by itself."""
+    """A rollout with the outputs of policy, reference, value model and rewards; each row is scored by itself."""
 
     old_logprobs: Tensor  # [B, R] nats, teacher-forced, at the sampling temperature
     ref_logprobs: Tensor  # [B, R] nats
@@ -109,7 +109,7 @@ class ScoredRollout(Rollout):
 
 @dataclass(frozen=True)
 class Experience(ScoredRollout):
-    """A rollout with everything the update needs. Nothing here carries a gradient."""
+    """A scored rollout with everything that the update needs. No tensor requires a gradient."""
 
     scores: Tensor  # [B] score units: rescaled, clipped, end-token rule applied
     rewards: Tensor  # [B, R] score units, KL penalty included
@@ -118,24 +118,24 @@ class Experience(ScoredRollout):
 
     @property
     def kl_per_sequence(self) -> Tensor:
-        """Sum over response tokens of log pi - log pi_ref, [B] nats (the k1 estimate of KL(pi || ref))."""
+        """Return the sum over response tokens of log pi - log pi_ref, [B] nats: the k1 estimate of KL(pi || ref)."""
         return ((self.old_logprobs - self.ref_logprobs) * self.response_mask).sum(dim=1)
 
 
 def merge_rollouts(parts: list[RolloutT], pad_id: int) -> RolloutT:
-    """Stack rollouts (or experiences) of unequal padding into one, in order."""
-    widest_prompt = max(p.prompt_ids.shape[1] for p in parts)
-    widest_response = max(p.response_ids.shape[1] for p in parts)
+    """Concatenate rollouts (or experiences) along the batch dimension, in order, and pad them to one width."""
+    max_prompt = max(p.prompt_ids.shape[1] for p in parts)
+    max_response = max(p.response_ids.shape[1] for p in parts)
     columns: dict[str, Tensor] = {}
     for f in fields(parts[0]):
         rows = []
         for part in parts:
             value = getattr(part, f.name)
             if f.name == "support":
-                value = torch.nn.functional.pad(value, (0, 0, 0, widest_response - value.shape[1]), value=255)
+                value = torch.nn.functional.pad(value, (0, 0, 0, max_response - value.shape[1]), value=255)
             elif value.dim() == 2:
                 left = f.name in ("prompt_ids", "prompt_mask")
-                missing = (widest_prompt if left else widest_response) - value.shape[1]
+                missing = (max_prompt if left else max_response) - value.shape[1]
                 fill = pad_id if f.name.endswith("_ids") else 0
                 value = torch.nn.functional.pad(value, (missing, 0) if left else (0, missing), value=fill)
             rows.append(value)

@@ -26,7 +26,7 @@ from rlhf.distributed.heartbeat import report_progress, start_watchdog
 from rlhf.distributed.launch_env import check_launch, is_main_process, world_size
 from rlhf.errors import ConfigError, DataError, RLHFError
 from rlhf.launch.rank_consistency import check_same_run
-from rlhf.models import handover
+from rlhf.models import model_metadata
 from rlhf.models.load import load_tokenizer, resolve_model
 from rlhf.runs.run_dir import RunDir, config_to_dict, fingerprint_path
 
@@ -145,9 +145,8 @@ def open_tokenizer(source: ModelSource, console: Console, *, template: str | Non
     for note in renderer.notes:
         console.note(f"template: {note}")
     if template is None:
-        handover.verify_handover(
-            renderer.identity(), handover.read_handover(resolve_model(source)), where=source.path, role="this model"
-        )
+        record = model_metadata.read_handover(resolve_model(source))
+        model_metadata.verify_handover(renderer.identity(), record, where=source.path, role="this model")
     return tokenizer, renderer
 
 

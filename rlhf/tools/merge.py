@@ -17,7 +17,7 @@ from rlhf.console import Console
 from rlhf.data.render import Renderer
 from rlhf.distributed.engine import quiet_libraries
 from rlhf.errors import CheckpointError, ConfigError
-from rlhf.models import handover
+from rlhf.models import model_metadata
 from rlhf.models.adapters import load_adapter, saved_adapter_method
 from rlhf.models.load import context_length, is_adapter, load_pretrained, resolve_model, set_stop_tokens
 from rlhf.models.reward_models import adapted_classifier, saved_head
@@ -43,7 +43,7 @@ def merge_adapter(adapter: str, output: Path, console: Console) -> None:
     _check_arguments(folder, output)
     quiet_libraries(telemetry=False)
     tokenizer, renderer = open_tokenizer(source, console)
-    record = handover.read_handover(folder)
+    record = model_metadata.read_handover(folder)
     auto_class, model = _load_adapter(source, folder)
     ids = _random_ids(model)
     expected = _logits(model, ids)
@@ -94,7 +94,7 @@ def _load_adapter(source: ModelSource, folder: str) -> tuple[Any, Any]:
     return AutoModelForCausalLM, load_adapter(source, folder, AutoModelForCausalLM, trainable=False)
 
 
-def _complete_config(model: Any, renderer: Renderer, record: handover.Handover | None) -> None:
+def _complete_config(model: Any, renderer: Renderer, record: model_metadata.Handover | None) -> None:
     """Set stop tokens, pad token and label names in the model's configuration, for loading with transformers alone."""
     if getattr(model, "generation_config", None) is not None:
         set_stop_tokens(model, renderer)

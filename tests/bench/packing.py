@@ -24,7 +24,7 @@ from rlhf.generation.native import generate_rollout
 from rlhf.models.packed_batch import microbatches, pack
 from rlhf.models.policy import load_causal
 from rlhf.models.reward_models import new_value_model
-from rlhf.rollout.forward import read_policy, response_values
+from rlhf.rollout.teacher_forcing import policy_forward, response_values
 from rlhf.rollout.types import Rollout
 from rlhf.stages.lifecycle import open_tokenizer
 
@@ -68,7 +68,7 @@ def main() -> None:
         for rows in microbatches(lengths, size, packed=packed):
             part = rollout.select(rows)
             with torch.set_grad_enabled(backward), torch.autocast("cpu", torch.bfloat16):
-                read = read_policy(policy, part, 1.0, entropy=backward)
+                read = policy_forward(policy, part, 1.0, entropy=backward)
                 values = response_values(value, part)
             if backward:
                 (read.logprobs.sum() + values.sum()).backward()

@@ -77,8 +77,8 @@ def build(work: Work) -> Result:
     """Policy, reward model and prompts; with LoRA the reward model also as an adapter on the policy's folder."""
     from rlhf.config.sections import ModelSource, Peft
     from rlhf.console import Console
-    from rlhf.models.handover import save_tokenizer_and_handover
     from rlhf.models.load import count_parameters
+    from rlhf.models.model_metadata import save_tokenizer_and_handover
     from rlhf.models.policy import load_causal
     from rlhf.models.reward_models import load_scorer, new_reward_model
     from rlhf.stages.lifecycle import open_tokenizer
@@ -108,8 +108,8 @@ def random_policy(work: Work, folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from rlhf.data.render import Renderer
-    from rlhf.models.handover import save_tokenizer_and_handover
     from rlhf.models.load import set_stop_tokens
+    from rlhf.models.model_metadata import save_tokenizer_and_handover
     from rlhf.stages.pretrain import new_tokenizer
 
     words = ("".join(random.choices("abcdefghijklmnopqrstuvwxyz", k=8)) for _ in range(work.vocabulary))

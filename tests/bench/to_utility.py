@@ -44,10 +44,10 @@ from rlhf.data.sources import load_records
 from rlhf.errors import TrainingError
 from rlhf.evaluation.answers import generate_responses
 from rlhf.evaluation.judge import load_judge
-from rlhf.models import handover
-from rlhf.models.handover import save_tokenizer_and_handover
+from rlhf.models import model_metadata
 from rlhf.models.heads import rescale_head
 from rlhf.models.load import resolve_model
+from rlhf.models.model_metadata import save_tokenizer_and_handover
 from rlhf.models.policy import load_causal
 from rlhf.models.reward_models import load_scorer
 from rlhf.stages.lifecycle import open_tokenizer
@@ -164,7 +164,7 @@ def build(race: Race) -> Result:
     """What both sides read: the SFT model, the reward model with a rescaled head, configs/demo/ppo.yaml's prompts."""
     examine = Examiner(race)
     Path(race.path("policy")).symlink_to(Path(resolve_model(ModelSource(path=race.sft))).resolve())
-    record = handover.read_handover(resolve_model(ModelSource(path=race.reward)))
+    record = model_metadata.read_handover(resolve_model(ModelSource(path=race.reward)))
     if record is None or not record.score_std:
         raise RuntimeError(f"{race.reward} carries no deviation of its scores")
     model = load_scorer(ModelSource(path=race.reward))

@@ -49,7 +49,7 @@ def cut(path: Path) -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "flipped bit": (lambda f: flip(f / "state.pt"), "state.pt has another content than was written"),
+    "flipped bit": (lambda f: flip(f / "state.pt"), "state.pt has changed since it was written"),
     "cut file": (lambda f: cut(f / "inner" / "more"), "more has 13 bytes instead of 14"),
     "missing file": (lambda f: (f / "state.pt").unlink(), "state.pt is missing"),
     "cut manifest": (lambda f: cut(f / MANIFEST) or cut(f / MANIFEST), "manifest.json: .*damaged JSON"),
@@ -80,13 +80,13 @@ def test_a_damaged_newest_one_is_named_and_the_one_before_is_used(fault: str, tm
     assert found.path == before
     assert len(said) == 1
     assert "step-000010" in said[0]
-    assert said[0].endswith("trying the one before it")
+    assert said[0].endswith("trying the checkpoint before it")
     later = write(tmp_path, "step-000011")
     assert names(tmp_path) == [before.name, later.name]  # both that stay are whole
     harm(before)
     harm(later)
     assert find_newest_checkpoint(tmp_path, "step", said.append) is None
-    assert said[-1].endswith("no older one is left: starting over")
+    assert said[-1].endswith("there is no older one: starting over")
 
 
 @pytest.mark.parametrize("schema", [0, 1, 3, "2"])
@@ -94,7 +94,9 @@ def test_another_layout_is_refused_and_not_skipped(schema: object, tmp_path: Pat
     write(tmp_path, "step-000001")
     path = write(tmp_path, "step-000002") / MANIFEST
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": schema}))
-    with pytest.raises(CheckpointError, match=r"another layout .*schema .*, not 2\); go on with the version") as error:
+    with pytest.raises(
+        CheckpointError, match=r"another layout .*schema .*, not 2\); continue with the version"
+    ) as error:
         find_newest_checkpoint(tmp_path, "step", pytest.fail)
     assert not isinstance(error.value, DamagedCheckpoint)
 
@@ -166,7 +168,9 @@ def test_a_full_disk_leaves_the_one_before_and_says_what_is_needed(error: Except
             (into / "state.pt").write_text("half")
             raise RuntimeError("wrapped") from error
 
-    with pytest.raises(CheckpointError, match=r"no room .*3\.0 MiB needed; step-000001 is untouched\); free 3\.0 MiB"):
+    with pytest.raises(
+        CheckpointError, match=r"not enough disk space .*3\.0 MiB needed; step-000001 is intact\); free 3\.0 MiB"
+    ):
         fill()
     assert names(tmp_path) == ["step-000001"]
     verify_checkpoint(path)
@@ -185,7 +189,7 @@ def test_without_room_it_is_not_begun_and_a_hidden_reason_is_found(
             raise RuntimeError("file write failed")
 
     for most in (0, 1):
-        with pytest.raises(CheckpointError, match=r"no room for a checkpoint .*there was none before"):
+        with pytest.raises(CheckpointError, match=r"not enough disk space .*there is no earlier checkpoint"):
             fail()
         assert len(began) == most
 

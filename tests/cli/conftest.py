@@ -11,7 +11,7 @@ import pytest
 
 from rlhf.config.sections import ModelSource, Peft
 from rlhf.data.render import Renderer
-from rlhf.models.handover import save_tokenizer_and_handover
+from rlhf.models.model_metadata import save_tokenizer_and_handover
 from rlhf.models.reward_models import new_reward_model
 
 WORDS = "cat dog cow hen fox owl pig bee ant elk".split()  # noqa: SIM905 - readable

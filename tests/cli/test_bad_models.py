@@ -67,7 +67,7 @@ MODELS = [
     Case(
         "no mean and deviation",
         "ppo ppo.yaml",
-        ("reward: the reward model carries no mean and deviation", "set ppo.normalize_scores=running or raw"),
+        ("reward: the reward model has no stored mean and deviation", "set ppo.normalize_scores=running or raw"),
         remove("reward/handover.json"),
     ),
     Case("SFT model as reward model", "ppo ppo.yaml reward_model.path=sft", ("sft: ", "train it with 'rlhf reward'")),

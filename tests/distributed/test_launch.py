@@ -36,7 +36,7 @@ def test_deepspeed_that_would_be_turned_off_is_refused(tiny_model_dir: Path, fil
     process = launched("zero2", ["sft", path], ACCELERATE_USE_CPU="true")
     out, _ = process.communicate(timeout=280)
     assert process.returncode != 0
-    assert "DeepSpeed was asked for, and something else would run" in out
+    assert "DeepSpeed was requested, but another engine would run" in out
 
 
 def test_what_would_run_as_something_else_is_refused(tiny_model_dir: Path, files: Any, tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_what_would_run_as_something_else_is_refused(tiny_model_dir: Path, files
     )
     running = launched("fsdp2", ["sft", path]), launched(str(tmp_path / "multi"), ["sft", path])
     for process, says in zip(
-        running, ("FSDP on a CPU would silently become", "asked for several processes and started one"), strict=True
+        running, ("FSDP on a CPU would silently become", "requested, but accelerate started one"), strict=True
     ):
         out, _ = process.communicate(timeout=280)
         assert process.returncode != 0

@@ -15,7 +15,7 @@ from rlhf.data.render import Renderer
 from rlhf.evaluation.answers import generate_responses, perplexity
 from rlhf.generation.native import generate_rollout
 from rlhf.models.policy import load_causal
-from rlhf.rollout.forward import response_logprobs
+from rlhf.rollout.teacher_forcing import response_logprobs
 from tests.tolerances import assert_close
 
 

@@ -46,7 +46,7 @@ def _unseal(folder: Path) -> None:
 
 FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated file": (_cut, "bytes instead of"),
-    "flipped bit": (_flip, "another content than was written"),
+    "flipped bit": (_flip, "has changed since it was written"),
     "missing file": (_lose, "is missing"),
     "unfinished": (_unseal, "was never finished"),
 }
@@ -101,7 +101,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_run_ends_as_it_would_have(
     said = " ".join(out.split())
     assert words in said
     assert f"{last.name}" in said
-    assert "trying the one before it" in said
+    assert "trying the checkpoint before it" in said
     assert ("update 4" if stage == "sft" else "after step 2") in said
     assert before.name == {"sft": "checkpoint-4", "ppo": "step-000002"}[stage]
     assert differences(run, full.run(stage)) == []
@@ -117,7 +117,7 @@ def test_an_old_layout_is_refused_and_left_alone(stage: str, broken: Any, call_c
     names = checkpoints(folder.parent)
     code, _, err = call_cli([stage, setup.write(tmp_path, stage, config)])
     assert code == 2
-    assert "another layout than this version reads (found: schema 0, not 2); go on with the version" in err
+    assert "another layout than this version reads (found: schema 0, not 2); continue with the version" in err
     assert checkpoints(folder.parent) == names
 
 
@@ -200,8 +200,8 @@ def test_a_full_disk_costs_nothing_but_time(full: Any, tmp_path: Path) -> None:
         rlhf ppo ppo.yaml; echo "code $?"; cp -r disk/run kept""",
         tmp_path,
     )
-    assert "no room for a checkpoint" in done.stderr, done.stderr
-    assert "MiB needed; step-000001 is untouched); free" in done.stderr
+    assert "not enough disk space for a checkpoint" in done.stderr, done.stderr
+    assert "MiB needed; step-000001 is intact); free" in done.stderr
     assert "Traceback" not in done.stderr
     lines = done.stdout.splitlines()
     assert lines[:2] == ["code 2", "step-000001"]
@@ -223,8 +223,8 @@ def test_a_trainers_full_disk_is_the_same(full: Any, tmp_path: Path) -> None:
         rlhf sft sft.yaml; echo "code $?"; cp -r disk/run kept""",
         tmp_path,
     )
-    assert "no room for a checkpoint" in done.stderr, done.stderr
-    assert "checkpoint-2 is untouched" in done.stderr
+    assert "not enough disk space for a checkpoint" in done.stderr, done.stderr
+    assert "checkpoint-2 is intact" in done.stderr
     assert "Traceback" not in done.stderr
     assert "(update 2)" in done.stdout
     assert done.stdout.splitlines()[-1] == "code 0"

@@ -10,7 +10,7 @@ import torch
 from rlhf.config.sections import Sampling
 from rlhf.generation import native as module
 from rlhf.generation.native import generate_rollout
-from rlhf.rollout.forward import response_logprobs
+from rlhf.rollout.teacher_forcing import response_logprobs
 from rlhf.rollout.types import Rollout
 from tests.generation.test_distribution import UNLIKELY, p_value
 from tests.models import tiny

@@ -149,7 +149,7 @@ def test_fsdp_is_refused_on_a_cpu_and_for_ppo(monkeypatch: pytest.MonkeyPatch) -
         check_launch("sft")
     monkeypatch.setattr("rlhf.distributed.launch_env.use_cpu", lambda: False)
     check_fsdp("sft")
-    with pytest.raises(ConfigError, match="PPO does not sample"):
+    with pytest.raises(ConfigError, match="PPO cannot sample"):
         check_fsdp("ppo")
 
 

@@ -24,8 +24,8 @@ from rlhf.config.schema import PPOConfig
 from rlhf.console import Console
 from rlhf.data.records import Prompt
 from rlhf.data.render import Renderer
-from rlhf.rollout.forward import response_logprobs
 from rlhf.rollout.rewards import Rewards
+from rlhf.rollout.teacher_forcing import response_logprobs
 from rlhf.rollout.types import Rollout
 from rlhf.trainers.ppo.inputs import TokenizedPrompts
 from rlhf.trainers.ppo.trainer import PPOTrainer

@@ -117,7 +117,7 @@ def test_layers_can_be_named_or_described(sft_folder: str) -> None:
 )
 def test_a_layer_that_is_not_there_is_answered_with_those_that_are(name: str, peft: Peft, said: str) -> None:
     model = build(name)
-    with pytest.raises(ConfigError, match="no linear layer that is") as error:
+    with pytest.raises(ConfigError, match="no linear layer that matches") as error:
         add_adapter(model, peft, "CAUSAL_LM")
     text = str(error.value)
     assert text.startswith("peft.target_modules: ")

@@ -17,7 +17,7 @@ from rlhf.models.heads import score_head, sequence_scores
 from rlhf.models.load import backbone, count_parameters, disable_dropout
 from rlhf.models.policy import load_causal, policy_with_adapter
 from rlhf.models.reward_models import load_scorer, new_reward_model
-from rlhf.rollout.forward import response_logprobs
+from rlhf.rollout.teacher_forcing import response_logprobs
 from tests.models import tiny
 from tests.models.fixtures import shake
 from tests.tolerances import assert_close

@@ -22,7 +22,7 @@ from rlhf.models.output_layer import (
     output_layer,
     token_numbers,
 )
-from rlhf.rollout.forward import policy_forward
+from rlhf.rollout.teacher_forcing import policy_forward
 from rlhf.rollout.types import Rollout
 from tests.models import tiny
 from tests.tolerances import GRADIENT, assert_close, distance

@@ -13,7 +13,7 @@ from torch import Tensor
 from rlhf.models.heads import sequence_outputs, token_scores
 from rlhf.models.output_layer import logit_transform
 from rlhf.models.packed_batch import PackedBatch, can_pack, microbatches, packed_rows
-from rlhf.rollout.forward import policy_forward
+from rlhf.rollout.teacher_forcing import policy_forward
 from tests.models import tiny
 from tests.tolerances import GRADIENT, assert_close, distance
 

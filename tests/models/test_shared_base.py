@@ -136,7 +136,7 @@ def test_an_adapter_is_worn_for_a_while_also_when_something_fails(chain: tuple[s
 def test_it_says_why_models_cannot_share(chain: tuple[str, str], reward_folder: str, tmp_path: Path) -> None:
     policy, reward = tiny.source(chain[0]), tiny.source(chain[1])
     assert reason_not_shared(policy, reward, "lora") is None
-    assert "is no adapter" in str(reason_not_shared(policy, tiny.source(reward_folder), "lora"))
+    assert "is not an adapter" in str(reason_not_shared(policy, tiny.source(reward_folder), "lora"))
     assert "adapter of method lora" in str(reason_not_shared(policy, reward, "ia3"))
     other = tiny.save(tiny.new(9), tmp_path / "other")
     assert "the policy's base is" in str(reason_not_shared(tiny.source(other), reward, "lora"))
@@ -162,7 +162,7 @@ def test_embeddings_that_grew_must_be_the_policys_own(same: bool, sft_folder: st
     reward = tiny.save(shake(model, 8), tmp_path / "reward", with_tokenizer=False)
     policy = policy_with_adapter(tiny.source(sft), tiny.LORA)
     if not same:
-        with pytest.raises(CheckpointError, match="differ from the policy's base"):
+        with pytest.raises(CheckpointError, match="differ from those of the policy's base"):
             attach_scorer(policy, tiny.source(reward), REWARD)
         return
     alone = load_scorer(tiny.source(reward), trainable=True, peft=tiny.LORA)

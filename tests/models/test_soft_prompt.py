@@ -18,7 +18,7 @@ from rlhf.models.load import context_length, count_parameters
 from rlhf.models.policy import load_causal
 from rlhf.models.reward_models import new_classifier
 from rlhf.models.soft_prompt import SoftPrompt, load_for_generation
-from rlhf.rollout.forward import response_logprobs
+from rlhf.rollout.teacher_forcing import response_logprobs
 from tests.models import tiny
 from tests.models.fixtures import shake
 from tests.tolerances import assert_close
@@ -104,7 +104,7 @@ def test_who_needs_whole_weights_says_so(folder: str, sft_folder: str, tmp_path:
         lambda: load_causal(tiny.source(folder)),
         lambda: new_classifier(tiny.source(folder), tiny.Peft(), outputs=1, pad_id=PAD, vocab_size=size, seed=1),
     ):
-        with pytest.raises(CheckpointError, match="a soft prompt has no weights to fold") as error:
+        with pytest.raises(CheckpointError, match="a soft prompt cannot be merged") as error:
             attempt()
         assert "peft.method=lora" in str(error.value)
     assert load_for_generation(tiny.source(sft_folder)).config.model_type == "llama"  # others load as ever

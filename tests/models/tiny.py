@@ -13,8 +13,8 @@ from rlhf.config.schema import Architecture
 from rlhf.config.sections import ModelSource, Peft
 from rlhf.data.collate import pad_left, pad_right
 from rlhf.data.render import Renderer
-from rlhf.models.handover import save_tokenizer_and_handover
 from rlhf.models.load import disable_dropout, set_stop_tokens
+from rlhf.models.model_metadata import save_tokenizer_and_handover
 from rlhf.rollout.types import Rollout
 from rlhf.stages.pretrain import new_model, new_tokenizer
 

@@ -38,7 +38,7 @@ COVERED_ELSEWHERE = {
     "rlhf.preflight.data_audit": "tests/cli/test_check.py",
     "rlhf.preflight.model_shapes": "tests/preflight/test_stage_memory.py",
     "rlhf.rollout.experience": "tests/rollout/test_score.py",
-    "rlhf.rollout.forward": "tests/rollout/test_score.py",
+    "rlhf.rollout.teacher_forcing": "tests/rollout/test_score.py",
     "rlhf.rollout.reward_loading": "tests/stages/test_ppo_settings.py",
     "rlhf.rollout.running_stats": "tests/rollout/test_score.py",
     "rlhf.stages.evaluate": "tests/stages/test_runs.py",

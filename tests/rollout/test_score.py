@@ -14,8 +14,8 @@ from rlhf.config.schema import PPO
 from rlhf.models.heads import sequence_scores
 from rlhf.models.reward_models import load_scorer
 from rlhf.rollout.experience import make_experience, score_rollout
-from rlhf.rollout.forward import response_logprobs, response_values
 from rlhf.rollout.running_stats import RunningStats
+from rlhf.rollout.teacher_forcing import response_logprobs, response_values
 from rlhf.rollout.types import Experience, Rollout
 from rlhf.trainers.ppo.policy_value import PolicyAndValue
 from tests import oracles
@@ -46,7 +46,7 @@ def experience(rollout: Rollout, models: dict[str, Any], **changes: Any) -> Expe
     reference = changes.pop("reference", models["reference"])
     shaping = {"deviation": changes.pop("deviation", 1.0), "settings": changes.pop("settings", SETTINGS)}
     options: dict[str, Any] = {
-        "read": lambda part: PolicyAndValue(models["policy"], models["value"]).read(part, TEMPERATURE),
+        "score_trained": lambda part: PolicyAndValue(models["policy"], models["value"]).read(part, TEMPERATURE),
         "reference": nullcontext(lambda part: response_logprobs(reference, part, TEMPERATURE)[0]),
         "rewards": nullcontext(lambda part: sequence_scores(models["reward"], part.ids, part.mask)),
         "microbatch": 2,
@@ -107,12 +107,12 @@ def test_the_spread_of_a_stream_is_that_of_all_its_scores() -> None:
     stream = [torch.randn(n, generator=torch.Generator().manual_seed(n)) * 3 + 5 for n in (1, 7, 2, 30)]
     spread = RunningStats()
     for part in stream:
-        spread = spread.seen(part)
+        spread = spread.including(part)
     everything = torch.cat(stream).double()
     assert spread.number == 40
     assert_close(torch.tensor(spread.mean), float(everything.mean()))
     assert_close(torch.tensor(spread.deviation), float(everything.std(correction=0)))
-    assert RunningStats().seen(torch.full((5,), 2.0)).deviation == 1e-3  # equal scores are not blown up
+    assert RunningStats().including(torch.full((5,), 2.0)).deviation == 1e-3  # equal scores are not blown up
 
 
 def test_raw_scores_are_those_of_whole_sequences(made: Experience, rollout: Rollout, models: dict[str, Any]) -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 
-from rlhf.models.handover import Handover
 from rlhf.models.heads import sequence_scores
+from rlhf.models.model_metadata import Handover
 from rlhf.models.policy import load_causal
 from rlhf.models.reward_models import load_scorer
 from rlhf.runs.metrics import METRICS

@@ -91,7 +91,7 @@ def test_a_soft_prompt_is_trained_used_and_trained_on(
         config = made[stage] | {"output_dir": str(tmp_path / "no"), "model": {"path": str(tmp_path / "sft")}}
         code, _, err = call_cli([stage, setup.write(tmp_path, stage, config)])
         assert code == 2
-        assert "a soft prompt has no weights to fold" in err
+        assert "a soft prompt cannot be merged" in err
 
 
 def test_a_soft_prompt_brings_no_tokens_and_takes_room(

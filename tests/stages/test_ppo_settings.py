@@ -17,9 +17,9 @@ from rlhf.console import Console
 from rlhf.data.render import Renderer
 from rlhf.distributed.engine_limits import check_deepspeed
 from rlhf.errors import ConfigError
-from rlhf.models.handover import save_tokenizer_and_handover
 from rlhf.models.heads import sequence_scores
 from rlhf.models.load import load_tokenizer
+from rlhf.models.model_metadata import save_tokenizer_and_handover
 from rlhf.models.policy import load_causal
 from rlhf.models.reward_models import load_scorer
 from rlhf.stages.ppo import load_components
@@ -228,7 +228,7 @@ def test_a_base_that_cannot_be_shared_is_said_or_refused(
     code, _, err = call_cli(["ppo", wrong])
     assert code == 2
     assert "the roles cannot share a base" in err
-    assert "is no adapter" in err
+    assert "is not an adapter" in err
     assert not (tmp_path / "refused").exists()
     code, _, err = call_cli(["ppo", wrong, "peft={method: none}"])
     assert code == 2
@@ -262,8 +262,8 @@ def test_activation_checkpointing_reaches_every_layer_that_is_trained(
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
-        ({"ppo": {"target_kl": 0.1}}, "cannot take back the gradients"),
-        ({"ptx": {"coef": 1.0, "balance": 0.5, "data": [{"path": "x"}]}}, "cannot be compared"),
+        ({"ppo": {"target_kl": 0.1}}, "cannot discard the gradients"),
+        ({"ptx": {"coef": 1.0, "balance": 0.5, "data": [{"path": "x"}]}}, "gives no access to the gradients"),
         ({"ptx": {"coef": 1.0, "data": [{"path": "x"}], "batch_size": 3}}, "cannot be shared equally by 2 processes"),
     ],
 )

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from rlhf.data.collate import pad_right
-from rlhf.models import handover
 from rlhf.models import load as loading
+from rlhf.models import model_metadata
 from rlhf.models.adapters import add_adapter, load_adapter
-from rlhf.models.handover import save_tokenizer_and_handover
 from rlhf.models.heads import sequence_outputs
+from rlhf.models.model_metadata import save_tokenizer_and_handover
 from rlhf.models.policy import load_causal
 from rlhf.models.reward_models import adapted_classifier, load_classifier, load_scorer, new_classifier
 from tests.models import tiny
@@ -86,7 +86,7 @@ def test_transformers_alone_gets_the_adapters_logits(name: str, sft_folder: str,
     end = plain.generation_config
     assert (end.eos_token_id, end.pad_token_id) == (tiny.renderer().end_id, tiny.renderer().pad_id)
     assert AutoTokenizer.from_pretrained(str(tmp_path / "plain")).chat_template
-    assert handover.read_handover(tmp_path / "plain") == handover.read_handover(folder)
+    assert model_metadata.read_handover(tmp_path / "plain") == model_metadata.read_handover(folder)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "plain"]
     assert (tmp_path / "plain").stat().st_mode == (tmp_path / "adapter").stat().st_mode
 
@@ -117,7 +117,7 @@ def test_a_reward_model_keeps_its_scale_and_is_one_still(sft_folder: str, call_c
     assert_close(
         outputs(load_scorer(tiny.source(tmp_path / "plain"))), outputs(load_scorer(tiny.source(folder))).tolist()
     )
-    record = handover.read_handover(tmp_path / "plain")
+    record = model_metadata.read_handover(tmp_path / "plain")
     assert record is not None
     assert (record.stage, record.score_mean, record.score_std) == ("reward", 0.5, 2.0)
 

@@ -9,8 +9,8 @@ from typing import Any
 from rlhf.data.render import Renderer
 from rlhf.distributed.launch_env import is_main_process
 from rlhf.distributed.zero_gather import gathered_parameters
-from rlhf.models.handover import save_tokenizer_and_handover
 from rlhf.models.load import set_stop_tokens
+from rlhf.models.model_metadata import save_tokenizer_and_handover
 from rlhf.trainers.ppo.state import PPOModels
 
 

@@ -14,7 +14,7 @@ from rlhf.models.heads import AdapterScorer, SharedValueHead, position_ids, trun
 from rlhf.models.output_layer import logit_transform, next_token_positions, token_numbers
 from rlhf.models.packed_batch import PackedBatch, can_pack
 from rlhf.models.shared_base import enable_activation_checkpointing
-from rlhf.rollout.forward import policy_forward, response_logprobs, response_values
+from rlhf.rollout.teacher_forcing import policy_forward, response_logprobs, response_values
 from rlhf.rollout.types import Rollout, ScoredRollout, merge_rollouts
 
 

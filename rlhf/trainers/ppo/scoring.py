@@ -15,7 +15,7 @@ from rlhf.distributed.engine import gathered_module
 from rlhf.models.adapters import reference_policy
 from rlhf.models.packed_batch import can_pack
 from rlhf.rollout.experience import make_experience, score_rollout
-from rlhf.rollout.forward import response_logprobs
+from rlhf.rollout.teacher_forcing import response_logprobs
 from rlhf.rollout.types import Experience, Rollout
 from rlhf.trainers.ppo.health import HealthMonitor, Tolerance, find_broken_invariants, find_unstable_scores
 from rlhf.trainers.ppo.policy_value import PolicyAndValue, gather_rollouts
@@ -67,14 +67,14 @@ def score_experience(
         pair: Any = module.eval()
         scored = score_rollout(
             rollout,
-            read=lambda part: read_trained_models(pair, part, settings),
+            score_trained=lambda part: read_trained_models(pair, part, settings),
             reference=reference_logprobs(models, settings.sampling.temperature),
             rewards=reward_scores(models, prompts_of, check),
             microbatch=settings.optim.microbatch_size,
             packed=can_pack(pair.policy),
         )
     scored = gather_rollouts(scored, models.accelerator, checks.pad_id)
-    state.running_stats = state.running_stats.seen(scored.raw_scores)
+    state.running_stats = state.running_stats.including(scored.raw_scores)
     deviation = state.running_stats.deviation if settings.normalize_scores == "running" else 1.0
     experience = make_experience(scored, kl_coef=state.kl_coef, deviation=deviation, settings=settings)
     problems = find_broken_invariants(

@@ -13,8 +13,8 @@ from rlhf.data.render import Renderer
 from rlhf.distributed.engine import check_accelerator, save_model
 from rlhf.distributed.launch_env import is_main_process, world_size
 from rlhf.launch.rank_consistency import check_same_checkpoint
-from rlhf.models.handover import save_tokenizer_and_handover
 from rlhf.models.load import set_stop_tokens
+from rlhf.models.model_metadata import save_tokenizer_and_handover
 from rlhf.runs import preemption
 from rlhf.runs.metrics import MetricsWriter
 from rlhf.runs.run_dir import RunDir

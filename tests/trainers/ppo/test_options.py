@@ -14,7 +14,7 @@ from rlhf.config.ppo import KL, PPO, RewardSource
 from rlhf.config.run_plan import PPOPlan
 from rlhf.functional import kl_estimate, policy_loss
 from rlhf.models.ema import WeightAverage
-from rlhf.rollout.forward import response_logprobs
+from rlhf.rollout.teacher_forcing import response_logprobs
 from rlhf.trainers.ppo.losses import summed_losses
 from tests.models import tiny
 from tests.models.fixtures import shake

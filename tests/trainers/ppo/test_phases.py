@@ -127,7 +127,7 @@ def test_a_value_model_on_the_policys_base_has_phases_of_its_own(adapter_folder:
 
 
 def test_a_selection_that_matches_nothing_is_an_error(reward_folder: str) -> None:
-    with pytest.raises(ConfigError, match=r"freeze\.value_model\.names: no weight has a name like this"):
+    with pytest.raises(ConfigError, match=r"freeze\.value_model\.names: no parameter has a name that matches"):
         make(reward_folder, freeze={"value_model": {"names": ["*.nothing.*"]}})
     with pytest.raises(ConfigError, match=r"unfreeze\.policy\[0\]\.train\.parts: the model has no score"):
         make(reward_folder, unfreeze={"policy": [{"train": {"parts": ["score"]}}]})

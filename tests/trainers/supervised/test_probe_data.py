@@ -117,7 +117,7 @@ def test_a_run_that_forgets_too_much_stops(full: Any, run_stage: Any, tmp_path: 
         ({"probe": {"stop_above": 1.0}}, "stop_above: set text"),
         ({"data": {"validation_fraction": 0.0}, "probe": {"text": [{"path": "text"}]}}, "a probe is measured at each"),
         ({"data": {"validation_fraction": 0.0}, "optim": {"patience": 2}}, "patience needs held-out records"),
-        ({"freeze": {"names": ["*.nothing"]}}, "no weight has a name like this"),
+        ({"freeze": {"names": ["*.nothing"]}}, "no parameter has a name that matches"),
         ({"freeze": {"names": ["*"]}}, "nothing is left to train"),
     ],
 )

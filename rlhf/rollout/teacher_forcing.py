@@ -1,4 +1,4 @@
-"""Rollout to Experience: measure (log-probs, values, raw scores), then shape (scores, rewards, advantages)."""
+"""Teacher-forced forward passes over rollouts: log-probabilities, entropies and values of the response tokens."""
 
 from __future__ import annotations
 
@@ -30,12 +30,13 @@ def response_logprobs(
     entropy_gradient: bool = False,
     batch: PackedBatch | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return teacher-forced log-probabilities of the response tokens: one code path for old, new and reference.
+    """Return teacher-forced log-probabilities of the response tokens, for the old, new and reference policy alike.
 
-    Where sampling was restricted to some tokens, these are log-probabilities of the distribution restricted likewise.
+    If sampling was restricted to some tokens, they are those of the distribution restricted to the same tokens.
 
     Args:
-        batch: the rollout's sequences, packed or padded; None = as suits the policy.
+        entropy: also return the entropy of the distribution of each token.
+        batch: the rollout's sequences, packed or padded; None = packed if the policy allows it.
     Returns: ([B, R] nats, 0 off-mask; [B, R] nats of entropy or None).
     """
     output = policy_forward(
@@ -54,12 +55,13 @@ def policy_forward(
     states: bool = False,
     batch: PackedBatch | None = None,
 ) -> PolicyOutput:
-    """Run the policy on prompt and response. The output layer sees the response positions only.
+    """Run the policy on prompt and response; logits are computed at the response positions only.
 
     Args:
+        entropy: also return the entropy of the distribution of each token.
         entropy_gradient: the entropy is differentiable, for an entropy bonus.
         states: also return the last hidden states before each response token.
-        batch: the rollout's sequences, packed or padded; None = as suits the policy.
+        batch: the rollout's sequences, packed or padded; None = packed if the policy allows it.
     """
     real, width = rollout.response_mask, rollout.response_ids.shape[1]
     if batch is None:
@@ -84,15 +86,15 @@ def policy_forward(
 
 
 def _unflatten(flat: Tensor, mask: Tensor) -> Tensor:
-    """[n] values of the real tokens to [B, R], 0 off-mask. Differentiable."""
+    """Scatter the [n] values of the real tokens to [B, R], 0 off-mask. Differentiable."""
     return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
 
 
 def response_values(value_model: Any, rollout: Rollout, *, batch: PackedBatch | None = None) -> Tensor:
-    """Return V before each response token, [B, R] score units, 0 off-mask; token t's is read at position P - 1 + t.
+    """Return V before each response token, [B, R] score units, 0 off-mask; token t's is read start position P - 1 + t.
 
     Args:
-        batch: the rollout's sequences, packed or padded; None = as suits the value model.
+        batch: the rollout's sequences, packed or padded; None = packed if the value model allows it.
     """
     prompt, (size, width) = rollout.prompt_ids.shape[1], rollout.response_ids.shape
     if batch is None:
