@@ -172,7 +172,7 @@ def remove_old_checkpoints(folder: Path, prefix: str, keep: int) -> None:
 def remove_checkpoints_after(folder: Path, prefix: str, name: str) -> None:
     """Remove checkpoints that are later than `name`, which has just been written.
 
-    They are left from before the run resumed at an earlier checkpoint, or rolled back to one.
+    They exist only if they were damaged, so that the run has resumed at, or rolled back to, an earlier checkpoint.
     """
     for path in list_checkpoints(folder, prefix):
         if _number(path) > _number(Path(name)):
@@ -203,7 +203,7 @@ def new_checkpoint_folder(folder: Path, name: str, *, needed: int, keep: int, ab
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-    shutil.rmtree(folder / name, ignore_errors=True)  # if it exists, it is damaged or from before a rollback
+    shutil.rmtree(folder / name, ignore_errors=True)  # if it exists, it is damaged or was abandoned
     os.replace(temporary, folder / name)
     fsync_path(folder)
     remove_checkpoints_after(folder, prefix, name)

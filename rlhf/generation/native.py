@@ -1,4 +1,4 @@
-"""Prompts to responses. Our own decode loop: nothing but the settings given here shapes the distribution."""
+"""Sample responses with a decoding loop of our own, so that only the given settings shape the distribution."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from rlhf.models.heads import position_ids
 from rlhf.rollout.types import Rollout
 
 Decode = Callable[[list[int]], str]
-REFILL_THRESHOLD = (
-    0.75  # share of the rows below which finished ones are dropped, and of the slots below which others join
-)
+REFILL_THRESHOLD = 0.75
+"""Finished rows are removed when at most this share of the rows is unfinished, and prompts are added when at most this
+share of the batch size is in use."""
 
 
 @torch.no_grad()
@@ -36,48 +36,49 @@ def generate_rollout(
     device: torch.device,
     decode: Decode | None = None,
 ) -> Rollout:
-    """Draw one response for each prompt.
+    """Sample one response for each prompt.
 
-    Randomness belongs to (seed, step, prompt index), so a response does not depend on its batch neighbours or on the
-    number of processes. Where rows have finished, waiting prompts take their place; prompts of like length are decoded
-    together.
+    The random numbers of a response are derived from (seed, step, prompt index), so it does not depend on the other
+    rows of its batch or on the number of processes. Pending prompts take the places of finished rows; prompts of
+    similar length are decoded together.
 
     Args:
         model: causal LM on `device`.
         prompts: (index in the data, token ids) pairs.
-        step: rollout number; another step draws other responses.
-        decode: ids to text, special tokens included; needed with stop strings only.
+        step: rollout number; another step gives other responses.
+        decode: converts ids to text, special tokens included; needed only with stop strings.
     Returns: Rollout of len(prompts) rows, in the order given.
     """
     was_training = model.training
     model.eval()
     ids, mask = (t.to(device) for t in pad_left([p for _, p in prompts], pad_id))
-    drawn = _Drawn(prompts, settings, seed, step, end_id, pad_id, device, decode)
+    responses = _Responses(prompts, settings, seed, step, end_id, pad_id, device, decode)
     lengths, slots = mask.sum(dim=1), open_cache(model)
-    waiting = lengths.argsort(stable=True)
-    live = waiting[:0]  # rows that are in a slot
-    while len(live) or len(waiting):
-        if len(live):
-            at = lengths[live] + drawn.lengths[live] - 1
-            drawn.draw(live, slots.step(drawn.last[live], at))
-            going = (~drawn.done[live]).nonzero().squeeze(1)
-            if len(going) <= REFILL_THRESHOLD * len(live):  # drop finished rows once it pays for moving the others
-                slots.keep(going)
-                live = live[going]
-        if len(waiting) and (not len(live) or (slots.joins and len(live) <= REFILL_THRESHOLD * settings.batch_size)):
-            new, waiting = waiting.split([n := min(settings.batch_size - len(live), len(waiting)), len(waiting) - n])
+    pending = lengths.argsort(stable=True)
+    active = pending[:0]  # rows that are being decoded
+    while len(active) or len(pending):
+        if len(active):
+            positions = lengths[active] + responses.lengths[active] - 1
+            responses.draw(active, slots.step(responses.last[active], positions))
+            unfinished = (~responses.done[active]).nonzero().squeeze(1)
+            if len(unfinished) <= REFILL_THRESHOLD * len(active):  # often enough to outweigh the cost of moving rows
+                slots.keep(unfinished)
+                active = active[unfinished]
+        has_room = slots.accepts_new_rows and len(active) <= REFILL_THRESHOLD * settings.batch_size
+        if len(pending) and (not len(active) or has_room):
+            new, pending = pending.split([n := min(settings.batch_size - len(active), len(pending)), len(pending) - n])
             width = int(lengths[new].max())
-            cut = mask[new, -width:]
-            drawn.draw(new, slots.admit(ids[new, -width:], cut, position_ids(cut)))
-            live = torch.cat([live, new])
+            new_mask = mask[new, -width:]
+            responses.draw(new, slots.admit(ids[new, -width:], new_mask, position_ids(new_mask)))
+            active = torch.cat([active, new])
     model.train(was_training)
-    rollout = drawn.rollout(ids, mask)
+    rollout = responses.rollout(ids, mask)
     rollout.validate()
     return rollout
 
 
-class _Drawn:
-    """The responses so far, [B, R], and how each row goes on."""
+class _Responses:
+    """Tokens of the responses sampled so far, [B, R], and the state of each row."""
 
     def __init__(
         self,
@@ -93,41 +94,41 @@ class _Drawn:
         self.settings, self.end_id, self.decode = settings, end_id, decode
         size, longest = len(prompts), settings.max_new_tokens
         self.index = torch.tensor([index for index, _ in prompts], dtype=torch.long, device=device)
-        self.uniform = torch.stack([_draws(seed, step, index, longest) for index, _ in prompts]).to(device)
+        self.uniform = torch.stack([_uniform_numbers(seed, step, index, longest) for index, _ in prompts]).to(device)
         self.ids = torch.full((size, longest), pad_id, dtype=torch.long, device=device)
         self.logprobs = torch.zeros((size, longest), device=device)
         self.support: Tensor | None = None
         self.lengths = torch.zeros(size, dtype=torch.long, device=device)
-        self.last = torch.full_like(self.lengths, pad_id)  # token
-        self.finished = torch.zeros(size, dtype=torch.bool, device=device)  # by an end token or a stop string
-        self.done = self.finished.clone()  # finished, or as long as it may be
+        self.last = torch.full_like(self.lengths, pad_id)  # last token of each row
+        self.finished = torch.zeros(size, dtype=torch.bool, device=device)  # ended by an end token or a stop string
+        self.done = self.finished.clone()  # finished, or of the maximum length
 
     def draw(self, rows: Tensor, logits: Tensor) -> None:
-        """One token for each of some rows that is not done; logits [n, V]."""
-        at = self.lengths[rows].clamp_max(self.settings.max_new_tokens - 1)
-        allowed = allowed_tokens(logits, self.settings, at, self.end_id)
+        """Sample one token for each of the given rows that is not done; logits [n, V]."""
+        columns = self.lengths[rows].clamp_max(self.settings.max_new_tokens - 1)
+        allowed = allowed_tokens(logits, self.settings, columns, self.end_id)
         if allowed is not None:
             logits = logits.masked_fill(~allowed, -torch.inf)
-        token, logprob = draw_token(logits, self.uniform[rows, at], self.settings.temperature)
-        going = ~self.done[rows]
-        rows, at, token, logprob = rows[going], at[going], token[going], logprob[going]
+        token, logprob = draw_token(logits, self.uniform[rows, columns], self.settings.temperature)
+        unfinished = ~self.done[rows]
+        rows, columns, token, logprob = rows[unfinished], columns[unfinished], token[unfinished], logprob[unfinished]
         if allowed is not None:
-            self._keep_support(rows, at, allowed[going])
-        self.ids[rows, at], self.logprobs[rows, at], self.last[rows] = token, logprob, token
-        self.lengths[rows] = at + 1
+            self._keep_support(rows, columns, allowed[unfinished])
+        self.ids[rows, columns], self.logprobs[rows, columns], self.last[rows] = token, logprob, token
+        self.lengths[rows] = columns + 1
         self.finished[rows] = token == self.end_id
         if self.settings.stop and self.decode is not None:
-            self._stop(rows)
-        self.done[rows] = self.finished[rows] | (at + 1 == self.settings.max_new_tokens)
+            self._finish_at_stop_strings(rows)
+        self.done[rows] = self.finished[rows] | (columns + 1 == self.settings.max_new_tokens)
 
-    def _keep_support(self, rows: Tensor, at: Tensor, allowed: Tensor) -> None:
+    def _keep_support(self, rows: Tensor, columns: Tensor, allowed: Tensor) -> None:
         packed = pack_bits(allowed)
-        if self.support is None:  # off the mask, everything is allowed
+        if self.support is None:  # positions off the mask keep 255: all tokens are allowed
             self.support = packed.new_full((*self.ids.shape, packed.shape[1]), 255)
-        self.support[rows, at] = packed
+        self.support[rows, columns] = packed
 
-    def _stop(self, rows: Tensor) -> None:
-        """Mark the rows whose text now holds a stop string."""
+    def _finish_at_stop_strings(self, rows: Tensor) -> None:
+        """Mark the rows whose text contains a stop string as finished."""
         assert self.decode is not None
         for row in rows[~self.finished[rows]].tolist():
             text = self.decode(self.ids[row, : self.lengths[row]].tolist())
@@ -135,10 +136,10 @@ class _Drawn:
                 self.finished[row] = True
 
     def rollout(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Rollout:
-        """All rows, cut to the longest response."""
+        """Return all rows as a rollout, cut to the length of the longest response."""
         used = int(self.lengths.max())
         mask = torch.arange(used, device=self.ids.device) < self.lengths[:, None]
-        allowed_tokens = (
+        support = (
             self.support if self.support is not None else self.ids.new_zeros(*self.ids.shape, 0, dtype=torch.uint8)
         )
         return Rollout(
@@ -149,17 +150,17 @@ class _Drawn:
             self.finished,
             self.index,
             self.logprobs[:, :used],
-            allowed_tokens[:, :used],
+            support[:, :used],
         )
 
 
 def draw_token(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """One token a row, by inverting the cumulative distribution at a uniform draw (argmax at temperature 0).
+    """Sample one token a row by inverting the cumulative distribution at a uniform number (argmax at temperature 0).
 
     Args:
-        logits: [B, V]; -inf = cannot be drawn. uniform: [B] in [0, 1).
-    Returns: ([B] int64, [B] float32 nats: log of the probability with which it was drawn; at temperature 0, of its
-        probability at temperature 1).
+        logits: [B, V]; a token with -inf cannot be sampled. uniform: [B] in [0, 1).
+    Returns: the tokens, [B] int64, and the logs of the probabilities with which they were sampled, [B] float32 nats; at
+        temperature 0, of their probabilities at temperature 1.
     """
     if temperature == 0:
         token = logits.argmax(dim=-1, keepdim=True)
@@ -167,17 +168,21 @@ def draw_token(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Ten
     probabilities = (logits.float() / temperature).softmax(dim=-1)
     cumulative = probabilities.cumsum(dim=-1)
     point = uniform.to(cumulative.dtype)[:, None] * cumulative[:, -1:]
-    # right=True: a token of probability 0 is never chosen, not even at a draw of exactly 0.
+    # right=True: a token of probability 0 is never chosen, not even if the uniform number is exactly 0.
     token = torch.searchsorted(cumulative, point, right=True).clamp_max(logits.shape[-1] - 1)
     return token.squeeze(1), probabilities.gather(1, token).squeeze(1).log()
 
 
 def allowed_tokens(logits: Tensor, settings: Sampling, position: Tensor, end_id: int) -> Tensor | None:
-    """Which tokens may be drawn at a position of each response ([B] int64), [B, V] bool; None if nothing is filtered.
+    """Return which tokens may be sampled at a position of each response, [B, V] bool; None if nothing is filtered.
 
-    First the end token before `min_new_tokens`, then top-k, then the nucleus of what is left (Holtzman et al. 2020,
-    arXiv:1904.09751): the likeliest tokens until their probability reaches top_p. PPO's log-probs are those of the
-    distribution restricted to this set, for the old, the new and the reference policy.
+    Three filters are applied in this order: no end token before `min_new_tokens`; top-k; the nucleus (Holtzman et al.
+    2020, arXiv:1904.09751), which is the likeliest remaining tokens until their probability reaches top_p. In PPO, the
+    log-probs of the old, new and reference policy are those of the distribution restricted to this set.
+
+    Args:
+        logits: [B, V]. position: [B] int64, number of tokens before it in the response.
+        end_id: id of the end token.
     """
     if not (settings.top_k or settings.top_p < 1.0 or settings.min_new_tokens):
         return None
@@ -191,19 +196,19 @@ def allowed_tokens(logits: Tensor, settings: Sampling, position: Tensor, end_id:
         allowed &= scaled >= kth
         scaled = scaled.masked_fill(~allowed, -torch.inf)
     if settings.top_p < 1.0:
-        ordered, where = scaled.softmax(dim=-1).sort(dim=-1, descending=True)
+        ordered, order = scaled.softmax(dim=-1).sort(dim=-1, descending=True)
         before = ordered.cumsum(dim=-1) - ordered
-        allowed &= torch.zeros_like(allowed).scatter(1, where, before < settings.top_p)
+        allowed &= torch.zeros_like(allowed).scatter(1, order, before < settings.top_p)
     return allowed
 
 
-def _draws(seed: int, step: int, index: int, length: int) -> Tensor:
+def _uniform_numbers(seed: int, step: int, index: int, length: int) -> Tensor:
     mixed = ((seed * 1_000_003 + step) * 1_000_003 + index) % (2**63 - 1)
     return torch.rand(length, generator=torch.Generator().manual_seed(mixed))
 
 
 class NativeGenerator:
-    """The generator of this package: a decoding loop over any causal language model of transformers."""
+    """Generator that runs a decoding loop over any causal language model of transformers."""
 
     def __init__(
         self,
@@ -216,17 +221,17 @@ class NativeGenerator:
         device: torch.device,
         decode: Decode | None = None,
     ) -> None:
-        """Remember how to sample; nothing is computed yet.
+        """Create a generator; the model is opened only in `generate`.
 
         Args:
-            open_model: returns a context manager that yields the causal LM, with whole weights, on `device`.
-            decode: ids to text, special tokens included; needed with stop strings only.
+            open_model: returns a context manager that yields the causal LM, with unsharded weights, on `device`.
+            decode: converts ids to text, special tokens included; needed only with stop strings.
         """
         self.open_model, self.settings, self.seed = open_model, settings, seed
         self.end_id, self.pad_id, self.device, self.decode = end_id, pad_id, device, decode
 
     def generate(self, prompts: Sequence[NumberedPrompt], step: int) -> Rollout:
-        """Draw one response for each prompt, as `Generator.generate` says."""
+        """Sample one response for each prompt; see `Generator.generate`."""
         with self.open_model() as model:
             return generate_rollout(
                 model,

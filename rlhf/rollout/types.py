@@ -36,7 +36,7 @@ class Rollout:
     response_ids: Tensor  # [B, R] int64, right-padded
     response_mask: Tensor  # [B, R] bool, a prefix of each row
     finished: Tensor  # [B] bool, the end token was sampled
-    index: Tensor  # [B] int64, number of the prompt within the step
+    index: Tensor  # [B] int64, number of the episode within the step
     sampled_logprobs: Tensor  # [B, R] nats, as computed while sampling
     support: Tensor  # [B, R, ceil(V / 8)] uint8, bits of the tokens that could be sampled; [B, R, 0] = all tokens
 

@@ -1,4 +1,4 @@
-"""A checkpoint is whole, or it is named and not used; a new one never costs the one before."""
+"""Only complete checkpoints are loaded, damaged ones are reported, and a new one never damages the one before."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def names(folder: Path) -> list[str]:
 
 
 def flip(path: Path) -> None:
-    """One bit of the last byte."""
+    """Flip one bit of the last byte of a file."""
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
@@ -117,7 +117,10 @@ def test_the_newest_stay(tmp_path: Path) -> None:
 
 
 def test_what_a_kept_one_needs_is_kept_and_verified_with_it(tmp_path: Path) -> None:
-    """Also when a newer one needs another: if that is damaged, the one before must still be of use."""
+    """This includes the case that a newer checkpoint needs another one.
+
+    If that one is damaged, the checkpoint before must still be usable.
+    """
     for step, best in ((1, 1), (2, 1), (3, 1), (4, 4)):
         with new_checkpoint_folder(tmp_path, f"step-{step}", needed=1, keep=2, about={"needs": f"step-{best}"}) as into:
             (into / "state.pt").write_text("x")
@@ -138,8 +141,8 @@ def test_numbers_count_and_not_letters(tmp_path: Path) -> None:
     assert [path.name for path in list_checkpoints(tmp_path, "checkpoint")] == ["checkpoint-9", "checkpoint-10"]
 
 
-def test_one_that_was_sealed_and_not_yet_renamed_is_used(tmp_path: Path) -> None:
-    """Killed between the two: the manifest makes it whole, not the name."""
+def test_one_that_is_complete_and_not_yet_renamed_is_used(tmp_path: Path) -> None:
+    """A process may be killed between both; the manifest, not the name, makes a checkpoint complete."""
     write(tmp_path, "step-000001")
     (tmp_path / "step-000002.tmp").mkdir()
     assert [path.name for path in list_checkpoints(tmp_path, "step")] == ["step-000001"]
@@ -150,7 +153,7 @@ def test_one_that_was_sealed_and_not_yet_renamed_is_used(tmp_path: Path) -> None
 
 
 def test_later_ones_go_when_an_earlier_one_is_written(tmp_path: Path) -> None:
-    """The newest is damaged, the run goes on from the one before: what is kept must be whole."""
+    """The newest is damaged and the run resumes from the one before: the checkpoints that are kept must be complete."""
     write(tmp_path, "step-000008")
     flip(write(tmp_path, "step-000010") / "state.pt")
     write(tmp_path, "step-000009")
@@ -203,14 +206,14 @@ CALLS = ("fsync", "replace")
 
 
 class Killed(BaseException):
-    """The process is gone here: nothing that comes after happens, no cleaning up either."""
+    """Error that ends the simulated process: nothing after it runs, not even cleaning up."""
 
 
 @pytest.mark.parametrize("keep", [1, 2])
 def test_a_kill_at_any_call_leaves_a_whole_checkpoint(
     keep: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the n-th call that changes the disk, for every n; what follows it does nothing."""
+    """The process ends at the n-th call that changes the disk, for every n; later calls have no effect."""
     at, ended = 0, False
     while not ended:
         at += 1

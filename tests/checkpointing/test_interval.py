@@ -1,4 +1,4 @@
-"""How often a run saves."""
+"""The interval between checkpoints."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from rlhf.checkpointing.interval import CheckpointInterval
 
 
 def share_spent(share: float, cost: float, step: float, steps: int = 20000) -> tuple[float, int]:
-    """Of a run whose steps and checkpoints take so many seconds: the share that went into checkpoints, their number."""
+    """Return the share of a run's time that went into checkpoints, and their number.
+
+    The arguments are the seconds that a step and a checkpoint take.
+    """
     now, spent, count = [0.0], 0.0, 0
-    pace = CheckpointInterval(share, lambda: now[0])
+    interval = CheckpointInterval(share, lambda: now[0])
     for _ in range(steps):
         now[0] += step
-        if pace.due():
-            with pace.saving():
+        if interval.due():
+            with interval.saving():
                 now[0] += cost
             spent, count = spent + cost, count + 1
     return spent / now[0], count
@@ -37,11 +40,11 @@ def test_a_share_of_nothing_is_never_due() -> None:
 
 def test_the_next_one_waits_for_what_the_last_one_took() -> None:
     now = [0.0]
-    pace = CheckpointInterval(0.5, lambda: now[0])
-    assert pace.due()
-    with pace.saving():
+    interval = CheckpointInterval(0.5, lambda: now[0])
+    assert interval.due()
+    with interval.saving():
         now[0] += 3.0
     now[0] += 5.9
-    assert not pace.due()
+    assert not interval.due()
     now[0] += 0.1
-    assert pace.due()
+    assert interval.due()

@@ -1,7 +1,7 @@
-"""The runs that every engine must repeat number by number, and broken ones that must not pass for them.
+"""Runs whose numbers every engine must reproduce, and broken runs that a comparison must reject.
 
-Few records that come back every second update, high rates, weight decay, a warm-up and a clip that is active: a rate,
-a gradient or a decay that is wrong shows in the losses that follow.
+The runs use few records, which come back every second update, high learning rates, weight decay, a warm-up and a
+gradient clip that is active, so that a wrong rate, gradient or decay shows in the losses that follow.
 """
 
 from __future__ import annotations
@@ -78,12 +78,12 @@ class Case:
 
     @property
     def name(self) -> str:
-        """For a table."""
+        """Return the name of the run in a table."""
         return self.folder.replace("/", ", ").replace("-", " ")
 
 
 def cases(top: Path, model: str, files: setup.Files) -> list[Case]:
-    """In an order in which each reads what one process made before, below `top`/one."""
+    """Return the runs in an order in which each reads only what one process wrote before it, below `top`/one."""
     full = _chain(top, model, files, "full")
     lora = _chain(top, full[0].config["output_dir"], files, "lora")  # adapters of a base that says nothing learn little
     shared = lora[-1].config | {"roles": "shared"}
@@ -110,7 +110,7 @@ def cases(top: Path, model: str, files: setup.Files) -> list[Case]:
 
 
 def _chain(top: Path, model: str, files: setup.Files, kind: str) -> list[Case]:
-    """SFT, reward model, classifier, PPO; `kind` is full or lora."""
+    """Return the runs of SFT, reward model, classifier and PPO; `kind` is full or lora."""
     adapters = kind == "lora"
     made = setup.configs(top / ONE / kind, model, files, adapters=adapters)
     peft = {"peft": setup.adapter(True) | {"target_modules": ["q_proj", "down_proj"]}} if adapters else {}
@@ -128,7 +128,7 @@ def _chain(top: Path, model: str, files: setup.Files, kind: str) -> list[Case]:
 
 
 def twins(every: list[Case]) -> list[tuple[Case, Case]]:
-    """(broken, right): what a comparison must not accept. One process runs them."""
+    """Return (broken, right) pairs of runs that a comparison must tell apart; one process runs them."""
     of = {case.folder: case for case in every}
 
     def broken(folder: str, name: str, **changes: Any) -> tuple[Case, Case]:

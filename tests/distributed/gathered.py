@@ -1,4 +1,4 @@
-"""What is whole while PPO samples under ZeRO-3; each process writes it to a file of its own, FOLDER/RANK.json.
+"""Record which parameters are gathered while PPO samples under ZeRO-3; each process writes FOLDER/RANK.json.
 
 accelerate launch --config_file configs/accelerate/zero3.yaml -m tests.distributed.gathered REWARD_MODEL FOLDER
 """
@@ -23,7 +23,10 @@ COLLECTIVES = ("all_gather_into_tensor", "all_gather", "_all_gather_base", "all_
 
 
 def counted() -> list[str]:
-    """Every gathering over processes from now on; DeepSpeed keeps what it finds when it starts."""
+    """Return a list to which the name of every later gathering collective is added.
+
+    Call it before DeepSpeed starts, because DeepSpeed keeps references to the functions.
+    """
     calls: list[str] = []
     for name in COLLECTIVES:
         if hasattr(torch.distributed, name):
@@ -38,12 +41,12 @@ def counted() -> list[str]:
 
 
 def status(model: Any) -> list[str]:
-    """Of its weights: AVAILABLE (whole) or NOT_AVAILABLE (a share)."""
+    """Return the ZeRO-3 states of a model's parameters: AVAILABLE (gathered) or NOT_AVAILABLE (sharded)."""
     return sorted({p.ds_status.name for p in model.parameters()})
 
 
 def main(folder: str, out: str) -> None:
-    """Two steps of PPO, watched."""
+    """Run two steps of PPO and record the state of the parameters."""
     quiet_libraries(telemetry=False)
     calls = counted()
     # Before there is an accelerator: transformers would load shards afterwards.

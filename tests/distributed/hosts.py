@@ -1,6 +1,6 @@
-"""Two hosts on one machine: Linux network namespaces, each with a name of its own, joined by a cable that can be cut.
+"""Two hosts on one machine: Linux network namespaces with their own host names, joined by a link that can be cut.
 
-They share the file system, as machines with a common disk do.
+Both see the same file system, as machines with a common disk do.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ INHERITED = ("ACCELERATE", "RLHF", "RANK", "WORLD_SIZE", "MASTER", "NODE", "SLUR
 
 
 class NoHosts(RuntimeError):
-    """This machine lets us make no namespaces. Says why."""
+    """Error for a machine on which network namespaces cannot be created; the message gives the reason."""
 
 
 def _ip(*words: str) -> str:
@@ -32,14 +32,14 @@ def _ip(*words: str) -> str:
 
 @dataclass(frozen=True)
 class Host:
-    """One end of the cable."""
+    """One of the two hosts, at one end of the link."""
 
     name: str
     cable: str
     address: str
 
     def start(self, command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-        """Run a command here; what it prints goes to a file. Nothing that a launcher has told us goes along."""
+        """Run a command on this host, with its output in a file and without the variables of an outer launcher."""
         inside = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', self.name, *command]
         clean = {k: v for k, v in os.environ.items() if not k.startswith(INHERITED)}
         with log.open("w", encoding="utf-8") as file:
@@ -48,11 +48,11 @@ class Host:
             )
 
     def cable_is(self, state: str) -> None:
-        """Pull the cable out at this end ('down') or put it in again ('up')."""
+        """Cut the link at this end ('down') or restore it ('up')."""
         _ip("-n", self.name, "link", "set", self.cable, state)
 
     def end_all(self) -> None:
-        """End whatever still runs here."""
+        """End all processes that still run on this host."""
         for pid in _ip("netns", "pids", self.name).split():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
@@ -60,7 +60,7 @@ class Host:
 
 @contextlib.contextmanager
 def two_hosts() -> Iterator[tuple[Host, Host]]:
-    """Two hosts that reach each other and nothing else; they are gone afterwards, with all that runs on them.
+    """Context manager that yields two hosts that can reach only each other; at the end all their processes are ended.
 
     Raises: NoHosts.
     """

@@ -1,4 +1,4 @@
-"""Launch as users do: `accelerate launch` with one of the shipped files."""
+"""Launch a module as users do: `accelerate launch` with one of the shipped files."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def launched(
 
 
 def clean() -> dict[str, str]:
-    """The environment without what a launcher may have left in it."""
+    """Return the environment without variables that an outer launcher has set."""
     return {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE", "RLHF", "RANK", "WORLD_SIZE"))}
 
 
 def finished(process: subprocess.Popen[str]) -> str:
-    """What it printed; it must end well."""
+    """Return the output of a process, which must end with exit code 0."""
     out, _ = process.communicate(timeout=DEADLINE)
     assert process.returncode == 0, out[-3000:]
     return out

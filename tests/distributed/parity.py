@@ -1,7 +1,7 @@
-"""Two processes of every engine against one process with the same batch: `python -m tests.distributed.parity`.
+"""Compare two processes of every engine with one process and the same batch: `python -m tests.distributed.parity`.
 
-Prints the largest relative deviation of every number over all updates; exit code 1 if one is beyond the bar, if a
-sampled response differs, or if a broken run passes for a right one.
+It prints the largest relative deviation of every number over all updates. The exit code is 1 if a deviation exceeds the
+tolerance, if a sampled response differs, or if a broken run is accepted.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ Lines = Sequence[dict[str, float]]
 
 
 class Parity:
-    """The runs, below one folder."""
+    """All runs of the comparison, below one folder."""
 
     def __init__(self, top: Path, model: Path) -> None:
-        """Plan them; `model` is what they start from."""
+        """Plan the runs; `model` is the model that they start from."""
         self.top = top
         self.cases = cases(top, str(model), setup.write_data(top / "data"))
         self.twins = twins(self.cases)
 
     def of(self, engine: str) -> list[Case]:
-        """The cases of an engine."""
+        """Return the cases of an engine."""
         return [case for case in self.cases if engine in case.engines]
 
     def folder(self, engine: str, case: Case) -> Path:
-        """Run directory."""
+        """Return the run directory of a case."""
         return self.top / engine / case.folder
 
     def start(self, engine: str) -> subprocess.Popen[str]:
-        """All runs of an engine as one job; those of one process, and the broken ones, without a launcher."""
+        """Start all runs of an engine as one job; those of one process, and broken ones, use no launcher."""
         found = [*self.cases, *(broken for broken, _ in self.twins)] if engine == ONE else self.of(engine)
         jobs = []
         for case in found:
@@ -66,7 +66,7 @@ class Parity:
     def run(self, engine: str) -> None:
         """Run an engine's job to its end.
 
-        Raises: RuntimeError with what it printed if it does not end well.
+        Raises: RuntimeError with its output if it fails.
         """
         process = self.start(engine)
         out, _ = process.communicate(timeout=DEADLINE)
@@ -74,18 +74,18 @@ class Parity:
             raise RuntimeError(f"{engine}: exit code {process.returncode}\n{out[-5000:]}")
 
     def compare(self, engine: str, case: Case) -> dict[str, float]:
-        """Metric -> deviation of an engine's run from that of one process."""
+        """Return metric -> deviation of an engine's run from that of one process."""
         return compare(self.folder(engine, case), self.folder(ONE, case), case.stage)
 
 
 def compare(ours: Path, theirs: Path, stage: str) -> dict[str, float]:
-    """Metric -> deviation of a run from another; infinite where one of them has more lines."""
+    """Return metric -> deviation of one run from another; infinite if one of them has more lines."""
     names = PPO if stage == "ppo" else TRAINED
     return {name: deviation(name, setup.metrics(ours), setup.metrics(theirs)) for name in names}
 
 
 def deviation(name: str, ours: Lines, theirs: Lines) -> float:
-    """The largest one over all lines that have the metric; infinite if they are not the same lines."""
+    """Return the largest deviation over all lines that have the metric; infinite if the runs have other lines."""
     mine, other = ([(line["step"], line[name]) for line in lines if name in line] for lines in (ours, theirs))
     if not other or [step for step, _ in mine] != [step for step, _ in other]:
         return math.inf
@@ -98,18 +98,18 @@ def deviation(name: str, ours: Lines, theirs: Lines) -> float:
 
 
 def responses(run: Path) -> list[Any]:
-    """Token ids of every response of every step of a PPO run."""
+    """Return the token ids of every response of every step of a PPO run."""
     return [json.loads(line) for line in (run / RESPONSES).read_text(encoding="utf-8").splitlines()]
 
 
 def updates(run: Path, stage: str) -> int:
-    """Optimizer updates that a comparison covers."""
+    """Return the number of optimizer updates that a comparison covers."""
     lines = setup.metrics(run)
     return int(sum(line["updates"] for line in lines)) if stage == "ppo" else sum("grad_norm" in line for line in lines)
 
 
 def table(parity: Parity, engines: Sequence[str]) -> tuple[list[str], float]:
-    """Lines of a Markdown table of deviations in units of 1e-7, and the largest deviation in it."""
+    """Return the lines of a Markdown table of deviations in units of 1e-7, and the largest deviation in it."""
     lines = ["| run | updates | x 1e-7 | " + " | ".join(engines) + " |", "|---|---:|---|" + "---:|" * len(engines)]
     worst = 0.0
     for case in parity.cases:
@@ -125,7 +125,7 @@ def table(parity: Parity, engines: Sequence[str]) -> tuple[list[str], float]:
 
 
 def unlike(parity: Parity, engines: Sequence[str]) -> list[str]:
-    """PPO runs whose sampled responses are not, token by token, those of one process."""
+    """Return the PPO runs whose sampled responses differ in some token from those of one process."""
     return [
         f"{engine}: {case.name}"
         for engine in engines
@@ -135,13 +135,13 @@ def unlike(parity: Parity, engines: Sequence[str]) -> list[str]:
 
 
 def accepted(parity: Parity) -> list[str]:
-    """Broken runs that the bar lets pass."""
+    """Return the broken runs that the tolerance accepts."""
     pairs = [(broken, parity.folder(ONE, broken), parity.folder(ONE, right)) for broken, right in parity.twins]
     return [broken.name for broken, a, b in pairs if max(compare(a, b, broken.stage).values()) <= PROCESSES]
 
 
 def main() -> int:
-    """Run everything, print the table, say what is wrong."""
+    """Run everything, print the table, and report what is wrong."""
     engines = sys.argv[1:] or ENGINES
     with tempfile.TemporaryDirectory() as folder:
         parity = Parity(Path(folder), save_tiny_model(Path(folder) / "model"))

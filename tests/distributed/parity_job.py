@@ -1,7 +1,8 @@
-"""Several stages one after the other in the processes that a launcher started: start-up costs more than they do.
+"""Run several stages one after the other in the processes of one launch, because a launch takes longer than a stage.
 
-`-m tests.distributed.parity_job LIST`, a JSON file of [stage, configuration file] pairs. Each runs as the command line
-runs it. A process that is about to end and has not left its group fails: now and then it would be aborted.
+`-m tests.distributed.parity_job LIST`, where LIST is a JSON file of [stage, configuration file] pairs. Each stage runs
+as from the command line. A process that has not left its process group at the end fails the job, because gloo would
+abort such a process from time to time.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ NOT_LEFT = 9  # exit code
 
 
 def keep_responses() -> None:
-    """Have PPO write the ids of every response that it learns from into its run directory, one line a step."""
+    """Make PPO write the ids of every response that it learns from into its run directory, one line a step."""
     from rlhf.distributed.launch_env import is_main_process
     from rlhf.stages.ppo import RunReporter
 
@@ -38,7 +39,7 @@ def keep_responses() -> None:
 
 
 def has_left() -> None:
-    """End with another exit code if a group of processes is still there."""
+    """Exit with another code if a process group still exists."""
     if torch.distributed.is_initialized():
         os._exit(NOT_LEFT)
 

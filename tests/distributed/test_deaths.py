@@ -1,4 +1,4 @@
-"""A process that dies ends the job on all of them, with one message; with restarts, the job goes on by itself."""
+"""If one process dies, the job ends on all processes with one message; with restarts the job resumes by itself."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BOUND = 60.0  # seconds in which the job must be over
 
 
 def started(config: str, folder: Path, *words: str) -> subprocess.Popen[str]:
-    """The command, with its signs of life below a folder."""
+    """Start the command, with its heartbeats below a folder."""
     folder.mkdir()
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE", "RLHF", "RANK", "WORLD_SIZE"))}
     command = [sys.executable, "-m", "rlhf", "sft", config, "--launcher", "ddp", "--timeout", "30", "--quiet", *words]
@@ -32,7 +32,7 @@ def started(config: str, folder: Path, *words: str) -> subprocess.Popen[str]:
 
 
 def kill_rank_1(process: subprocess.Popen[str], folder: Path, checkpoints: Path) -> None:
-    """As soon as there is a checkpoint that training has left behind."""
+    """Kill rank 1 as soon as training has written a checkpoint."""
     end = time.monotonic() + DEADLINE
     while time.monotonic() < end:
         assert process.poll() is None, process.communicate()

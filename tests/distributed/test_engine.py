@@ -1,4 +1,4 @@
-"""What `rlhf.distributed.engine` relies on in other people's code, and what it promises."""
+"""What `rlhf.distributed.engine` relies on in other libraries, and what it guarantees."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_only_rank_0_writes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def pings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What would go out. The queue is the last thing before the network."""
+    """Return the usage pings that would be sent; they are caught in the queue, the last step before the network."""
     import huggingface_hub.constants
     from huggingface_hub.utils import _telemetry
 
@@ -164,7 +164,7 @@ def test_versions_name_every_library_that_shapes_a_run() -> None:
 
 
 def test_a_stage_forgets_the_precision_of_the_one_before() -> None:
-    """Libraries keep mixed precision for the whole process: PPO would train under the autocast of an earlier stage."""
+    """accelerate keeps mixed precision for the whole process: PPO would train under an earlier autocast."""
     from accelerate import Accelerator
 
     engine.reset_accelerator_state()
@@ -175,7 +175,7 @@ def test_a_stage_forgets_the_precision_of_the_one_before() -> None:
 
 
 def test_every_group_of_processes_gets_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also those that DeepSpeed makes by itself, whose timeout nobody can pass."""
+    """This includes the groups that DeepSpeed creates, to which no timeout can be passed."""
     import torch.distributed.distributed_c10d as c10d
 
     monkeypatch.setattr(c10d, "default_pg_timeout", c10d.default_pg_timeout)  # put back afterwards
@@ -192,7 +192,7 @@ def test_every_group_of_processes_gets_the_timeout(monkeypatch: pytest.MonkeyPat
 def test_native_is_bfloat16_where_the_processor_has_it(
     has: dict[str, bool], native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where it has not, bfloat16 is emulated at a fraction of the speed."""
+    """Other processors emulate bfloat16 at a fraction of the speed."""
     monkeypatch.setattr(engine, "use_cpu", lambda: True)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
     chosen = {name: engine.wants_bfloat16(name) for name in ("auto", "native", "float32", "bfloat16")}

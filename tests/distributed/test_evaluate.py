@@ -1,4 +1,4 @@
-"""Evaluation shares its prompts among processes, one of them writes, and the numbers are those of one process."""
+"""Evaluation shares its prompts among processes, one process writes, and the numbers equal those of one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ZeRO-3 puts together what samples, once a rollout, and nothing else."""
+"""Under ZeRO-3, PPO gathers only the policy for sampling, and once a rollout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two hosts train one model, ZeRO-3 under PPO; the link between them is cut, and repaired."""
+"""Two hosts train one model with PPO under ZeRO-3; the link between them is cut and restored."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Story:
 
 
 def started(hosts: tuple[Host, Host], config: str, folder: Path) -> list[tuple[subprocess.Popen[bytes], Path]]:
-    """The same command on both hosts, but for its rank."""
+    """Start the same command on both hosts, with different ranks."""
     folder.mkdir()
     several = ["--num-machines", "2", "--main-process-ip", hosts[0].address, "--timeout", str(TIMEOUT)]
     command = [sys.executable, "-m", "rlhf", "ppo", config, *ZERO3, *several]
@@ -61,7 +61,7 @@ def started(hosts: tuple[Host, Host], config: str, folder: Path) -> list[tuple[s
 
 
 def ended(processes: list[tuple[subprocess.Popen[bytes], Path]], seconds: float) -> list[tuple[int, str]]:
-    """Exit codes and what was printed."""
+    """Return exit codes and outputs."""
     end = time.monotonic() + seconds
     return [
         (process.wait(timeout=max(0.0, end - time.monotonic())), log.read_text(encoding="utf-8"))
@@ -70,7 +70,7 @@ def ended(processes: list[tuple[subprocess.Popen[bytes], Path]], seconds: float)
 
 
 def cut_after(step: int, run: Path, host: Host, processes: list[tuple[subprocess.Popen[bytes], Path]]) -> float:
-    """Pull the cable as soon as a step has been written. Returns: when."""
+    """Cut the link as soon as a step has been written, and return the time."""
     end, path = time.monotonic() + DEADLINE, run / "metrics.jsonl"
     while not path.is_file() or path.read_bytes().count(b"\n") < step:
         assert time.monotonic() < end, "the deadline has passed"
@@ -82,7 +82,7 @@ def cut_after(step: int, run: Path, host: Host, processes: list[tuple[subprocess
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[tuple[Host, Host]]:
-    """Two of them, or a skip that says why there are none."""
+    """Yield two hosts, or skip the tests with the reason why they cannot be created."""
     with ExitStack() as stack:
         try:
             pair = stack.enter_context(two_hosts())
@@ -93,7 +93,7 @@ def hosts() -> Iterator[tuple[Host, Host]]:
 
 @pytest.fixture(scope="module")
 def story(hosts: Any, tiny_model_dir: Path, files: Any, run_stage: Any, tmp_path_factory: Any) -> Story:
-    """All of it, with as few launches as possible."""
+    """Run all scenarios, with as few launches as possible."""
     top = tmp_path_factory.mktemp("hosts")
     configs = setup.configs(top, str(tiny_model_dir), files)
     for stage in ("sft", "reward"):

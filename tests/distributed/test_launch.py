@@ -1,4 +1,4 @@
-"""What a launcher did not start as it was asked to is refused. (That it is right otherwise: test_parity.py.)"""
+"""A launch that does not start what was requested is rejected. (test_parity.py covers correct launches.)"""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_wrong_number_of_processes_is_refused(tiny_model_dir: Path, files: Any, tmp_path: Path) -> None:
-    """Two were asked for; the file starts one. And the file for one process works."""
+    """Two processes are requested and the file starts one. The file for one process works."""
     config = setup.configs(tmp_path, str(tiny_model_dir), files)["sft"]
     path = setup.write(tmp_path, "sft", config)
     right = setup.write(tmp_path, "right", config | {"output_dir": str(tmp_path / "right")})
@@ -40,7 +40,10 @@ def test_deepspeed_that_would_be_turned_off_is_refused(tiny_model_dir: Path, fil
 
 
 def test_what_would_run_as_something_else_is_refused(tiny_model_dir: Path, files: Any, tmp_path: Path) -> None:
-    """FSDP2 on a CPU would be plain data parallel; MULTI_CPU would be one process. Both would end with exit code 0."""
+    """FSDP2 on a CPU would be plain data parallelism, and MULTI_CPU one process.
+
+    Both would end with exit code 0.
+    """
     path = setup.write(tmp_path, "sft", setup.configs(tmp_path, str(tiny_model_dir), files)["sft"])
     (tmp_path / "multi.yaml").write_text(
         "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nuse_cpu: true\nnum_processes: 2\n"

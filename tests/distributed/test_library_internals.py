@@ -1,4 +1,4 @@
-"""The private names that the package relies on exist in the installed releases and do what is relied on."""
+"""The private names that the package uses exist in the installed releases and behave as it needs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_what_is_overridden_is_there_to_be_overridden(kind: type) -> None:
 
 
 def test_a_library_calls_what_is_overridden() -> None:
-    """The names stand in the code that runs: a method that nothing calls any longer would be overridden in vain."""
+    """The libraries call these methods: overriding a method that is no longer called would have no effect."""
     source = inspect.getsource(inspect.getmodule(Trainer))  # type: ignore[arg-type]
     for name in (*OVERRIDDEN, "_created_lr_scheduler", "_signature_columns"):
         assert source.count(name) >= 2, name

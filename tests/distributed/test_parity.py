@@ -1,4 +1,4 @@
-"""Two processes of every engine give the numbers, the samples and the models of one, in runs that can tell."""
+"""Two processes of every engine give the numbers, samples and models of one process, in runs that can show errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EXTRAS = ("full/sft-phases", "full/sft-packed", "full/ppo-phases", "full/ppo-tex
 
 @pytest.fixture(scope="module")
 def one(tiny_model_dir: Path, tmp_path_factory: Any) -> Parity:
-    """All runs planned; those of one process done, and the broken ones."""
+    """All runs, planned; those of one process and the broken ones are done."""
     parity = Parity(tmp_path_factory.mktemp("parity"), tiny_model_dir)
     parity.run(ONE)
     return parity
@@ -33,7 +33,7 @@ def one(tiny_model_dir: Path, tmp_path_factory: Any) -> Parity:
 
 @pytest.fixture(scope="module", params=ENGINES)
 def engine(request: pytest.FixtureRequest, one: Parity) -> str:
-    """An engine whose runs are done too."""
+    """An engine whose runs are done as well."""
     one.run(request.param)
     return request.param
 
@@ -62,7 +62,7 @@ def test_so_is_everything_else_that_is_written(engine: str, one: Parity) -> None
 
 
 def test_every_sampled_token_is_the_same(engine: str, one: Parity) -> None:
-    """So the losses of PPO above are of the same rollouts, and rollouts do not depend on the number of processes."""
+    """PPO's losses are then of the same rollouts, and rollouts do not depend on the number of processes."""
     assert unlike(one, [engine]) == []
 
 
@@ -93,7 +93,10 @@ def test_its_runs_had_two_processes(engine: str, one: Parity) -> None:
 
 
 def test_these_runs_can_tell(one: Parity) -> None:
-    """Enough updates; numbers that move by far more than the bar; a clip that is active; responses that differ."""
+    """The comparison is meaningful.
+
+    There are enough updates, the numbers change by far more than the tolerance, a clip is active, and responses differ.
+    """
     for case in one.cases:
         run = one.folder(ONE, case)
         lines = [line for line in metrics(run) if "grad_norm" in line]

@@ -1,5 +1,8 @@
-"""A checkpoint belongs to no engine and to no number of processes: whoever goes on from it ends where an uninterrupted
-run of one process ends; with the same engine and number, bit for bit where its own uninterrupted run ends."""
+"""A checkpoint depends neither on the engine nor on the number of processes.
+
+A run that resumes from it ends as an uninterrupted run of one process; with the same engine and number of processes,
+it ends bit for bit as its own uninterrupted run.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ SHARDED = Path(__file__).with_name("zero3")  # configs/accelerate/zero3.yaml, wi
 
 
 def cut(run: Path, other: Path, last: int) -> None:
-    """A copy of a finished run as it would be had it been killed after its checkpoint of update or step `last`."""
+    """Copy a finished run as if it had been killed after its checkpoint of update or step `last`."""
     shutil.copytree(run, other)
     for name in ("model", "value_model"):
         shutil.rmtree(other / name, ignore_errors=True)
@@ -43,7 +46,7 @@ def cut(run: Path, other: Path, last: int) -> None:
 
 
 def forget_moments(run: Path) -> None:
-    """As a checkpoint would be whose optimizer state has been lost."""
+    """Change a checkpoint as if its optimizer state had been lost."""
     for folder in (run / "checkpoints").glob("*-[0-9]*"):
         about = verify_checkpoint(folder).about
         for path in folder.glob("trained-*.safetensors"):
@@ -52,27 +55,27 @@ def forget_moments(run: Path) -> None:
 
 
 class Runs:
-    """Run directories by the engines that begun and ended them, such as 'zero3>one'."""
+    """Run directories by the engines that began and ended them, such as 'zero3>one'."""
 
     def __init__(self, top: Path, configs: dict[str, dict[str, dict[str, Any]]]) -> None:
         self.top, self.configs = top, configs
 
     def folder(self, name: str, kind: str, stage: str) -> Path:
-        """Of a run."""
+        """Return the folder of a run."""
         return self.top / name / kind / stage
 
     def config(self, name: str, kind: str, stage: str) -> dict[str, Any]:
-        """Of a run."""
+        """Return the configuration of a run."""
         return self.configs[kind][stage] | {"output_dir": str(self.folder(name, kind, stage))}
 
     def copy(self, name: str, began: str) -> None:
-        """Let `name` go on from early checkpoints of `began`."""
+        """Prepare run `name` to resume from early checkpoints of run `began`."""
         for kind in KINDS:
             for stage in STAGES:
                 cut(self.folder(began, kind, stage), self.folder(name, kind, stage), CUT[stage])
 
     def job(self, *names: str) -> str:
-        """A list of stages for one launch."""
+        """Return the list of stages for one launch."""
         pairs = [
             (stage, setup.write(self.top / "configs" / name / kind, stage, self.config(name, kind, stage)))
             for name in names
@@ -86,7 +89,7 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(tiny_model_dir: Path, files: Any, run_stage: Any, tmp_path_factory: Any) -> Runs:
-    """Three launches, and one process."""
+    """All runs, done in three launches and one process."""
     top = tmp_path_factory.mktemp("resume")
     configs = {
         kind: setup.configs(top / "one" / kind, str(tiny_model_dir), files, adapters=kind == "lora") for kind in KINDS
@@ -118,7 +121,7 @@ def runs(tiny_model_dir: Path, files: Any, run_stage: Any, tmp_path_factory: Any
 
 
 def deviation(run: Path, other: Path) -> float:
-    """Largest relative deviation of losses, norms and scores, and of the weights."""
+    """Return the largest relative deviation of losses, norms, scores and weights."""
     ours, theirs = metrics(run), metrics(other)
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
     names = {"loss", "eval_loss", "policy_loss", "value_loss", "score", "kl", "grad_norm"}

@@ -1,4 +1,4 @@
-"""One token from a row of logits."""
+"""Sampling of one token from the logits of a row."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ UNLIKELY = 1e-3
 
 
 def logits(size: int = 80) -> Tensor:
-    """Not in order of size, so that a rank is no index."""
+    """Return logits that are not sorted, so that a rank is not an index."""
     return 1.5 * torch.randn(size, generator=torch.Generator().manual_seed(1))
 
 
@@ -27,7 +27,7 @@ def settings(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Sa
 
 
 def draw(row: Tensor, how: Sampling, draws: int = DRAWS) -> Tensor:
-    """How often each token was picked."""
+    """Return how often each token was sampled."""
     uniform = torch.rand(draws, generator=torch.Generator().manual_seed(2))
     allowed = allowed_tokens(row[None], how, torch.tensor([0]), end_id=0)
     filtered = row if allowed is None else row.masked_fill(~allowed[0], -torch.inf)

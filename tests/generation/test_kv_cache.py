@@ -1,4 +1,4 @@
-"""Rows that come and go: each computes as it would alone, whatever joined, left or moved."""
+"""Rows of a KV cache compute as they would alone, whichever rows were added, removed or moved."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def windowed() -> Any:
-    """A model that looks at its last 8 tokens only: its cache keeps no more."""
+    """Return a model that attends to its last 8 tokens only, and whose cache keeps no more."""
     from transformers import MistralConfig, MistralForCausalLM
 
     torch.manual_seed(0)
@@ -45,7 +45,7 @@ def windowed() -> Any:
 
 
 class Walk:
-    """Rows of given tokens, decoded through slots; every step's logits are compared with a whole forward."""
+    """Rows of given tokens, decoded with a cache; the logits of every step are compared with a full forward pass."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.slots = model, open_cache(model)
@@ -118,7 +118,7 @@ def test_buffers_are_written_in_place_and_do_not_grow_with_every_token(model: An
 
 
 def test_a_row_that_goes_on_for_long_needs_no_more_room_than_it_has_tokens(model: Any) -> None:
-    """Others join and leave at the same time: the columns in use move back to the left."""
+    """Other rows are added and removed meanwhile: the columns in use are moved back to the left."""
     walk = Walk(model)
     prompts = tiny.rows(6, [4] * 20)
     walk.admit(prompts[0], prompts[1])
@@ -178,5 +178,5 @@ def test_refilled_slots_take_fewer_steps(model: Any, monkeypatch: pytest.MonkeyP
         return len(calls)
 
     refilled = steps()
-    monkeypatch.setattr(SlotCache, "joins", False)
+    monkeypatch.setattr(SlotCache, "accepts_new_rows", False)
     assert refilled < 0.9 * steps()

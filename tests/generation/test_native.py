@@ -1,4 +1,4 @@
-"""Prompts to responses: what a response may depend on, and what it must not."""
+"""Sampled responses: what they may depend on, and what they must not depend on."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROMPTS = list(enumerate(tiny.rows(3, [4, 9, 2, 6, 6, 1, 13, 5, 3, 8, 2, 7])))
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    """Ends some responses early, others never."""
+    """Return a model that ends some responses early and others never."""
     made = tiny.new(4)
     with torch.no_grad():
         made.get_input_embeddings().weight[END] *= 6.0
@@ -39,7 +39,7 @@ def draw(
 
 
 def responses(rollout: Rollout) -> dict[int, list[int]]:
-    """Prompt index -> response."""
+    """Return prompt index -> response."""
     return {
         int(i): ids[mask].tolist()
         for i, ids, mask in zip(rollout.index, rollout.response_ids, rollout.response_mask, strict=True)

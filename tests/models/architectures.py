@@ -44,7 +44,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def build(name: str, *, classifier: bool = False) -> Any:
-    """A causal LM, or a classifier with one output, with random weights and dropout off."""
+    """Return a causal LM, or a classifier with one output, with random weights and dropout off."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from rlhf.models.load import disable_dropout

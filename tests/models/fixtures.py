@@ -27,20 +27,20 @@ def shake(model: Any, seed: int = 5, size: float = 0.1) -> Any:
 
 @pytest.fixture(scope="session")
 def sft_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Full weights of an SFT model."""
+    """Return the folder of an SFT model with full weights."""
     return tiny.save(tiny.new(1), tmp_path_factory.mktemp("sft"))
 
 
 @pytest.fixture(scope="session")
 def adapter_folder(sft_folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An SFT model that is a trained adapter over `sft_folder`."""
+    """Return the folder of an SFT model that is a trained adapter on `sft_folder`."""
     model = shake(add_adapter(load_causal(tiny.source(sft_folder)), tiny.LORA, "CAUSAL_LM"))
     return tiny.save(model, tmp_path_factory.mktemp("adapter"))
 
 
 @pytest.fixture(scope="session")
 def reward_folder(sft_folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Full weights of a reward model."""
+    """Return the folder of a reward model with full weights."""
     model = new_reward_model(
         tiny.source(sft_folder), Peft(), pad_id=tiny.renderer().pad_id, vocab_size=len(tiny.tokenizer()), seed=3
     )
@@ -49,12 +49,12 @@ def reward_folder(sft_folder: str, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="session")
 def rewarder(adapter_folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A reward model that continues the SFT adapter."""
+    """Return the folder of a reward model that continues the SFT adapter."""
     return rewarder_of(adapter_folder, tiny.LORA, tmp_path_factory.mktemp("reward"))
 
 
 def rewarder_of(sft: str, peft: Peft, folder: Any) -> str:
-    """A reward model that continues an SFT adapter, in `folder`."""
+    """Write a reward model that continues an SFT adapter into `folder`."""
     model = new_reward_model(
         tiny.source(sft), peft, pad_id=tiny.renderer().pad_id, vocab_size=len(tiny.tokenizer()), seed=3
     )

@@ -1,4 +1,4 @@
-"""Which layers an adapter sits on, for architectures that call their layers differently."""
+"""The layers that get an adapter, in architectures with different layer names."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_ia3_scales_keys_values_and_what_the_feed_forward_reads(name: str) -> No
 
 @pytest.mark.parametrize("name", SCALED)
 def test_peft_knows_the_same_layers_where_it_knows_any(name: str) -> None:
-    """Its table has queries for keys in some places: they enter the same product."""
+    """PEFT's table has queries instead of keys in some places, which is equivalent: both enter the same product."""
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as THEIRS
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as ALL_OF_THEIRS
 
@@ -84,7 +84,7 @@ def test_an_adapter_starts_without_effect_and_every_part_learns(name: str, metho
 @pytest.mark.parametrize("method", tiny.METHODS)
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "opt", "phi", "qwen2", "gemma"])
 def test_a_trained_adapter_folds_into_any_layer(name: str, method: str) -> None:
-    """Transposed layers, biases, shared output embeddings."""
+    """The layers include transposed ones, ones with biases, and tied output embeddings."""
     ids = torch.arange(10, 34).view(2, 12) % VOCABULARY
     adapted = shake(add_adapter(build(name), tiny.METHODS[method], "CAUSAL_LM")).eval()
     with torch.no_grad():
@@ -128,7 +128,7 @@ def test_a_layer_that_is_not_there_is_answered_with_those_that_are(name: str, pe
 
 
 def test_the_table_of_layers_is_no_echo_of_the_code() -> None:
-    """Both lists name modules of the models, one layer each and no other."""
+    """Every suffix in the table matches exactly one layer of each block."""
     assert set(SCALED) == set(OPTIONS) - {"mamba"}
     for name, (outputs, inputs) in SCALED.items():
         layers = linear_layers(build(name))

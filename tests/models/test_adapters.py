@@ -1,4 +1,4 @@
-"""LoRA: what is trained and saved, what the reference is, and what may be continued."""
+"""LoRA: what is trained and saved, what the reference is, and which adapters can be continued."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def logits(model: Any) -> Tensor:
 
 
 def train(model: Any, steps: int = 3) -> None:
-    """A few optimizer steps on the next-token loss."""
+    """Take a few optimizer steps on the next-token loss."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
     ids = torch.tensor(tiny.rows(6, [12, 12]))
     for _ in range(steps):

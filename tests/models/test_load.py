@@ -1,4 +1,4 @@
-"""Model paths to models: what a path means, what is refused, dropout and vocabulary."""
+"""From model paths to models: what a path refers to, what is rejected, dropout and vocabulary."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_parameters_are_counted() -> None:
 
 
 def with_dropout(folder: str, target: Path) -> str:
-    """A copy of a model folder whose configuration asks for dropout in attention."""
+    """Return a copy of a model folder whose configuration has dropout in the attention."""
     shutil.copytree(folder, target)
     config = json.loads((target / "config.json").read_text())
     (target / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
@@ -116,7 +116,7 @@ def with_dropout(folder: str, target: Path) -> str:
 
 
 def noise(model: Any) -> float:
-    """Largest difference between two passes in training mode."""
+    """Return the largest difference between two forward passes in training mode."""
     ids = torch.tensor(tiny.rows(1, [12]))
     model.train()
     torch.manual_seed(0)

@@ -1,5 +1,7 @@
-"""Frozen models at rest. The meta device stands for an accelerator: weights that went there and came back by a copy
-would have lost their contents."""
+"""Offloaded frozen models. The meta device stands for a GPU.
+
+Weights that were copied to it and back would have lost their contents.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +18,19 @@ AWAY = torch.device("meta")
 
 
 def places(model: nn.Module) -> set[str]:
-    """Where a model's weights lie."""
+    """Return the devices of a model's weights."""
     return {p.device.type for p in model.parameters()}
 
 
 def two() -> dict[str, list[nn.Module]]:
-    """A role with a model and one with two."""
+    """Return a role with one model and a role with two."""
     return {
         "reference": [nn.Linear(3, 2)],
         "reward": [nn.Linear(2, 1), nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))],
     }
 
 
-def test_a_role_is_on_the_device_while_it_is_asked_and_comes_back_bit_for_bit() -> None:
+def test_a_role_is_on_the_device_inside_the_context_and_comes_back_bit_for_bit() -> None:
     models = two()
     before = {role: [tiny.snapshot(m) for m in members] for role, members in models.items()}
     objects = [id(p) for members in models.values() for m in members for p in m.parameters()]
@@ -44,7 +46,7 @@ def test_a_role_is_on_the_device_while_it_is_asked_and_comes_back_bit_for_bit() 
     assert [id(p) for members in models.values() for m in members for p in m.parameters()] == objects
 
 
-def test_an_error_inside_leaves_the_models_at_rest() -> None:
+def test_models_are_offloaded_again_after_an_error() -> None:
     models = two()
     before = tiny.snapshot(models["reward"][0])
     frozen = OffloadedModels(AWAY, ["reward"], **models)
@@ -55,7 +57,7 @@ def test_an_error_inside_leaves_the_models_at_rest() -> None:
 
 
 def test_so_does_one_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second of two models finds no room on the device."""
+    """The second of two models does not fit on the device."""
     models = two()
     frozen = OffloadedModels(AWAY, ["reward"], **models)
     first, second = models["reward"]
@@ -103,7 +105,7 @@ def test_tied_weights_stay_tied_and_all_are_in_eval_mode() -> None:
 
 
 def test_weights_come_back_as_they_were_and_buffers_as_they_became(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model may change a buffer while it is asked, such as the frequencies of a rotary embedding."""
+    """A forward pass may change a buffer, such as the frequencies of a rotary embedding."""
     model = nn.BatchNorm1d(2)
     frozen = OffloadedModels(AWAY, ["reference"], reference=[model])
     monkeypatch.setattr(nn.Module, "to", lambda self, device: self)  # a device that keeps what it is given

@@ -1,4 +1,4 @@
-"""Packed rows compute what padded rows compute, in less room; a model for which they do not is never packed."""
+"""Packed rows compute what padded rows compute, in fewer positions; models for which they do not are never packed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SIZE = {
 
 
 def model(name: str) -> Any:
-    """A small causal LM of some architecture, weights large enough to tell tokens apart."""
+    """Return a small causal LM of some architecture, with weights large enough to tell tokens apart."""
     import transformers
 
     torch.manual_seed(1)
@@ -49,7 +49,7 @@ def model(name: str) -> Any:
 
 
 def batch(lengths: list[int], *, left: bool = False) -> tuple[Tensor, Tensor]:
-    """Random rows of given lengths, padded."""
+    """Return random rows of given lengths, padded."""
     width = max(lengths)
     ids = torch.randint(5, 290, (len(lengths), width), generator=torch.Generator().manual_seed(3))
     places = torch.arange(width)
@@ -74,7 +74,7 @@ def test_every_token_is_packed_once_beside_its_neighbours(lengths: list[int], le
 
 
 def test_a_microbatch_of_uneven_rows_is_nearly_full() -> None:
-    """Lengths like those of the demo: padded, more than a third of the batch is padding."""
+    """The lengths are similar to the demo's, where more than a third of a padded batch is padding."""
     lengths = (torch.rand(64, generator=torch.Generator().manual_seed(1)).pow(2) * 60 + 10).long().tolist()
     ids, mask = batch(lengths)
     assert float(mask.float().mean()) < 0.65
@@ -146,7 +146,7 @@ def test_the_probe_knows_which_architectures_can_be_packed(name: str, able: bool
 
 
 def test_the_probe_sees_attention_across_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that ignores where positions restart."""
+    """The model ignores that positions restart."""
     policy = model("Llama")
     forward = policy.model.forward
 
@@ -184,7 +184,7 @@ def test_microbatches_hold_every_row_once(packed: bool) -> None:
 
 
 def test_the_step_counts_real_tokens_whatever_the_packing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tokens that pass the trunk are those of the rollout, and the padding that is left."""
+    """The tokens that pass the trunk are those of the rollout and the remaining padding."""
     policy, seen = model("Llama"), []
     policy.model.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True

@@ -1,4 +1,4 @@
-"""Where a weight lies, and what a selection names, whatever the architecture."""
+"""The places of parameters, and the parameters that a selection contains, for every architecture."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_every_weight_has_a_place(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", SIZES)
 def test_parts_are_what_their_modules_are(kind: str) -> None:
-    """Norms have vectors only; tokens are looked up in the embeddings; both kinds of products are in blocks."""
+    """Norms have vectors only, embeddings are looked up by tokens, and blocks have both attention and MLP matrices."""
     model = build(kind)
     of, named = map_parameters(model), dict(model.named_parameters())
     assert all(named[name].dim() == 1 for name in select_parameters(Selection(parts=("norms",)), of, "freeze"))

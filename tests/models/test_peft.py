@@ -1,4 +1,4 @@
-"""Methods beside plain LoRA: what they compute, what is saved, what may be continued, who shares a base."""
+"""Methods other than plain LoRA: what they compute and save, what can be continued, and which models share a base."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def reward_model(folder: str, peft: Peft) -> Any:
 
 
 def by_hand(weight: Tensor, part: dict[str, Tensor], peft: Peft) -> Tensor:
-    """The weight [out, in] that a layer with an adapter has, from the papers' equations.
+    """Return the weight [out, in] of a layer with an adapter, computed from the papers' equations.
 
     lora    W + alpha/r B A          rslora   W + alpha/sqrt(r) B A
     dora    m (W + s B A) / |W + s B A|, row by row: PEFT's rows are the outputs, the paper's columns
-    ia3     diag(l) W for keys and values; W diag(l) for what the feed-forward reads
+    ia3     diag(l) W for keys and values; W diag(l) for the layer that reads the feed-forward features
     """
     if peft.method == "ia3":
         scale = part["ia3_l"]
@@ -61,7 +61,7 @@ def by_hand(weight: Tensor, part: dict[str, Tensor], peft: Peft) -> Tensor:
 
 
 def parts(model: Any, layer: str) -> dict[str, Tensor]:
-    """Tensors of the trained adapter on one layer, by kind."""
+    """Return the tensors of the trained adapter on one layer, by kind."""
     start = f"base_model.model.{layer}."
     return {
         name.removeprefix(start).split(".")[0]: p.detach()
@@ -71,7 +71,7 @@ def parts(model: Any, layer: str) -> dict[str, Tensor]:
 
 
 def handmade(folder: str, adapted: Any, peft: Peft) -> Any:
-    """A plain model with the weights that follow from an adapter's tensors."""
+    """Return a plain model with the weights that follow from an adapter's tensors."""
     plain = load_causal(tiny.source(folder))
     with torch.no_grad():
         for name, module in plain.named_modules():
@@ -157,7 +157,7 @@ def start(request: pytest.FixtureRequest) -> str:
 
 
 def chain(peft: Peft, start: str, sft_folder: str, folder: Path) -> tuple[str, str]:
-    """Folders of an SFT model, and of a reward model that is a trained adapter on the same base."""
+    """Return the folders of an SFT model, and of a reward model that is a trained adapter on the same base."""
     sft = sft_folder
     if start == "SFT adapter":
         adapted = shake(add_adapter(load_causal(tiny.source(sft_folder)), peft, "CAUSAL_LM"))

@@ -1,4 +1,4 @@
-"""A new classifier: the source's trunk, N outputs of the stated size, read at the last real token."""
+"""A new classifier has the source's trunk and N outputs of the stated size, read at the last real token."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def make(folder: str, *, outputs: int = 3, seed: int = 1, dtype: str = "float32"
 def test_it_starts_with_the_trunk_of_its_source_bit_for_bit(
     outputs: int, peft: Peft, sft_folder: str, adapter_folder: str
 ) -> None:
-    """Weights where no adapter is added; the hidden states of the source in any case."""
+    """The weights are equal if no adapter is added; the hidden states are equal in any case."""
     ids = torch.tensor(tiny.rows(6, [12, 12]))
     for folder in (sft_folder, adapter_folder):
         trunk, expected = backbone(make(folder, outputs=outputs, peft=peft)), backbone(load_causal(tiny.source(folder)))
@@ -71,7 +71,7 @@ def test_it_has_as_many_outputs_as_labels(outputs: int, peft: Peft, sft_folder: 
 
 
 def classifier(folder: str, place: Path, peft: Peft, outputs: int = 3) -> Any:
-    """A trained classifier with named labels, saved."""
+    """Save a trained classifier with named labels, and return its folder."""
     made = shake(make(folder, outputs=outputs, peft=peft))
     made.config.id2label = {i: f"trait {i}" for i in range(outputs)}
     made.config.problem_type = "multi_label_classification"
@@ -85,7 +85,10 @@ def classifier(folder: str, place: Path, peft: Peft, outputs: int = 3) -> Any:
 def test_it_starts_from_another_classifier_with_a_head_of_its_own(
     before: Peft, peft: Peft, outputs: int, sft_folder: str, tmp_path: Path
 ) -> None:
-    """Every tensor but the head is the source's, whatever the number of its labels; the head is what a new one is."""
+    """Every tensor but the head is the source's, whatever the number of its labels.
+
+    The head equals that of a new classifier.
+    """
     old = classifier(sft_folder, tmp_path, before)
     new = make(str(tmp_path), outputs=outputs, peft=peft)
     trunk, expected = backbone(new), backbone(old)
@@ -106,7 +109,7 @@ def test_it_starts_from_another_classifier_with_a_head_of_its_own(
 
 
 def test_one_that_continues_the_adapter_of_a_classifier_trains_no_old_head(sft_folder: str, tmp_path: Path) -> None:
-    """As many labels as before: the old head would fit."""
+    """The number of labels is the same as before, so that the old head would fit."""
     old = classifier(sft_folder, tmp_path, tiny.LORA)
     head = score_head(make(str(tmp_path), peft=tiny.LORA))
     assert not any(torch.equal(p, old.score.weight) for p in head.parameters())
@@ -114,7 +117,7 @@ def test_one_that_continues_the_adapter_of_a_classifier_trains_no_old_head(sft_f
 
 @pytest.mark.parametrize(("width", "outputs"), [(tiny.HIDDEN, 64), (4096, 8)])
 def test_its_head_is_of_the_stated_size(width: int, outputs: int) -> None:
-    """Four standard errors of a standard deviation, over all outputs and for the mean of each."""
+    """The tolerance is four standard errors, for the deviation over all outputs and for the mean of each."""
     head = Float32Head(width, outputs, bias=False)
     _init_head(head, 1)
     weight, wanted = head.weight.detach(), (width + 1) ** -0.5
@@ -168,7 +171,7 @@ def test_its_outputs_depend_neither_on_padding_nor_on_neighbours(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @FORMS
 def test_the_outputs_survive_saving(peft: Peft, dtype: str, sft_folder: str, tmp_path: Path) -> None:
-    """Also on a bfloat16 trunk, whose head stays float32."""
+    """This includes a bfloat16 trunk, whose head stays float32."""
     ids, mask = pad_right(tiny.rows(4, [12, 5]), PAD)
     made = make(sft_folder, dtype=dtype, peft=peft)
     made = (shake(made) if dtype == "float32" else made).eval()  # merging a moved adapter rounds a bfloat16 trunk

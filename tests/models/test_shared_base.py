@@ -1,4 +1,4 @@
-"""Four roles on one base: each computes as the separate model would, nothing is copied, nothing else is trained."""
+"""Four roles on one base compute as separate models would; nothing is copied, and nothing else is trained."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ PAD = tiny.renderer().pad_id
 def chain(
     request: pytest.FixtureRequest, sft_folder: str, adapter_folder: str, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, str]:
-    """Folders of an SFT model and of a reward model that is a trained adapter on the same base."""
+    """Return the folders of an SFT model and of a reward model that is a trained adapter on the same base."""
     start = sft_folder if request.param == "full SFT model" else adapter_folder
     model = new_reward_model(tiny.source(start), tiny.LORA, pad_id=PAD, vocab_size=len(tiny.tokenizer()), seed=3)
     return start, tiny.save(shake(model, 8), tmp_path_factory.mktemp("reward"), with_tokenizer=False)
 
 
 def built(chain: tuple[str, str]) -> tuple[Any, AdapterScorer, AdapterScorer]:
-    """Policy, value model and reward model on one base."""
+    """Return policy, value model and reward model on one base."""
     policy = policy_with_adapter(tiny.source(chain[0]), tiny.LORA)
     reward = attach_scorer(policy, tiny.source(chain[1]), REWARD)
     return policy, attach_scorer(policy, tiny.source(chain[1]), VALUE, trainable=True), reward
@@ -115,7 +115,7 @@ def test_a_value_model_is_saved_as_a_sequence_classifier(chain: tuple[str, str],
     assert_close(plain(input_ids=ids, attention_mask=mask.long()).logits[:, 0].detach(), scores(value).tolist())
 
 
-def test_an_adapter_is_worn_for_a_while_also_when_something_fails(chain: tuple[str, str]) -> None:
+def test_an_adapter_is_active_inside_the_context_only_also_on_an_error(chain: tuple[str, str]) -> None:
     policy, _, _ = built(chain)
     trained = {name for name, p in policy.named_parameters() if p.requires_grad}
     assert active_adapter(policy) == "default"

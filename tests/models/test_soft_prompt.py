@@ -1,4 +1,4 @@
-"""A soft prompt: as PEFT computes it, whatever the padding, and read by those who can."""
+"""A soft prompt computes as in PEFT, whatever the padding, and only the commands that support it accept it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PAD, END = tiny.renderer().pad_id, tiny.renderer().end_id
 
 @pytest.fixture(scope="module")
 def folder(sft_folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A trained soft prompt over an SFT model."""
+    """Return the folder of a trained soft prompt on an SFT model."""
     torch.manual_seed(3)
     model = add_adapter(load_causal(tiny.source(sft_folder)), tiny.PROMPT, "CAUSAL_LM")
     assert count_parameters(model)[0] == tiny.PROMPT.prompt_tokens * tiny.HIDDEN
@@ -57,7 +57,7 @@ def test_it_computes_as_peft_does_and_shows_no_logits_of_the_prompt(folder: str,
 
 
 def greedy(model: Any, prompt: list[int], tokens: int) -> list[int]:
-    """One token after another, each from a forward over everything."""
+    """Decode greedily, with a forward pass over all tokens for each new one."""
     ids = list(prompt)
     with torch.no_grad():
         while len(ids) < len(prompt) + tokens and END not in ids[len(prompt) :]:

@@ -1,4 +1,4 @@
-"""A tiny Llama (30k parameters), its tokenizer, and token rows: what tests of models, rollouts and trainers share."""
+"""A tiny Llama (30k parameters), its tokenizer, and token rows, which tests of models, rollouts and trainers share."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ VOCABULARY, HIDDEN = 320, 32
 
 @cache
 def tokenizer() -> Any:
-    """Byte-level BPE with the chat template of `rlhf pretrain`."""
+    """Return a byte-level BPE tokenizer with the chat template of `rlhf pretrain`."""
     return new_tokenizer(iter(TEXTS * 3), VOCABULARY)
 
 
 @cache
 def renderer() -> Renderer:
-    """The renderer of `tokenizer`."""
+    """Return the renderer of `tokenizer`."""
     return Renderer(tokenizer())
 
 
 def new(seed: int = 0, *, spread: float = 1.0, layers: int = 2) -> Any:
-    """A causal LM whose weights are large enough for clearly different next-token probabilities (`spread` nats)."""
+    """Return a causal LM whose weights are large enough for distinct next-token probabilities (`spread` nats)."""
     torch.manual_seed(seed)
     a = Architecture(vocab_size=300, hidden_size=HIDDEN, layers=layers, heads=2, intermediate_size=48, context=128)
     model = new_model(a, renderer(), len(tokenizer()))
@@ -60,7 +60,7 @@ def new(seed: int = 0, *, spread: float = 1.0, layers: int = 2) -> Any:
 
 
 def save(model: Any, folder: Path, *, with_tokenizer: bool = True) -> str:
-    """Write a model as a stage does; returns the folder."""
+    """Write a model as a stage does, and return the folder."""
     if hasattr(model, "generation_config"):
         set_stop_tokens(model, renderer())
     model.save_pretrained(str(folder))
@@ -70,18 +70,18 @@ def save(model: Any, folder: Path, *, with_tokenizer: bool = True) -> str:
 
 
 def source(path: Any, dtype: str = "float32") -> ModelSource:
-    """A model source for a local folder."""
+    """Return a model source for a local folder."""
     return ModelSource(path=str(path), dtype=dtype)
 
 
 def rows(seed: int, lengths: list[int]) -> list[list[int]]:
-    """Rows of ordinary token ids (no special token) of the given lengths."""
+    """Return rows of ordinary token ids (no special tokens) of the given lengths."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(10, VOCABULARY - 30, (n,), generator=generator).tolist() for n in lengths]
 
 
 def rollout(seed: int, prompts: list[int], responses: list[int], *, finished: list[bool] | None = None) -> Rollout:
-    """A rollout of random tokens with the given lengths; finished rows end with the end token."""
+    """Return a rollout of random tokens with the given lengths; finished rows end with the end token."""
     asked, said = rows(seed, prompts), rows(seed + 1, responses)
     ended = finished if finished is not None else [True] * len(said)
     said = [[*r[:-1], renderer().end_id] if e else r for r, e in zip(said, ended, strict=True)]
@@ -102,7 +102,7 @@ def rollout(seed: int, prompts: list[int], responses: list[int], *, finished: li
 
 
 def widen(made: Rollout, left: int, right: int, fill: int) -> Rollout:
-    """The same episodes with more padding on both sides."""
+    """Return the same episodes with more padding on both sides."""
     pad = torch.nn.functional.pad
     return type(made)(
         **vars(made)
@@ -118,10 +118,10 @@ def widen(made: Rollout, left: int, right: int, fill: int) -> Rollout:
 
 
 def snapshot(model: torch.nn.Module) -> dict[str, Tensor]:
-    """A copy of every parameter."""
+    """Return a copy of every parameter."""
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
 def moved(model: torch.nn.Module, before: dict[str, Tensor]) -> set[str]:
-    """Names of the parameters that are no longer bit-equal to a snapshot."""
+    """Return the names of the parameters that are no longer bit-equal to a snapshot."""
     return {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}

@@ -1,4 +1,4 @@
-"""Rewards from models, labels and functions; models with another tokenizer read the text again."""
+"""Rewards from models, labels and functions; a model with another tokenizer scores the tokenized text."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ RECORDS = [
 
 
 def length(prompt: Any, response: str, record: dict[str, Any]) -> float:
-    """A reward function."""
+    """Return a reward that depends on prompt, response and record."""
     return len(response) + 100 * record["n"] + (0 if prompt[0]["role"] == "user" else 1000)
 
 
 def broken(prompt: Any, response: str, record: Any) -> float:
-    """Another one."""
+    """Fail for the second response with a division by zero."""
     return 1 / (len(response) - len(SAID[1]))
 
 
 def endless(prompt: Any, response: str, record: Any) -> float:
-    """A third."""
+    """Return a reward that is not finite."""
     return float("inf")
 
 
 @pytest.fixture
 def rollout() -> Rollout:
-    """The prompts and responses above; the second is not ended."""
+    """Return the prompts and responses above; the second response is unfinished."""
     renderer = tiny.renderer()
     from rlhf.data.collate import pad_left, pad_right
 

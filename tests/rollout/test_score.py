@@ -1,4 +1,4 @@
-"""Rollouts to experience: where the score lies, what KL costs, which token a value belongs to."""
+"""From rollouts to experience: the position of the score, the KL penalty, and the token that a value belongs to."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SETTINGS = PPO(gamma=0.97, lam=0.9, missing_end_penalty=1.5)
 
 @pytest.fixture(scope="module")
 def rollout() -> Rollout:
-    """Row 2 hit the limit of 9 tokens, row 3 stopped without the end token."""
+    """Return a rollout whose row 2 reached the limit of 9 tokens, and whose row 3 stopped without the end token."""
     return tiny.rollout(1, [3, 8, 1, 5, 2], [4, 2, 9, 3, 9], finished=[True, True, False, False, True])
 
 

@@ -1,4 +1,4 @@
-"""Rollout and Experience: what they refuse, and that cutting and stacking lose nothing."""
+"""Rollout and Experience: what `validate` rejects, and that selecting and merging rows lose nothing."""
 
 from __future__ import annotations
 
