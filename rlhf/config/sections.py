@@ -334,3 +334,8 @@ class Sampling(Section):
     )
     top_k: Annotated[int, Field(ge=0)] = Field(0, description="sample from the k most likely tokens only; 0 = off")
     batch_size: Count = Field(256, description="number of prompts that one process decodes at the same time")
+    compile: Literal["auto", "always", "off"] = Field(
+        "auto",
+        description="decode in buffers of fixed shape, so that a GPU can replay each step as a CUDA graph: auto = on a "
+        "GPU, if the model allows it; always = also on a CPU, where it is slower; off = never",
+    )

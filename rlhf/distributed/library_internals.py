@@ -64,3 +64,9 @@ def name_of_active_adapter(model: nn.Module) -> str | None:
     """Return the name of the adapter that a PeftModel currently computes with, or None."""
     layer = adapter_layers(model)[0]
     return None if layer._disable_adapters else str(layer.active_adapters[0])
+
+
+def attention_implementation(model: Any) -> str:
+    """Return the kernel that a transformers model computes attention with: 'sdpa', 'eager' or another."""
+    name: str = model.config.get_text_config()._attn_implementation
+    return name

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
-GROWTH_COLUMNS = 32  # columns shift which the buffers grow
+GROWTH_COLUMNS = 32  # columns by which the buffers grow
 
 
 def open_cache(model: Any) -> SlotCache | BatchCache:

@@ -14,10 +14,12 @@ from rlhf.data.collate import pad_left
 from rlhf.functional.bits import pack_bits
 from rlhf.generation.interface import NumberedPrompt
 from rlhf.generation.kv_cache import open_cache
+from rlhf.generation.sampling import allowed_tokens, draw_token, uniform_numbers
+from rlhf.generation.static_decoder import StaticDecoder, can_decode_statically
+from rlhf.generation.stop_strings import Decode, StopStrings
 from rlhf.models.heads import position_ids
 from rlhf.rollout.types import Rollout
 
-Decode = Callable[[list[int]], str]
 REFILL_THRESHOLD = 0.75
 """Finished rows are removed when at most this share of the rows is unfinished, and prompts are added when at most this
 share of the batch size is in use."""
@@ -49,10 +51,50 @@ def generate_rollout(
         decode: converts ids to text, special tokens included; needed only with stop strings.
     Returns: Rollout of len(prompts) rows, in the order given.
     """
+    stops = StopStrings(settings.stop, decode) if settings.stop and decode is not None else None
     was_training = model.training
     model.eval()
+    if use_static_buffers(model, settings, device):
+        decoder = StaticDecoder(
+            model,
+            prompts,
+            settings,
+            seed=seed,
+            step=step,
+            end_id=end_id,
+            pad_id=pad_id,
+            device=device,
+            stops=stops,
+        )
+        rollout = decoder.run()
+    else:
+        rollout = _decode_with_growing_cache(model, prompts, settings, seed, step, end_id, pad_id, device, stops)
+    model.train(was_training)
+    rollout.validate()
+    return rollout
+
+
+def use_static_buffers(model: Any, settings: Sampling, device: torch.device) -> bool:
+    """Return whether responses are decoded in buffers of fixed shape, as CUDA graphs need: see `sampling.compile`."""
+    if settings.compile == "off":
+        return False
+    return (device.type == "cuda" or settings.compile == "always") and can_decode_statically(model)
+
+
+def _decode_with_growing_cache(
+    model: Any,
+    prompts: Sequence[NumberedPrompt],
+    settings: Sampling,
+    seed: int,
+    step: int,
+    end_id: int,
+    pad_id: int,
+    device: torch.device,
+    stops: StopStrings | None,
+) -> Rollout:
+    """Decode step by step; finished rows are removed, so that a step on a CPU costs no more than its active rows."""
     ids, mask = (t.to(device) for t in pad_left([p for _, p in prompts], pad_id))
-    responses = _Responses(prompts, settings, seed, step, end_id, pad_id, device, decode)
+    responses = _Responses(prompts, settings, seed, step, end_id, pad_id, device, stops)
     lengths, slots = mask.sum(dim=1), open_cache(model)
     pending = lengths.argsort(stable=True)
     active = pending[:0]  # rows that are being decoded
@@ -71,10 +113,7 @@ def generate_rollout(
             new_mask = mask[new, -width:]
             responses.draw(new, slots.admit(ids[new, -width:], new_mask, position_ids(new_mask)))
             active = torch.cat([active, new])
-    model.train(was_training)
-    rollout = responses.rollout(ids, mask)
-    rollout.validate()
-    return rollout
+    return responses.rollout(ids, mask)
 
 
 class _Responses:
@@ -89,12 +128,12 @@ class _Responses:
         end_id: int,
         pad_id: int,
         device: torch.device,
-        decode: Decode | None,
+        stops: StopStrings | None,
     ) -> None:
-        self.settings, self.end_id, self.decode = settings, end_id, decode
+        self.settings, self.end_id, self.stops = settings, end_id, stops
         size, longest = len(prompts), settings.max_new_tokens
         self.index = torch.tensor([index for index, _ in prompts], dtype=torch.long, device=device)
-        self.uniform = torch.stack([_uniform_numbers(seed, step, index, longest) for index, _ in prompts]).to(device)
+        self.uniform = torch.stack([uniform_numbers(seed, step, index, longest) for index, _ in prompts]).to(device)
         self.ids = torch.full((size, longest), pad_id, dtype=torch.long, device=device)
         self.logprobs = torch.zeros((size, longest), device=device)
         self.support: Tensor | None = None
@@ -117,7 +156,7 @@ class _Responses:
         self.ids[rows, columns], self.logprobs[rows, columns], self.last[rows] = token, logprob, token
         self.lengths[rows] = columns + 1
         self.finished[rows] = token == self.end_id
-        if self.settings.stop and self.decode is not None:
+        if self.stops is not None:
             self._finish_at_stop_strings(rows)
         self.done[rows] = self.finished[rows] | (columns + 1 == self.settings.max_new_tokens)
 
@@ -129,10 +168,10 @@ class _Responses:
 
     def _finish_at_stop_strings(self, rows: Tensor) -> None:
         """Mark the rows whose text contains a stop string as finished."""
-        assert self.decode is not None
+        assert self.stops is not None
         for row in rows[~self.finished[rows]].tolist():
-            text = self.decode(self.ids[row, : self.lengths[row]].tolist())
-            if any(stop in text for stop in self.settings.stop):
+            ids = self.ids[row, : self.lengths[row]].tolist()
+            if self.stops.find(ids, len(ids) - 1) is not None:
                 self.finished[row] = True
 
     def rollout(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Rollout:
@@ -152,59 +191,6 @@ class _Responses:
             self.logprobs[:, :used],
             support[:, :used],
         )
-
-
-def draw_token(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Sample one token a row by inverting the cumulative distribution at a uniform number (argmax at temperature 0).
-
-    Args:
-        logits: [B, V]; a token with -inf cannot be sampled. uniform: [B] in [0, 1).
-    Returns: the tokens, [B] int64, and the logs of the probabilities with which they were sampled, [B] float32 nats; at
-        temperature 0, of their probabilities at temperature 1.
-    """
-    if temperature == 0:
-        token = logits.argmax(dim=-1, keepdim=True)
-        return token.squeeze(1), logits.float().log_softmax(dim=-1).gather(1, token).squeeze(1)
-    probabilities = (logits.float() / temperature).softmax(dim=-1)
-    cumulative = probabilities.cumsum(dim=-1)
-    point = uniform.to(cumulative.dtype)[:, None] * cumulative[:, -1:]
-    # right=True: a token of probability 0 is never chosen, not even if the uniform number is exactly 0.
-    token = torch.searchsorted(cumulative, point, right=True).clamp_max(logits.shape[-1] - 1)
-    return token.squeeze(1), probabilities.gather(1, token).squeeze(1).log()
-
-
-def allowed_tokens(logits: Tensor, settings: Sampling, position: Tensor, end_id: int) -> Tensor | None:
-    """Return which tokens may be sampled at a position of each response, [B, V] bool; None if nothing is filtered.
-
-    Three filters are applied in this order: no end token before `min_new_tokens`; top-k; the nucleus (Holtzman et al.
-    2020, arXiv:1904.09751), which is the likeliest remaining tokens until their probability reaches top_p. In PPO, the
-    log-probs of the old, new and reference policy are those of the distribution restricted to this set.
-
-    Args:
-        logits: [B, V]. position: [B] int64, number of tokens before it in the response.
-        end_id: id of the end token.
-    """
-    if not (settings.top_k or settings.top_p < 1.0 or settings.min_new_tokens):
-        return None
-    scaled = logits.float() / (settings.temperature or 1.0)
-    allowed = torch.ones_like(scaled, dtype=torch.bool)
-    if settings.min_new_tokens:
-        allowed[:, end_id] = position + 1 >= settings.min_new_tokens
-        scaled = scaled.masked_fill(~allowed, -torch.inf)
-    if settings.top_k:
-        kth = scaled.topk(min(settings.top_k, scaled.shape[-1])).values[:, -1:]
-        allowed &= scaled >= kth
-        scaled = scaled.masked_fill(~allowed, -torch.inf)
-    if settings.top_p < 1.0:
-        ordered, order = scaled.softmax(dim=-1).sort(dim=-1, descending=True)
-        before = ordered.cumsum(dim=-1) - ordered
-        allowed &= torch.zeros_like(allowed).scatter(1, order, before < settings.top_p)
-    return allowed
-
-
-def _uniform_numbers(seed: int, step: int, index: int, length: int) -> Tensor:
-    mixed = ((seed * 1_000_003 + step) * 1_000_003 + index) % (2**63 - 1)
-    return torch.rand(length, generator=torch.Generator().manual_seed(mixed))
 
 
 class NativeGenerator:

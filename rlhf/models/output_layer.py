@@ -106,6 +106,20 @@ def token_numbers(
     return TokenNumbers(*numbers, hidden if states else None)
 
 
+def next_token_logits(model: Any, inputs: dict[str, Any], positions: Tensor) -> Tensor:
+    """Run a causal language model and return its logits [n, V] at some positions only.
+
+    Args:
+        inputs, positions: as for `token_numbers`.
+    """
+    head, transform = output_layer(model), logit_transform(model)
+    if transform is None:
+        with _reads_only(head, positions):
+            logits: Tensor = model(**inputs).logits[0]
+        return logits
+    return transform(head(backbone(model)(**inputs).last_hidden_state.flatten(0, 1)[positions]))
+
+
 def _tiled(hidden: Tensor, tokens: int, vocabulary: int) -> bool:
     """Whether logits are computed in tiles. On a CPU plain logits are faster, as long as they fit."""
     return hidden.device.type == "cuda" or tokens * vocabulary > MAX_LOGITS_AT_ONCE

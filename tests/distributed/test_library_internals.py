@@ -12,6 +12,7 @@ from trl import RewardTrainer, SFTTrainer
 
 from rlhf.distributed.library_internals import (
     adapter_layers,
+    attention_implementation,
     link_adam_state,
     name_of_active_adapter,
     reset_accelerate,
@@ -88,3 +89,10 @@ def test_deepspeed_links_adam_state_by_these_names() -> None:
     assert "_hp_optimizer_states_linked" in source
     assert "def _lazy_init_hp_params_optimizer_state" in source
     link_adam_state(object())  # an optimizer of another stage has neither
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_the_attention_kernel_of_a_model(kernel: str) -> None:
+    model = tiny.new(1)
+    model.set_attn_implementation(kernel)
+    assert attention_implementation(model) == kernel

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlhf.config.sections import Sampling
 from rlhf.functional.bits import pack_bits, unpack_bits
-from rlhf.generation.native import allowed_tokens, draw_token
+from rlhf.generation.sampling import allowed_tokens, draw_token
 from tests.tolerances import assert_close
 
 DRAWS = 100_000
