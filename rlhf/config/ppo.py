@@ -26,6 +26,15 @@ StepCount = Annotated[int, Field(ge=0)]
 FrozenRole = Literal["reference", "reward"]
 
 
+FrozenDtype = Annotated[
+    Literal["auto", "float32"],
+    Field(
+        description="dtype in which the linear layers of frozen models and of the bases of adapters are stored: auto = "
+        "the computing precision, which halves their memory and changes no number; float32 = as they are loaded"
+    ),
+]
+
+
 class RewardSource(Section):
     """One part of the reward: exactly one of `model`, `ensemble`, `classifier` and `function`, times `weight`."""
 
@@ -307,6 +316,7 @@ class PPOSettings(PPO):
     freeze: Freeze = Freeze()
     unfreeze: Unfreeze = Unfreeze()
     peft: Peft = Peft()
+    frozen_dtype: FrozenDtype = "auto"
     offload: tuple[FrozenRole, ...] = Field(
         (), description="frozen models that lie in CPU memory except while scoring: less memory on the device"
     )

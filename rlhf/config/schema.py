@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from rlhf.config.labeling import WeakLabelConfig
-from rlhf.config.ppo import KL, PPO, FrozenRole, PPOOptim, PPOSettings, Ptx, RewardSource, Watch
+from rlhf.config.ppo import KL, PPO, FrozenDtype, FrozenRole, PPOOptim, PPOSettings, Ptx, RewardSource, Watch
 from rlhf.config.sections import (
     Count,
     Data,
@@ -224,6 +224,7 @@ class PPOConfig(TrainingStage):
         "frozen base, on which policy, value and reward models are adapters with heads and the reference is the base "
         "with the SFT adapter; auto = shared if all of them are adapters of one base, else separate",
     )
+    frozen_dtype: FrozenDtype = "auto"
     offload: tuple[FrozenRole, ...] = Field(
         (),
         description="frozen models to keep in CPU memory except while scoring; saves device memory and costs one copy "

@@ -300,6 +300,12 @@ def gathered_module(
             add_hooks(model)
 
 
+def shards_parameters(accelerator: Any) -> bool:
+    """Return whether the engine shards the parameters over processes (ZeRO-3)."""
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    return plugin is not None and plugin.zero_stage == 3
+
+
 def all_gather_objects(value: Any, processes: int) -> list[Any]:
     """Return the `value` of every process, in rank order, on all processes. Collective."""
     gathered: list[Any] = [None] * processes

@@ -157,7 +157,7 @@ def phase_limits(
     value = None if isinstance(module.value_model, SharedValueHead) else ModelCost.from_model(module.value_model)
     tokens, responses = int(experience.mask.sum()), int(experience.response_mask.sum())
     context = float(experience.mask.sum(dim=1).double().square().sum() / 2 / tokens)
-    rate = machine.rate(trainer.bfloat16 or policy.weight_bytes == 2)
+    rate = machine.rate(trainer.models.pair.computes_in_bfloat16 or policy.weight_bytes == 2)
     forward = policy.forward(tokens, context, responses)
     reward_models = [ModelCost.from_model(model) for model in components.rewards.models()]
     score = 2 * forward + sum(s.forward(tokens, context) for s in (*reward_models, *([value] if value else [])))

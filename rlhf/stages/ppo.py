@@ -34,7 +34,7 @@ from rlhf.trainers.phase_setup import print_ppo_phases
 from rlhf.trainers.ppo.callbacks import PPOCallback
 from rlhf.trainers.ppo.checkpointer import PPOCheckpointer
 from rlhf.trainers.ppo.health import HealthMonitor
-from rlhf.trainers.ppo.inputs import TokenizedPrompts
+from rlhf.trainers.ppo.inputs import TokenizedPrompts, store_frozen_weights
 from rlhf.trainers.ppo.policy_value import PolicyAndValue
 from rlhf.trainers.ppo.ptx import PtxMixture
 from rlhf.trainers.ppo.stats import StepStats
@@ -131,6 +131,7 @@ def load_components(config: PPOConfig, console: Console) -> PPOComponents:
     )
     text = _text(config, renderer, console)
     value_model = _value_model(config, policy, shared, len(tokenizer), renderer, console)
+    store_frozen_weights(config.settings, trained=[policy, value_model], reference=reference, rewards=rewards)
     longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
     check_context(longest, context_length(policy), "data.max_prompt_tokens + sampling.max_new_tokens")
     print_ppo_phases(config.settings, PolicyAndValue(policy, value_model), console)

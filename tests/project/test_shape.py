@@ -142,7 +142,9 @@ def undeclared(source: str) -> list[str]:
 
 def test_every_number_of_the_ppo_trainer_is_declared() -> None:
     trainers = ROOT / "rlhf" / "trainers" / "ppo"
-    source = "".join((trainers / f"{name}.py").read_text(encoding="utf-8") for name in ("trainer", "losses", "stats"))
+    source = "".join(
+        (trainers / f"{name}.py").read_text(encoding="utf-8") for name in ("trainer", "gradients", "losses", "stats")
+    )
     source = source.replace("from __future__ import annotations\n", "")
     assert undeclared(source) == []
     assert undeclared(source + '\nstats = {"kl": 0, "planted": 1}\nstats = {f"plant_{1}": 0}\n') == [

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from rlhf.config.ppo import PPOSettings
@@ -20,9 +21,12 @@ from rlhf.data.records import Messages, Prompt
 from rlhf.data.render import Renderer, prepare_tokenizer
 from rlhf.data.sources import load_records
 from rlhf.data.tokenize import tokenize_prompts_with_records
+from rlhf.distributed.engine import wants_bfloat16
+from rlhf.distributed.launch_env import under_deepspeed
 from rlhf.errors import ConfigError, DataError
 from rlhf.models.adapters import add_adapter
-from rlhf.models.heads import SharedValueHead, rescale_head
+from rlhf.models.frozen_weights import store_linear_weights
+from rlhf.models.heads import AdapterScorer, SharedValueHead, rescale_head
 from rlhf.models.load import disable_dropout, grow_embeddings, load_tokenizer
 from rlhf.models.policy import load_causal, policy_with_adapter
 from rlhf.models.reward_models import load_scorer, new_value_model
@@ -73,8 +77,40 @@ def load_models(
     reference = as_reference(given.reference, policy)
     rewards = as_rewards(given.reward, settings, renderer, console)
     value_model = as_value_model(given.value_model, policy, given.reward, settings, renderer)
-    pair = PolicyAndValue(policy, value_model, entropy_gradient=settings.entropy_coef > 0)
+    bfloat16 = wants_bfloat16(settings.optim.precision)
+    pair = PolicyAndValue(policy, value_model, entropy_gradient=settings.entropy_coef > 0, bfloat16=bfloat16)
+    # A model that the user has passed as an object stays as it is.
+    store_frozen_weights(
+        settings,
+        trained=[
+            model
+            for model, source in ((policy, given.policy), (value_model, given.value_model))
+            if not isinstance(source, nn.Module)
+        ],
+        reference=None if isinstance(given.reference, nn.Module) else reference,
+        rewards=None if isinstance(given.reward, nn.Module | Rewards) else rewards,
+    )
     return pair, reference, rewards
+
+
+def store_frozen_weights(
+    settings: PPOSettings, *, trained: Sequence[Any], reference: nn.Module | None, rewards: Rewards | None
+) -> None:
+    """Store weights that are never trained in the computing precision, if `settings.frozen_dtype` allows it.
+
+    Args:
+        trained: policy and value model, of which the bases of adapters are meant.
+        reference, rewards: frozen models; None = leave them.
+    """
+    if settings.frozen_dtype == "float32" or not wants_bfloat16(settings.optim.precision):
+        return
+    frozen = [] if reference is None else [reference]
+    if rewards is not None:
+        frozen += [model for model in rewards.models() if not isinstance(model, AdapterScorer)]
+    if not under_deepspeed():  # its engine takes the trained models in one dtype
+        frozen += [model for model in trained if hasattr(model, "peft_config")]
+    for model in frozen:
+        store_linear_weights(model, torch.bfloat16)
 
 
 def is_path(value: Any) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from rlhf.distributed.engine import all_gather_objects
@@ -40,15 +41,18 @@ class PolicyAndValue(nn.Module):
     on the policy's trunk.
     """
 
-    def __init__(self, policy: nn.Module, value_model: nn.Module, *, entropy_gradient: bool = False) -> None:
+    def __init__(
+        self, policy: nn.Module, value_model: nn.Module, *, entropy_gradient: bool = False, bfloat16: bool = False
+    ) -> None:
         """Take the two models.
 
         Args:
             entropy_gradient: the entropies of a forward pass are differentiable, as an entropy bonus needs them.
+            bfloat16: matrix products are computed in bfloat16, whatever the dtype of the weights.
         """
         super().__init__()
         self.policy, self.value_model = policy, value_model
-        self.entropy_gradient = entropy_gradient
+        self.entropy_gradient, self.computes_in_bfloat16 = entropy_gradient, bfloat16
         logit_transform(policy)  # found out now: later an engine may have sharded the weights
         others = adapter_parameters(policy, value_model.adapter) if isinstance(value_model, AdapterScorer) else {}
         self._on_policy = frozenset(others)  # parameters of the value model that are part of the policy's base model
@@ -74,18 +78,49 @@ class PolicyAndValue(nn.Module):
     def recompute_activations(self) -> None:
         """Enable activation checkpointing in both models, to save memory."""
         enable_activation_checkpointing(self.policy)
-        if not isinstance(self.value_model, AdapterScorer | SharedValueHead):
+        if self.separate_trunks:
             enable_activation_checkpointing(self.value_model)
 
-    def forward(self, batch: Rollout | TextBatch, temperature: float = 1.0) -> Any:
+    @property
+    def separate_trunks(self) -> bool:
+        """Whether policy and value model share no parameters, so that either can be run without the other."""
+        return not isinstance(self.value_model, AdapterScorer | SharedValueHead)
+
+    def forward(
+        self,
+        batch: Rollout | TextBatch,
+        temperature: float = 1.0,
+        *,
+        part: Literal["both", "policy", "value"] = "both",
+    ) -> Any:
         """Run the forward pass of a loss. All losses use it, so that an engine that wraps this module can hook it.
 
+        The precision is set here, inside of what an engine wraps: DeepSpeed turns off an autocast that surrounds it.
+
+        Args:
+            part: run one of the models alone, if they have trunks of their own; what the other computes is None.
         Returns: for a rollout, log-probs [B, R] nats, entropy [B, R] nats and values [B, R] score units; for text, the
             negative log-likelihood summed over the tokens with loss, 0-d nats.
         """
-        if isinstance(batch, TextBatch):
-            return _text_loss(self.policy, batch)
-        return self.read(batch, temperature, entropy=True)
+        with self.autocast():
+            if isinstance(batch, TextBatch):
+                return _text_loss(self.policy, batch)
+            if part == "policy":
+                return *self._logprobs(batch, temperature, entropy=True), None
+            if part == "value":
+                return None, None, response_values(self.value_model, batch)
+            return self.read(batch, temperature, entropy=True)
+
+    def autocast(self) -> torch.autocast:
+        """Return the context that sets the precision of sampling, scoring and updates."""
+        return torch.autocast(next(self.parameters()).device.type, torch.bfloat16, enabled=self.computes_in_bfloat16)
+
+    def _logprobs(
+        self, rollout: Rollout, temperature: float, *, entropy: bool, batch: PackedBatch | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        return response_logprobs(
+            self.policy, rollout, temperature, entropy=entropy, entropy_gradient=self.entropy_gradient, batch=batch
+        )
 
     def read(
         self, rollout: Rollout, temperature: float, *, entropy: bool = False
@@ -107,9 +142,7 @@ class PolicyAndValue(nn.Module):
             )
             values = self.value_model.score(output.states).squeeze(-1).masked_fill(~rollout.response_mask, 0.0)
             return output.logprobs, output.entropy, values
-        logprobs, entropies = response_logprobs(
-            self.policy, rollout, temperature, entropy=entropy, entropy_gradient=self.entropy_gradient, batch=batch
-        )
+        logprobs, entropies = self._logprobs(rollout, temperature, entropy=entropy, batch=batch)
         shared = can_pack(trunk_owner(self.value_model)) == can_pack(self.policy)
         return logprobs, entropies, response_values(self.value_model, rollout, batch=batch if shared else None)
 

@@ -11,7 +11,7 @@ update of every step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -69,7 +69,6 @@ class PtxMixture:
         model: nn.Module,
         accelerator: Any,
         update: int,
-        autocast: Callable[[], torch.autocast],
         sums: dict[str, Tensor],
         *,
         measure: bool,
@@ -80,7 +79,6 @@ class PtxMixture:
             model: `PolicyAndValue`, wrapped by its engine.
             accelerator: the Accelerator.
             update: number of the update.
-            autocast: returns the context of the forward pass.
             sums: sums of the step's metrics.
             measure: with `balance`, keep a copy of this gradient to compare its norm with that of PPO.
         """
@@ -92,8 +90,7 @@ class PtxMixture:
         for part in parts:
             # Gradients are synchronized only by the backward pass of the PPO loss that follows.
             with gradient_accumulation(model, a, last=False):
-                with autocast():
-                    loss = model(part) / total
+                loss = model(part) / total
                 backward(self.coef * loss * a.num_processes, model, a)
             sums["ptx_loss"] = sums.get("ptx_loss", torch.zeros((), device=a.device)) + loss.detach()
         if measure:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,14 +32,14 @@ from rlhf.generation.native import NativeGenerator
 from rlhf.models.ema import WeightAverage
 from rlhf.models.load import check_context, context_length
 from rlhf.models.offload import OffloadedModels
-from rlhf.models.packed_batch import can_pack, microbatches
 from rlhf.rollout.types import Experience, Rollout
 from rlhf.trainers.lr_schedule import schedule_factor
 from rlhf.trainers.ppo import health, inputs
 from rlhf.trainers.ppo.callbacks import PPOCallback
 from rlhf.trainers.ppo.export import save_trained_models
-from rlhf.trainers.ppo.losses import summed_losses
+from rlhf.trainers.ppo.gradients import MinibatchGradients, accumulate_gradients
 from rlhf.trainers.ppo.phases import PPOPhases
+from rlhf.trainers.ppo.policy_for_sampling import PolicyForSampling
 from rlhf.trainers.ppo.policy_value import PolicyAndValue
 from rlhf.trainers.ppo.ptx import PtxMixture
 from rlhf.trainers.ppo.scoring import ScoreChecks, score_experience
@@ -117,13 +117,13 @@ class PPOTrainer:
         engine.set_deepspeed_batch_size(a, settings.optim.microbatch_size, settings.optim.max_grad_norm)
         settings.check_shared(a.num_processes)
         self.phases = PPOPhases(settings, pair)
-        self.bfloat16 = engine.wants_bfloat16(settings.optim.precision)
-        dtype = torch.bfloat16 if self.bfloat16 else next(pair.policy.parameters()).dtype
+        dtype = torch.bfloat16 if pair.computes_in_bfloat16 else next(pair.policy.parameters()).dtype
         self.tolerance = health.TOLERANCES.get(dtype, health.TOLERANCES[torch.bfloat16])
         if settings.old_logprobs == "sampled":  # the first ratio is only as exact as sampling
             self.tolerance = replace(self.tolerance, ratio=self.tolerance.sampling)
         self.state = PPOState(kl_coef=settings.kl.coef)
         self.models = self._prepare(pair, frozen, rewards)
+        self.policy_for_sampling = PolicyForSampling(self.models)
         self.generator: Generator = NativeGenerator(
             self.sampling_policy,
             settings.sampling,
@@ -147,10 +147,6 @@ class PPOTrainer:
         if self.settings.ema is not None:
             average = WeightAverage(pair.trained_policy(), self.settings.ema, main=a.is_main_process)
         return PPOModels(a, policy_and_value, optimizer, reference, rewards, offloaded, average)
-
-    def autocast(self) -> torch.autocast:
-        """Return the context that sets the precision of sampling, scoring and updates."""
-        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.bfloat16)
 
     @property
     def value_warmup(self) -> bool:
@@ -228,12 +224,9 @@ class PPOTrainer:
             f"learning rates x {state.learning_rate_scale:g}, kl.coef {state.kl_coef:.4g}"
         )
 
-    @contextmanager
-    def sampling_policy(self) -> Iterator[Any]:
-        """Yield the policy with gathered parameters, in the precision of the run."""
-        gathered = engine.gathered_module(self.models.trained, self.accelerator, lambda module: module.policy)
-        with gathered as policy, self.autocast():
-            yield policy
+    def sampling_policy(self) -> AbstractContextManager[Any]:
+        """Return a context manager that yields the policy with gathered parameters, in the precision of the run."""
+        return self.policy_for_sampling.open()
 
     def sample(self) -> Rollout:
         """Generate this process's share of the step's episodes: slots rank, rank + world size, ..."""
@@ -262,7 +255,7 @@ class PPOTrainer:
             self.settings,
             prompts_of=prompts_of,
             checks=checks,
-            autocast=self.autocast,
+            autocast=self.models.pair.autocast,
         )
 
     def update(self, experience: Experience) -> StepStats:
@@ -276,28 +269,30 @@ class PPOTrainer:
         self.models.trained.train()
         if not progress.done:
             self.phases.enter(state.step, self.models.optimizer)
+        lengths = experience.response_length.cpu()  # once a step: later nothing but the checks waits for the device
         for number, minibatch in self.minibatches(len(experience))[progress.done :]:
-            total = experience.response_mask[minibatch].sum()
+            total = float(lengths[minibatch].sum())
             per_step = settings.epochs * settings.minibatches
             update = state.step * per_step + min(number, per_step - 1)  # additional warm-up epochs keep the last rate
             self.set_learning_rates(update)
             before = sums.get("approx_kl", torch.zeros((), device=a.device)).clone()
             text = None if self.value_warmup else self.text
             if text is not None:
-                text.accumulate(self.models.trained, a, update, self.autocast, sums, measure=number == 0)
-            error = self.accumulate(experience, minibatch, total, sums)
+                text.accumulate(self.models.trained, a, update, sums, measure=number == 0)
+            gradients = self.accumulate(experience, minibatch, total, sums)
             if text is not None:
                 text.rebalance(self.models.pair.trained_policy().values(), a)
             if number == 0:
-                progress.first_error = float(a.gather(torch.tensor([error], device=a.device)).max())
+                progress.first_error = float(a.gather(gradients.ratio_error[None]).max())
                 problems = health.find_wrong_first_ratio(progress.first_error, self.tolerance)
                 self.monitor.broken(problems, state.step, experience)
-            approx_kl = float(a.reduce(sums["approx_kl"] - before, "sum")) / float(total)
-            progress.tokens, progress.done = progress.tokens + float(total), number + 1
-            if settings.target_kl is not None and approx_kl > settings.target_kl:
-                self.models.optimizer.zero_grad()
-                break
-            progress.norms.append(self.optimizer_step(experience))
+            progress.tokens, progress.done = progress.tokens + total, number + 1
+            if settings.target_kl is not None:
+                approx_kl = float(a.reduce(sums["approx_kl"] - before, "sum")) / total
+                if approx_kl > settings.target_kl:
+                    self.models.optimizer.zero_grad()
+                    break
+            progress.norms.append(self.optimizer_step(experience, gradients))
             self._call("on_safe_point")
         ptx_coef = self.text.coef if self.text is not None else None
         return update_stats(progress, a, ptx_coef)
@@ -309,42 +304,37 @@ class PPOTrainer:
         orders = [shuffled_indices(rows, settings.seed, 2, self.state.step, epoch) for epoch in range(epochs)]
         return list(enumerate(part for order in orders for part in order.chunk(settings.minibatches)))
 
-    def accumulate(self, experience: Experience, minibatch: Tensor, total: Tensor, sums: dict[str, Tensor]) -> float:
-        """Run the backward pass over this process's share of a minibatch; return the largest |ratio - 1|.
-        `total` is the minibatch's number of response tokens over all processes. Metrics are added to `sums`.
+    def accumulate(
+        self, experience: Experience, minibatch: Tensor, total: float, sums: dict[str, Tensor]
+    ) -> MinibatchGradients:
+        """Run the backward passes over this process's share of a minibatch; metrics are added to `sums`.
+        `total` is the minibatch's number of response tokens over all processes.
         """
-        a, settings = self.accelerator, self.settings
-        model, packed = self.models.trained, can_pack(self.models.pair.policy)
-        mine = minibatch[a.process_index :: a.num_processes]
-        lengths = experience.mask[mine].sum(dim=1)
-        parts = [mine[part] for part in microbatches(lengths, settings.optim.microbatch_size, packed=packed)]
-        worst = 0.0
-        for i, rows in enumerate(parts):
-            part = experience.select(rows)
-            with engine.gradient_accumulation(model, a, last=i == len(parts) - 1):
-                with self.autocast():
-                    logprobs, entropy, values = model(part, settings.sampling.temperature)
-                loss, numbers = summed_losses(
-                    part, logprobs, entropy, values, settings, settings.kl, warming=self.value_warmup
-                )
-                if not math.isfinite(size := float(loss.detach())):
-                    raise self.monitor.not_finite("the loss", size, self.state.step, part)
-                # The engine averages gradients over processes; the global count already divides by all tokens.
-                engine.backward(loss / total * a.num_processes, model, a)
-            worst = max(worst, float(numbers.pop("ratio_error")))
-            for key, value in numbers.items():
-                sums[key] = sums.get(key, torch.zeros_like(value)) + value
-        return worst
+        return accumulate_gradients(
+            self.models.trained,
+            self.models.pair,
+            self.accelerator,
+            experience,
+            minibatch,
+            self.settings,
+            sums,
+            total=total,
+            warming=self.value_warmup,
+        )
 
-    def optimizer_step(self, experience: Experience) -> float:
+    def optimizer_step(self, experience: Experience, gradients: MinibatchGradients) -> float:
         """Clip the gradient and run the optimizer step; return the gradient norm before clipping.
-        Raises: TrainingError before the step if the gradient is not finite.
+        Raises: TrainingError before the step if a loss or the gradient is not finite.
         """
 
         def check(norm: float) -> None:
-            if not math.isfinite(norm):
+            if not math.isfinite(norm):  # as it is if any loss is not: losses need not be looked at one by one
+                if (bad := gradients.first_not_finite()) is not None:
+                    raise self.monitor.not_finite("the loss", bad[0], self.state.step, experience.select(bad[1]))
                 raise self.monitor.not_finite("the gradient norm", norm, self.state.step, experience)
 
+        if engine.under_deepspeed() and gradients.first_not_finite() is not None:  # it would step before the check
+            check(math.nan)
         report_progress()
         limit = self.settings.optim.max_grad_norm
         return engine.clip_and_step(self.models.trained, self.models.optimizer, self.accelerator, limit, check)

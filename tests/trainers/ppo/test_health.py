@@ -293,12 +293,12 @@ def test_a_gradient_that_is_not_finite_is_rolled_back_if_that_is_wanted(reward_f
     )
     original, poisoned = trainer.accumulate, []
 
-    def accumulate(*args: Any) -> float:
-        error = original(*args)
+    def accumulate(*args: Any) -> Any:
+        found = original(*args)
         if trainer.state.step == 1 and not poisoned:
             poisoned.append(True)
             next(trainer.models.trained.parameters()).grad[0] = torch.inf  # type: ignore[index]
-        return error
+        return found
 
     trainer.accumulate = accumulate  # type: ignore[method-assign]
     trainer.train()

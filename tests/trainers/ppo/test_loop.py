@@ -16,7 +16,7 @@ from rlhf.functional import adaptive_kl
 from rlhf.models.policy import policy_with_adapter
 from rlhf.models.reward_models import load_scorer
 from rlhf.runs.metrics import METRICS
-from rlhf.trainers.ppo import trainer as module
+from rlhf.trainers.ppo import gradients
 from tests.models import tiny
 from tests.models.fixtures import shake
 from tests.tolerances import assert_close
@@ -73,7 +73,7 @@ def test_each_row_is_used_once_an_epoch_in_another_order(reward_folder: str, mon
     seen: list[list[int]] = []
     original = trainer.accumulate
 
-    def spy(experience: Any, minibatch: Any, *rest: Any) -> float:
+    def spy(experience: Any, minibatch: Any, *rest: Any) -> Any:
         seen.append(minibatch.tolist())
         return original(experience, minibatch, *rest)
 
@@ -88,13 +88,13 @@ def test_each_row_is_used_once_an_epoch_in_another_order(reward_folder: str, mon
 def test_every_row_of_a_minibatch_is_used_once(reward_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make(reward_folder)
     used: Counter[int] = Counter()
-    original = module.summed_losses
+    original = gradients.policy_terms
 
     def spy(part: Any, *rest: Any, **more: Any) -> Any:
         used.update(part.index.tolist())
         return original(part, *rest, **more)
 
-    monkeypatch.setattr(module, "summed_losses", spy)
+    monkeypatch.setattr(gradients, "policy_terms", spy)
     trainer.update(experienced(trainer))
     assert used == dict.fromkeys(range(12), 2)
 

@@ -34,7 +34,7 @@ def with_text(reward_folder: str, coef: float, microbatch: int = 3, **options: A
 
 def accumulate(trainer: PPOTrainer, update: int, measure: bool = False) -> None:
     assert trainer.text is not None
-    trainer.text.accumulate(trainer.models.trained, trainer.accelerator, update, trainer.autocast, {}, measure=measure)
+    trainer.text.accumulate(trainer.models.trained, trainer.accelerator, update, {}, measure=measure)
 
 
 @pytest.mark.parametrize("microbatch", [1, 3, 8])

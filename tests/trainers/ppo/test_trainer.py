@@ -76,7 +76,7 @@ def test_moving_the_policy_clips_some_tokens_and_not_all(trainer: PPOTrainer) ->
     e = experienced(trainer)
     shake(trainer.models.trained, size=0.03)
     sums: dict[str, Tensor] = {}
-    worst = trainer.accumulate(e, MINIBATCH, e.response_mask[MINIBATCH].sum(), sums)
+    worst = trainer.accumulate(e, MINIBATCH, e.response_mask[MINIBATCH].sum(), sums).ratio_error
     share = float(sums["clip_fraction"] / e.response_mask[MINIBATCH].sum())
     assert 0.05 < share < 0.95
     assert worst > trainer.settings.clip_range
@@ -99,7 +99,7 @@ def test_the_first_ratio_is_1_and_its_gradient_that_of_minus_the_advantage(
     trainer.models.trained.train()
     minibatch = torch.arange(len(e))
     total = e.response_mask.sum()
-    assert trainer.accumulate(e, minibatch, total, {}) < GRADIENT
+    assert trainer.accumulate(e, minibatch, total, {}).ratio_error < GRADIENT
     ours = gradient(trainer.models.trained.policy)
     assert not gradient(trainer.models.trained.value_model).any()
     trainer.models.trained.zero_grad()
