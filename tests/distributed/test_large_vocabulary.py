@@ -41,5 +41,5 @@ def test_two_ranks_train_as_one_process(vocabulary: int, precision: str, reward_
         for name, value in theirs.items():
             # In bfloat16 another order of sums draws other tokens: only their number is comparable.
             if precision == "float32" or name == "response_length":
-                assert ours[name] == pytest.approx(value, **{"rel": NEAR[precision], "abs": NEAR[precision]}), name
+                assert ours[name] == pytest.approx(value, rel=NEAR[precision], abs=NEAR[precision]), name
     assert wanted["steps"][0]["response_length"] > 2
