@@ -294,6 +294,11 @@ class PPOOptim(Section):
         description="largest number of episodes per backward pass on one process; smaller saves memory and changes "
         "nothing else",
     )
+    compile: Literal["auto", "always", "off"] = Field(
+        "auto",
+        description="compile the blocks of policy and value model, which takes a minute and makes updates faster and "
+        "smaller: auto = on a GPU, without DeepSpeed and activation checkpointing; always = also on a CPU; off = never",
+    )
     activation_checkpointing: bool = Field(
         False,
         description="keep only the input of each layer for the backward pass and recompute the rest: less memory, "

@@ -70,3 +70,13 @@ def attention_implementation(model: Any) -> str:
     """Return the kernel that a transformers model computes attention with: 'sdpa', 'eager' or another."""
     name: str = model.config.get_text_config()._attn_implementation
     return name
+
+
+def raise_recompile_limit(limit: int = 64) -> None:
+    """Allow so many compiled versions of one function; beyond torch's 8 it would silently run uncompiled.
+
+    A block is compiled for every number of rows of a packed batch, with and without gradients.
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(limit, torch._dynamo.config.recompile_limit)

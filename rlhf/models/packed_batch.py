@@ -57,8 +57,14 @@ class PackedBatch:
         return cls(ids, positions, slot, mask)
 
     @classmethod
-    def for_model(cls, model: Any, ids: Tensor, mask: Tensor) -> PackedBatch:
-        """Pack sequences if the model computes the same on packed rows, else pad them."""
+    def for_model(cls, model: Any, ids: Tensor, mask: Tensor, *, row_length: int | None = None) -> PackedBatch:
+        """Pack sequences if the model computes the same on packed rows, else pad them.
+
+        Args:
+            row_length: pack into rows of this length, in few shapes; None = into the shape that costs least.
+        """
+        if row_length is not None and can_pack(model):
+            return pack(ids, mask, row_length)
         return cls.of(ids, mask, packed=can_pack(model))
 
     def inputs(self) -> dict[str, Any]:
@@ -72,14 +78,19 @@ class PackedBatch:
         return float((self.slot > 0).sum() + 1) / self.ids.numel()  # exactly one real token has slot 0
 
 
-def pack(ids: Tensor, mask: Tensor) -> PackedBatch:
+def pack(ids: Tensor, mask: Tensor, row_length: int | None = None) -> PackedBatch:
     """Pack sequences into rows that are full but short, because the cost of attention grows with the row length.
 
     Args:
         ids: [B, T] int64. mask: [B, T] bool, padding on either side, at least one token a row.
+        row_length: length of the rows, at least that of the longest sequence; their number is then rounded up to one of
+            1, 2, 3, 4, 6, 8, 12, 16, ..., so that batches come in few shapes. None = the shape that costs least.
     Returns: a batch with every token once; the tokens of a sequence are adjacent and in order.
     """
     lengths = mask.sum(dim=1).tolist()
+    if row_length is not None:
+        places, needed, _ = _best_fit(lengths, row_length)
+        return _placed(ids, mask, places, few_row_counts(needed), row_length)
     longest = max(lengths)
     max_row_count = -(-sum(lengths) // longest)
     powers = (2**n for n in range(max_row_count.bit_length()))
@@ -94,6 +105,17 @@ def pack(ids: Tensor, mask: Tensor) -> PackedBatch:
     candidates = [_best_fit(lengths, longest), *(_balanced(lengths, rows) for rows in row_counts if rows > 0)]
     rounded = [_rounded(layout, sum(lengths)) for layout in candidates]
     places, rows, capacity = min(rounded, key=lambda c: c[1] * c[2] * (1 + c[2] / LINEAR_COST_LENGTH))
+    return _placed(ids, mask, places, rows, capacity)
+
+
+def few_row_counts(needed: int) -> int:
+    """Return the smallest of 1, 2, 3, 4, 6, 8, 12, 16, ... that is at least the number of rows needed."""
+    power = 2 ** max(0, (needed - 1).bit_length())
+    return 3 * power // 4 if power >= 4 and needed <= 3 * power // 4 else power
+
+
+def _placed(ids: Tensor, mask: Tensor, places: list[tuple[int, int]], rows: int, capacity: int) -> PackedBatch:
+    """Write every sequence at its row and offset."""
     start = torch.tensor([row * capacity + offset for row, offset in places], device=ids.device)
     within = (mask.long().cumsum(dim=1) - 1).clamp_min(0)
     slot = (start[:, None] + within) * mask

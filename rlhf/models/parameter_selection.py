@@ -60,6 +60,12 @@ def map_parameters(model: Any) -> ParameterMap:
     return ParameterMap(kept, count, tied)
 
 
+def block_modules(model: Any) -> list[nn.Module]:
+    """Return the model's blocks from the input up; [] if they are not found."""
+    name, _ = _block_list(model)
+    return list(model.get_submodule(name)) if name else []
+
+
 def _block_list(model: Any) -> tuple[str, int]:
     """Return the name and length of the model's list of blocks; ("", 0) if there is none."""
     config = model.config.get_text_config()

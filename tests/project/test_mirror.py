@@ -56,6 +56,7 @@ COVERED_ELSEWHERE = {
     "rlhf.trainers.ppo.callbacks": "tests/test_api.py",
     "rlhf.trainers.ppo.checkpointer": "tests/faults/test_resume.py",
     "rlhf.trainers.ppo.export": "tests/trainers/ppo/test_inputs.py",
+    "rlhf.models.compiled_blocks": "tests/trainers/ppo/test_compilation.py",
     "rlhf.trainers.ppo.gradients": "tests/trainers/ppo/test_trainer.py",
     "rlhf.trainers.ppo.policy_for_sampling": "tests/trainers/ppo/test_precision.py",
     "rlhf.trainers.ppo.losses": "tests/trainers/ppo/test_options.py",

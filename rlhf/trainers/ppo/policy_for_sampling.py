@@ -69,7 +69,8 @@ class PolicyForSampling:
         models = self.models
         with gathered_module(models.trained, models.accelerator, lambda module: module.policy) as policy:
             if not self.uses_copy:
-                with models.pair.autocast():
+                # The shapes of decoding change from step to step: compiled blocks would be compiled again for each.
+                with models.pair.autocast(), torch.compiler.set_stance("force_eager"):
                     yield policy
                 return
             if self.copy is None:

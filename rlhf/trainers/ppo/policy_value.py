@@ -53,6 +53,7 @@ class PolicyAndValue(nn.Module):
         super().__init__()
         self.policy, self.value_model = policy, value_model
         self.entropy_gradient, self.computes_in_bfloat16 = entropy_gradient, bfloat16
+        self.row_length: int | None = None  # of packed rows, if they come in few shapes
         logit_transform(policy)  # found out now: later an engine may have sharded the weights
         others = adapter_parameters(policy, value_model.adapter) if isinstance(value_model, AdapterScorer) else {}
         self._on_policy = frozenset(others)  # parameters of the value model that are part of the policy's base model
@@ -106,10 +107,15 @@ class PolicyAndValue(nn.Module):
             if isinstance(batch, TextBatch):
                 return _text_loss(self.policy, batch)
             if part == "policy":
-                return *self._logprobs(batch, temperature, entropy=True), None
+                packed = self._packed(self.policy, batch)
+                return *self._logprobs(batch, temperature, entropy=True, batch=packed), None
             if part == "value":
-                return None, None, response_values(self.value_model, batch)
+                packed = self._packed(trunk_owner(self.value_model), batch)
+                return None, None, response_values(self.value_model, batch, batch=packed)
             return self.read(batch, temperature, entropy=True)
+
+    def _packed(self, model: Any, rollout: Rollout) -> PackedBatch:
+        return PackedBatch.for_model(model, rollout.ids, rollout.mask, row_length=self.row_length)
 
     def autocast(self) -> torch.autocast:
         """Return the context that sets the precision of sampling, scoring and updates."""
@@ -129,7 +135,7 @@ class PolicyAndValue(nn.Module):
 
         The sequences are packed once for both models, unless only one of the models supports packed rows.
         """
-        batch = PackedBatch.for_model(self.policy, rollout.ids, rollout.mask)
+        batch = self._packed(self.policy, rollout)
         if isinstance(self.value_model, SharedValueHead):
             output = policy_forward(
                 self.policy,

@@ -36,6 +36,7 @@ from rlhf.rollout.types import Experience, Rollout
 from rlhf.trainers.lr_schedule import schedule_factor
 from rlhf.trainers.ppo import health, inputs
 from rlhf.trainers.ppo.callbacks import PPOCallback
+from rlhf.trainers.ppo.compilation import compile_trained_blocks
 from rlhf.trainers.ppo.export import save_trained_models
 from rlhf.trainers.ppo.gradients import MinibatchGradients, accumulate_gradients
 from rlhf.trainers.ppo.phases import PPOPhases
@@ -116,6 +117,7 @@ class PPOTrainer:
         report_progress()
         engine.set_deepspeed_batch_size(a, settings.optim.microbatch_size, settings.optim.max_grad_norm)
         settings.check_shared(a.num_processes)
+        compile_trained_blocks(pair, settings.optim, a.device.type, longest, self.console)
         self.phases = PPOPhases(settings, pair)
         dtype = torch.bfloat16 if pair.computes_in_bfloat16 else next(pair.policy.parameters()).dtype
         self.tolerance = health.TOLERANCES.get(dtype, health.TOLERANCES[torch.bfloat16])
