@@ -159,7 +159,7 @@ def ppo_config(case: Case, folder: Path) -> PPOConfig:
                 "learning_rate": LEARNING_RATE,
                 "value_learning_rate": LEARNING_RATE,
                 "schedule": "constant",
-                "microbatch_size": case.episodes // case.minibatches,
+                "microbatch_size": case.microbatch,
             },
             "peft": {"method": "lora", "r": case.lora} if case.lora else {},
             "watch": {"broken": "continue"},  # it is reported with the result
