@@ -1,4 +1,11 @@
-"""What all tests share: no network, one thread, a tiny model, the command line in a subprocess and in this process."""
+"""What all tests share: no network, no GPU, one thread, a tiny model, the command line in and out of this process.
+
+The tests compute on the CPU on every machine, because many of them state what happens there: float32 by default, bit
+for bit the same results, memory of the process. A machine with a GPU would otherwise run them in bfloat16 on the GPU.
+The variable CUDA_VISIBLE_DEVICES is therefore emptied here, before anything imports torch; subprocesses inherit it.
+CUDA reads it once in a process, so no test can undo it later. Only a session that runs nothing but tests/gpu, such as
+`pytest tests/gpu`, leaves the GPUs visible; in every other session the tests in tests/gpu are skipped.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +29,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+
+GPU_TESTS = Path(__file__).resolve().parent / "gpu"
+ON_CPU = "--on-cpu"  # option of tests/gpu/conftest.py
+GPUS_VISIBLE = "RLHF_TESTS_GPUS_VISIBLE"  # "1" or "0"; inherited by pytest-xdist's workers, which have other arguments
+
+
+def only_gpu_tests(arguments: Sequence[str], folder: Path) -> bool:
+    """Return whether pytest's arguments ask for tests on a GPU and for no others.
+
+    Args:
+        arguments: the words of the command line after the program.
+        folder: the working directory, from which pytest collects if no path is given.
+    """
+    found = [folder / word.partition("::")[0] for word in arguments if not word.startswith("-")]
+    paths = [path.resolve() for path in found if path.exists()] or [folder.resolve()]
+    return ON_CPU not in arguments and all(GPU_TESTS in (path, *path.parents) for path in paths)
+
+
+if os.environ.setdefault(GPUS_VISIBLE, str(int(only_gpu_tests(sys.argv[1:], Path.cwd())))) != "1":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 pytest_plugins = ["tests.models.fixtures", "tests.stages.fixtures"]
 

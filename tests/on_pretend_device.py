@@ -1,7 +1,8 @@
 """Run a part of the project on the pretended accelerator: `python -m tests.on_pretend_device PART`.
 
 Parts: `ppo` trains two steps on tiny models; `full` and `adapters` run every stage and tool by the command line, on all
-weights and on LoRA adapters; `crossing` does what a GPU refuses and must fail.
+weights and on LoRA adapters; `bench` runs the cases of the GPU benchmark on its tiny shape; `crossing` does what a GPU
+refuses and must fail.
 """
 
 from __future__ import annotations
@@ -88,6 +89,20 @@ def note_places() -> None:
     torch.nn.Embedding.forward = forward  # type: ignore[method-assign]
 
 
+def bench() -> None:
+    """The cases of tests/bench/gpu.py that are ours: models made on the device, two steps of PPO."""
+    from rlhf.preflight.cost import MachineRates
+    from tests.bench.gpu_cases import cases
+    from tests.bench.gpu_sides import run_ours
+
+    device = torch.device(f"{pretend_device.NAME}:0")
+    for case in cases("tiny")[:2]:
+        result = {"steps": [], "notes": []}
+        run_ours(case, MachineRates(1e10, 1e10, 1e10), device, result)
+        assert len(result["steps"]) == 2
+        assert not result["notes"], result["notes"]
+
+
 def crossing() -> None:
     """Index a CPU tensor by positions on the device."""
     torch.arange(6)[torch.arange(3).to(pretend_device.NAME)]
@@ -98,4 +113,5 @@ if __name__ == "__main__":
     pretend_device.become_default()
     note_places()
     torch.set_num_threads(1)
-    {"ppo": ppo, "full": full, "adapters": adapters, "crossing": crossing}[sys.argv[1]]()
+    parts = {"ppo": ppo, "full": full, "adapters": adapters, "bench": bench, "crossing": crossing}
+    parts[sys.argv[1]]()

@@ -49,3 +49,6 @@ PROCESSES = 1e-5
 
 PROCESSES_PPO = 1e-4
 """The same for PPO, where each step builds on the one before."""
+
+DEVICES = 1e-4
+"""Losses and log-probs (nats) of a GPU and of a CPU in float32: other kernels, another order of summation."""

@@ -12,6 +12,7 @@ real tokens only: no padding, no overhead, and nothing is computed twice.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,10 +97,15 @@ class MachineRates:
     bandwidth: float  # bytes per second, reading and writing together
 
     @classmethod
-    def measure(cls, device: torch.device) -> MachineRates:
-        """Measure matrix products and copies for a few seconds; the fastest of each counts."""
+    def measure(cls, device: torch.device, sizes: Sequence[int] = GEMM_SIZES) -> MachineRates:
+        """Measure matrix products and copies for a few seconds; the fastest of each counts.
+
+        Args:
+            device: what is measured.
+            sizes: rows and columns of the square matrices; on a GPU they are 8 times as large.
+        """
         rates = {
-            dtype: max(_measure_matmul(side, dtype, device) for side in GEMM_SIZES)
+            dtype: max(_measure_matmul(side, dtype, device) for side in sizes)
             for dtype in (torch.float32, torch.bfloat16)
         }
         return cls(rates[torch.float32], rates[torch.bfloat16], _measure_copy(device))

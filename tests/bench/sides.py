@@ -341,15 +341,15 @@ def watch_sampling(module: Any, end_id: int) -> dict[str, float]:
     return seen
 
 
-def use_bfloat16(module: Any) -> None:
-    """Compute everything of TRL's in bfloat16, as all of ours is.
+def use_bfloat16(module: Any, device: str = "cpu") -> None:
+    """Compute everything of TRL's in bfloat16, as all of ours is, on one type of device.
 
     Its own setting does nothing with transformers 5, and what `accelerate launch --mixed_precision bf16` sets reaches
     the update alone; sampling and scoring get it here.
     """
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
     for name in ("batch_generation", "forward", "get_reward"):
-        setattr(module, name, torch.autocast("cpu", torch.bfloat16)(getattr(module, name)))
+        setattr(module, name, torch.autocast(device, torch.bfloat16)(getattr(module, name)))
 
 
 def main() -> None:

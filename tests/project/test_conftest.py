@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ import torch
 from rlhf.config.sections import ModelSource
 from rlhf.models.load import count_parameters
 from rlhf.models.policy import load_causal
-from tests.conftest import NetworkForbidden, Run
+from tests.conftest import GPU_TESTS, NetworkForbidden, Run, only_gpu_tests
+from tests.project.code import ROOT
 
 
 @pytest.mark.parametrize("address", [("192.0.2.1", 80), ("example.org", 443)])
@@ -36,6 +39,32 @@ def test_libraries_know_that_they_are_offline() -> None:
     assert huggingface_hub.constants.HF_HUB_OFFLINE
     assert huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY
     assert os.environ["HF_HUB_OFFLINE"] == "1"  # subprocesses inherit it
+
+
+def test_gpus_are_invisible_here_and_in_subprocesses() -> None:
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    assert torch.cuda.device_count() == 0
+    code = "import torch; print(torch.cuda.device_count())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folder", "visible"),
+    [
+        (["tests/gpu"], ROOT, True),
+        (["-q", "-k", "ppo", "tests/gpu/conftest.py::test_x[a]"], ROOT, True),
+        (["gpu"], GPU_TESTS.parent, True),
+        ([], GPU_TESTS, True),
+        (["tests/gpu", "--on-cpu"], ROOT, False),
+        (["tests/gpu", "tests/models"], ROOT, False),
+        (["tests"], ROOT, False),
+        ([], ROOT, False),
+        (["-m", "not slow", "-n", "2", "--dist", "loadfile"], ROOT, False),
+    ],
+)
+def test_only_a_session_of_gpu_tests_sees_the_gpus(arguments: list[str], folder: Path, visible: bool) -> None:
+    assert only_gpu_tests(arguments, folder) == visible
 
 
 def test_one_thread() -> None:
