@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -148,10 +148,11 @@ def _with_largest_update(
 def _estimate_ppo(inputs: EstimateInput, config: PPOConfig, shapes: PPOModelShapes) -> MemoryEstimate:
     """Estimate PPO: sampling, scoring and the largest update."""
     s, data, runtime = inputs.sharding, inputs.data, ProcessOverhead.for_device(inputs.gpu)
-    trained = _trained_weights(shapes)
+    trained, base_embeddings = _trained_weights(inputs, config, shapes)
     offloaded, on_device_for_scoring = _offloaded_parts(inputs, config, shapes)
     permanent = [
-        *_frozen_parts(config, shapes, inputs.gpu),
+        *_frozen_parts(inputs, config, shapes),
+        *base_embeddings,
         *offloaded,
         MemoryPart("records", formulas.record_bytes(data.records, data.tokens), host=True),
         MemoryPart("rollout", _rollout_bytes(config, data, shapes.policy.vocabulary)),
@@ -162,6 +163,8 @@ def _estimate_ppo(inputs: EstimateInput, config: PPOConfig, shapes: PPOModelShap
         permanent.append(MemoryPart("kernels' copies of weights", 2.0 * copies * (counts.trained + counts.frozen)))
     if config.ppo.ema is not None:
         permanent.append(MemoryPart("averaged policy", float(4 * shapes.policy.weights.trained)))
+    if inputs.bfloat16 and inputs.gpu and s.zero < 3:
+        permanent.append(MemoryPart("bfloat16 copy for sampling", 2.0 * shapes.policy.weights.trained))
     share = config.ppo.rollout_size // config.ppo.minibatches // s.processes
     microbatch = min(config.optim.microbatch_size, share)
     max_response = config.sampling.max_new_tokens
@@ -171,6 +174,8 @@ def _estimate_ppo(inputs: EstimateInput, config: PPOConfig, shapes: PPOModelShap
     traces = [traced_activations(model, *packed_shape, inputs.bfloat16) for model in models]
     vocabulary = shapes.policy.vocabulary
     tokens = min(microbatch * response, max(1, MAX_LOGITS_AT_ONCE // vocabulary))
+    # One graph at a time where the two models share nothing and no engine counts the backward passes.
+    one_by_one = shapes.value is not None and not shapes.shared_base and s.processes == 1 and not s.deepspeed
     score = [
         MemoryPart("activations", max(trace.fixed + trace.block for trace in traces)),
         MemoryPart("output layer and loss", formulas.logit_bytes(tokens, vocabulary, formulas.CROSS_ENTROPY_BYTES)),
@@ -193,8 +198,11 @@ def _estimate_ppo(inputs: EstimateInput, config: PPOConfig, shapes: PPOModelShap
             )
             for trace, phase in zip(traces, phases, strict=True)
         ]
-        head = MemoryPart("output layer and loss", _output_layer_bytes(config, tokens, vocabulary, kept))
-        update = [MemoryPart("activations", sum(kept)), head, formulas.gathered_part(trained, shapes.policy.blocks, s)]
+        activations = max(kept) if one_by_one else sum(kept)
+        others_kept = activations - kept[0] if one_by_one else sum(kept[1:])
+        head = MemoryPart("output layer and loss", _output_layer_bytes(config, tokens, vocabulary, others_kept))
+        gathered = formulas.gathered_part(trained, shapes.policy.blocks, s)
+        update = [MemoryPart("activations", activations), head, gathered]
         states = formulas.state_parts(trained, s, sum(phase.weights for phase in phases))
         updates.append(formulas.with_runtime([*states, *permanent], update, runtime))
     others = {
@@ -204,13 +212,37 @@ def _estimate_ppo(inputs: EstimateInput, config: PPOConfig, shapes: PPOModelShap
     return _with_largest_update(others, updates, inputs)
 
 
-def _trained_weights(shapes: PPOModelShapes) -> WeightCounts:
-    """Return the weights of policy and value model together; a shared base counts once."""
-    policy = shapes.policy.weights
-    if shapes.value is None:
-        return policy
-    value = shapes.value.weights
-    return policy + (WeightCounts(value.trained, 0, value.trained_bytes) if shapes.shared_base else value)
+def _trained_weights(
+    inputs: EstimateInput, config: PPOConfig, shapes: PPOModelShapes
+) -> tuple[WeightCounts, list[MemoryPart]]:
+    """Return the weights of policy and value model together; a shared base counts once.
+
+    The linear layers of an adapter's base are stored in the computing precision, but its embeddings are not: what
+    those take more is returned as a part of its own.
+    """
+    halved = config.peft.enabled and _stores_linear_weights(inputs, config) and not inputs.sharding.deepspeed
+    models = [shapes.policy] if shapes.value is None else [shapes.policy, shapes.value]
+    counts, more = [], 0.0
+    for number, model in enumerate(models):
+        weights = model.weights
+        if number and shapes.shared_base:
+            weights = WeightCounts(weights.trained, 0, weights.trained_bytes)
+        elif halved and weights.frozen_bytes == 4:
+            weights = replace(weights, frozen_bytes=2)
+            more += 2.0 * _embedding_weights(model)
+        counts.append(weights)
+    total = counts[0] if len(counts) == 1 else counts[0] + counts[1]
+    return total, [MemoryPart("embeddings in float32", more)] if more else []
+
+
+def _stores_linear_weights(inputs: EstimateInput, config: PPOConfig) -> bool:
+    """Return whether frozen linear layers are stored in the computing precision (`rlhf.models.frozen_weights`)."""
+    return inputs.bfloat16 and config.frozen_dtype == "auto"
+
+
+def _embedding_weights(model: ModelShape) -> int:
+    """Return the number of weights of the embeddings, which stay in float32."""
+    return model.vocabulary * int(model.config.hidden_size)
 
 
 def _common_phases(models: list[ModelShape], steps: int) -> list[tuple[TrainablePhase, ...]]:
@@ -219,15 +251,15 @@ def _common_phases(models: list[ModelShape], steps: int) -> list[tuple[Trainable
     return [tuple([p for p in model.phases if p.first_step <= start][-1] for model in models) for start in starts]
 
 
-def _output_layer_bytes(config: PPOConfig, tokens: int, vocabulary: int, kept: list[float]) -> float:
-    """Return the bytes of the policy's output layer beyond the activations of the models in `kept`.
+def _output_layer_bytes(config: PPOConfig, tokens: int, vocabulary: int, others_kept: float) -> float:
+    """Return the bytes of the policy's output layer beyond all activations.
 
-    The peak is either while only the policy's forward pass has run, so that the activations of the value model do not
-    exist yet, or during the backward pass.
+    The peak is either while only the policy's forward pass has run, so that `others_kept` bytes of the activations do
+    not exist yet, or during the backward pass.
     """
     more = formulas.FILTER_BYTES if _sampling_is_filtered(config) else 0
     return max(
-        formulas.logit_bytes(tokens, vocabulary, formulas.POLICY_PASS_BYTES + more) - sum(kept[1:]),
+        formulas.logit_bytes(tokens, vocabulary, formulas.POLICY_PASS_BYTES + more) - others_kept,
         formulas.logit_bytes(tokens, vocabulary, formulas.POLICY_KEPT_BYTES + more),
     )
 
@@ -247,17 +279,23 @@ def offloadable(shapes: PPOModelShapes) -> tuple[str, ...]:
     )
 
 
-def _frozen_model_bytes(shapes: PPOModelShapes) -> dict[str, float]:
+def _frozen_model_bytes(inputs: EstimateInput, config: PPOConfig, shapes: PPOModelShapes) -> dict[str, float]:
     """Return role -> bytes of the frozen models that have their own weights; they are unsharded on every process."""
-    reference = 0.0 if shapes.reference is None else float(shapes.reference.weights.bytes)
-    reward = 0.0 if shapes.shared_base else float(sum(model.weights.bytes for model in shapes.reward_models))
+
+    def stored(model: ModelShape) -> float:
+        halved = _stores_linear_weights(inputs, config) and model.weights.frozen_bytes == 4
+        linear = model.weights.frozen - _embedding_weights(model) if halved else 0
+        return float(model.weights.bytes - 2 * max(linear, 0))
+
+    reference = 0.0 if shapes.reference is None else stored(shapes.reference)
+    reward = 0.0 if shapes.shared_base else sum(stored(model) for model in shapes.reward_models)
     return {"reference": reference, "reward": reward}
 
 
 ROLE_NAMES = {"reference": "reference", "reward": "reward models"}
 
 
-def _frozen_parts(config: PPOConfig, shapes: PPOModelShapes, gpu: bool) -> list[MemoryPart]:
+def _frozen_parts(inputs: EstimateInput, config: PPOConfig, shapes: PPOModelShapes) -> list[MemoryPart]:
     """Return the reference and reward models that stay on the device, or their adapters on the policy's base."""
     if shapes.shared_base:
         adapter = float(shapes.policy.weights.trained * shapes.policy.weights.trained_bytes)
@@ -267,8 +305,8 @@ def _frozen_parts(config: PPOConfig, shapes: PPOModelShapes, gpu: bool) -> list[
         ]
     return [
         MemoryPart(ROLE_NAMES[role], size)
-        for role, size in _frozen_model_bytes(shapes).items()
-        if not gpu or role not in config.offload
+        for role, size in _frozen_model_bytes(inputs, config, shapes).items()
+        if not inputs.gpu or role not in config.offload
     ]
 
 
@@ -276,7 +314,8 @@ def _offloaded_parts(
     inputs: EstimateInput, config: PPOConfig, shapes: PPOModelShapes
 ) -> tuple[list[MemoryPart], list[MemoryPart]]:
     """Return the offloaded models in CPU memory, and their part on the device while scoring: one role at a time."""
-    sizes = {role: size for role, size in _frozen_model_bytes(shapes).items() if inputs.gpu and role in config.offload}
+    frozen = _frozen_model_bytes(inputs, config, shapes)
+    sizes = {role: size for role, size in frozen.items() if inputs.gpu and role in config.offload}
     in_cpu_memory = [MemoryPart(f"{ROLE_NAMES[role]}, offloaded", size, host=True) for role, size in sizes.items()]
     return in_cpu_memory, [MemoryPart("largest offloaded model", max(sizes.values(), default=0.0))]
 
