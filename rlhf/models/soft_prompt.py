@@ -8,15 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.config.sections import ModelSource
+from rlhf.distributed.engine import wants_bfloat16
 from rlhf.models.adapters import load_adapter, saved_adapter_method
 from rlhf.models.load import context_length, is_adapter, resolve_model
 from rlhf.models.policy import load_causal
 
 
 def load_for_generation(source: ModelSource, *, vocab_size: int | None = None) -> Any:
-    """Load a causal LM to sample from: by `load_causal`, or as a `SoftPrompt` if the model has a soft prompt."""
+    """Load a causal LM to sample from: by `load_causal`, or as a `SoftPrompt` if the model has a soft prompt.
+
+    On a GPU that has bfloat16, `dtype: auto` is bfloat16: nothing is trained, and each token reads every weight.
+    """
     from transformers import AutoModelForCausalLM
 
+    if source.dtype == "auto" and wants_bfloat16("auto"):
+        source = source.model_copy(update={"dtype": "bfloat16"})
     folder = resolve_model(source)
     if not (is_adapter(folder) and saved_adapter_method(folder) == "prompt"):
         return load_causal(source, vocab_size=vocab_size)
