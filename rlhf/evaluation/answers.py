@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,17 @@ class GeneratedResponse:
     score: float | None = None  # of a reward model
 
 
+@contextmanager
+def on_device(model: Any, device: torch.device) -> Iterator[None]:
+    """Context manager inside which a model is on a device; afterwards it is where it was before."""
+    before = next(model.parameters()).device
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(before)
+
+
 @torch.no_grad()
 def generate_responses(
     model: Any,
@@ -41,8 +53,9 @@ def generate_responses(
     reference: Any = None,
     reward_model: Any = None,
     numbers: Sequence[int] | None = None,
+    device: torch.device | None = None,
 ) -> list[GeneratedResponse]:
-    """Sample one response to each prompt and measure it.
+    """Sample one response to each prompt and measure it; one model is on the device at a time.
 
     Args:
         model: causal LM.
@@ -55,26 +68,33 @@ def generate_responses(
         reward_model: model that scores the responses, or None.
         numbers: number of each prompt in its data; None = 0, 1, ... The random numbers of a response depend on the
             number of its prompt, not on the other prompts of the call.
+        device: where to compute; models elsewhere are moved there while they are used. None = where the model is.
     """
     if not prompts:
         return []
-    device = next(model.parameters()).device
+    device = device if device is not None else next(model.parameters()).device
     numbered = list(zip(range(len(prompts)) if numbers is None else numbers, prompts, strict=True))
-    rollout = generate_rollout(
-        model,
-        numbered,
-        settings,
-        seed=seed,
-        step=draw,
-        end_id=renderer.end_id,
-        pad_id=renderer.pad_id,
-        device=device,
-        decode=renderer.tokenizer.decode,
-    )
-    kl = None
-    if reference is not None:
-        kl = torch.zeros(len(rollout)) if reference is model else _log_ratio(reference, rollout, settings)
-    scores = _scores(reward_model, rollout) if reward_model is not None else None
+    with on_device(model, device):
+        rollout = generate_rollout(
+            model,
+            numbered,
+            settings,
+            seed=seed,
+            step=draw,
+            end_id=renderer.end_id,
+            pad_id=renderer.pad_id,
+            device=device,
+            decode=renderer.tokenizer.decode,
+        )
+    kl = scores = None
+    if reference is model:
+        kl = torch.zeros(len(rollout))
+    elif reference is not None:
+        with on_device(reference, device):
+            kl = _log_ratio(reference, rollout, settings)
+    if reward_model is not None:
+        with on_device(reward_model, device):
+            scores = _scores(reward_model, rollout)
     answers = []
     for row in range(len(rollout)):
         ids = rollout.response_ids[row][rollout.response_mask[row]].tolist()

@@ -15,7 +15,7 @@ from rlhf.data.records import Prompt
 from rlhf.data.render import Renderer
 from rlhf.distributed.engine import all_gather_objects
 from rlhf.distributed.launch_env import get_rank, world_size
-from rlhf.evaluation.answers import GeneratedResponse, generate_responses, perplexity
+from rlhf.evaluation.answers import GeneratedResponse, generate_responses, on_device, perplexity
 from rlhf.evaluation.judge import Judge
 from rlhf.evaluation.stats import best_of_n_kl, bootstrap_mean, win_indicators
 
@@ -51,7 +51,7 @@ def answer_with_every_model(
     """Generate a response to every prompt with every model; several processes share the prompts.
 
     Args:
-        load: loads the model of a `ModelSource` on the device, in evaluation mode.
+        load: loads the model of a `ModelSource`, in evaluation mode; it is moved to the device while it is used.
 
     Returns: model name -> its answers. Best-of-n of the reference is one more name if `best_of` and a reward model
     are given.
@@ -62,13 +62,11 @@ def answer_with_every_model(
     with console.progress("evaluate", rounds, "round") as bar:
         for done, (name, source) in enumerate(config.models.items()):
             model = reference if name == config.reference else load(source)
-            answers[name] = ModelAnswers(
-                {
-                    split: _answer_prompts(model, ids, config, inputs, reference=reference)
-                    for split, ids in inputs.ids.items()
-                },
-                perplexity(model, inputs.text, inputs.renderer.pad_id) if inputs.text else None,
-            )
+            responses = {
+                split: _answer_prompts(model, ids, config, inputs, reference=reference)
+                for split, ids in inputs.ids.items()
+            }
+            answers[name] = ModelAnswers(responses, _perplexity(model, inputs))
             bar.update(done + 1, {})
         if config.best_of and inputs.reward_model is not None:
             answers[f"{config.reference} best-of-{config.best_of}"] = ModelAnswers(
@@ -76,6 +74,13 @@ def answer_with_every_model(
             )
         bar.update(rounds, {})
     return answers
+
+
+def _perplexity(model: Any, inputs: EvaluationInputs) -> float | None:
+    if not inputs.text:
+        return None
+    with on_device(model, inputs.device):
+        return perplexity(model, inputs.text, inputs.renderer.pad_id)
 
 
 def _answer_prompts(
@@ -100,6 +105,7 @@ def _answer_prompts(
         reference=reference,
         reward_model=inputs.reward_model,
         numbers=own,
+        device=inputs.device,
     )
     if processes == 1:
         return responses

@@ -9,7 +9,7 @@ from rlhf.config.schema import EvaluateConfig
 from rlhf.data.records import Comparison
 from rlhf.data.sources import load_records
 from rlhf.errors import DataError
-from rlhf.evaluation.answers import score_sequences
+from rlhf.evaluation.answers import on_device, score_sequences
 from rlhf.evaluation.baselines import longer_wins, tfidf_accuracy
 from rlhf.evaluation.model_comparison import EvaluationInputs, TableRow
 from rlhf.evaluation.stats import bootstrap_mean, win_indicators
@@ -32,14 +32,15 @@ def reward_accuracy(config: EvaluateConfig, inputs: EvaluationInputs) -> TableRo
         )
     renderer = inputs.renderer
     prompts = [renderer.prompt(pair.prompt) for pair in decided]
-    chosen, rejected = (
-        score_sequences(
-            inputs.reward_model,
-            [ids + renderer.response(getattr(pair, side)) for ids, pair in zip(prompts, decided, strict=True)],
-            renderer.pad_id,
-        )
-        for side in ("chosen", "rejected")
-    )
+    with on_device(inputs.reward_model, inputs.device):
+        chosen, rejected = [
+            score_sequences(
+                inputs.reward_model,
+                [ids + renderer.response(getattr(pair, side)) for ids, pair in zip(prompts, decided, strict=True)],
+                renderer.pad_id,
+            )
+            for side in ("chosen", "rejected")
+        ]
     estimate = bootstrap_mean(win_indicators(chosen, rejected), resamples=config.bootstrap, seed=config.seed)
     row: TableRow = {
         "pairs": len(decided),

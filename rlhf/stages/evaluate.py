@@ -42,7 +42,7 @@ def run(config: EvaluateConfig, console: Console) -> RunResult:
     inputs = _load_inputs(config, console)
 
     def load(source: ModelSource) -> Any:
-        return load_for_generation(source).to(inputs.device).eval()
+        return load_for_generation(source).eval()
 
     start_run(directory, "evaluate", config)
     with directory.guard():
@@ -81,7 +81,7 @@ def _load_inputs(config: EvaluateConfig, console: Console) -> EvaluationInputs:
     if config.text:
         loaded = load_records("text", config.text, seed=config.seed, on_bad_row="error", deduplicate=False)
         text = [renderer.text(r.text).ids[: config.max_prompt_tokens * 4] for r in loaded.records]
-    reward_model = load_scorer(config.reward_model).to(device).eval() if config.reward_model else None
+    reward_model = load_scorer(config.reward_model).eval() if config.reward_model else None
     judge = load_judge(config.judge) if config.judge else None
     measures = {name: load_judge(function, where=f"measures.{name}") for name, function in config.measures.items()}
     return EvaluationInputs(records, ids, text, judge, measures, reward_model, renderer, device)

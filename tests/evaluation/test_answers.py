@@ -91,3 +91,17 @@ def test_kl_is_the_summed_log_ratio_by_two_forwards(model: Any, tiny_tokenizer: 
                     ours, theirs = (response_logprobs(m, rollout, temperature or 1.0)[0] for m in (model, other))
                 assert_close(torch.tensor(a.kl), float((ours - theirs).sum()))
                 assert abs(float((ours - theirs).sum())) > 1e-3
+
+
+def test_one_model_is_on_the_device_at_a_time(model: Any, tiny_tokenizer: Any, tiny_model_dir: Path) -> None:
+    """Each is moved there before it computes, and back before the next one is moved."""
+    moves: list[tuple[str, str]] = []
+    renderer = Renderer(tiny_tokenizer)
+    policy, reference = (load_causal(ModelSource(path=str(tiny_model_dir), dtype="float32")).eval() for _ in range(2))
+    for name, one in (("policy", policy), ("reference", reference)):
+        original = one.to
+        one.to = lambda device, n=name, to=original: moves.append((n, str(device))) or to(device)
+    prompts = [renderer.prompt([{"role": "user", "content": "hello"}])]
+    settings, cpu = Sampling(max_new_tokens=4), torch.device("cpu")
+    generate_responses(policy, prompts, renderer, settings, seed=1, reference=reference, device=cpu)
+    assert moves == [(n, "cpu") for n in ("policy", "policy", "reference", "reference")]

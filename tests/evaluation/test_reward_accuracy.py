@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rlhf.config.schema import EvaluateConfig
 from rlhf.errors import DataError
@@ -47,7 +48,7 @@ def longer_is_better(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_accuracy_counts_decided_pairs_and_equal_scores_as_half(tmp_path: Path) -> None:
     pairs = [("a b c", "a b", 1.0), ("a", "a b", 1.0), ("a b", "c d", 1.0), ("a b c", "a", 1.0), ("x", "y z", 0.5)]
-    given = inputs(1, reward_model=object(), renderer=WordRenderer(), judge=None)
+    given = inputs(1, reward_model=torch.nn.Linear(1, 1), renderer=WordRenderer(), judge=None)
     row = reward_accuracy(write_pairs(tmp_path / "pairs.jsonl", pairs), given)
     assert (row["pairs"], row["accuracy"], row["longer_wins"]) == (4, 0.625, 0.625)
     assert "ceiling" not in row
@@ -57,7 +58,7 @@ def test_the_ceiling_is_the_accuracy_of_the_judge(tmp_path: Path) -> None:
     pairs = [("good", "bad", 1.0), ("good", "bad", 1.0), ("bad", "good", 1.0), ("bad", "bad ones", 1.0)]
     given = inputs(
         1,
-        reward_model=object(),
+        reward_model=torch.nn.Linear(1, 1),
         renderer=WordRenderer(),
         judge=lambda prompt, response, record, finished: float(response == "good"),
     )
@@ -65,6 +66,6 @@ def test_the_ceiling_is_the_accuracy_of_the_judge(tmp_path: Path) -> None:
 
 
 def test_only_ties_are_refused(tmp_path: Path) -> None:
-    given = inputs(1, reward_model=object(), renderer=WordRenderer())
+    given = inputs(1, reward_model=torch.nn.Linear(1, 1), renderer=WordRenderer())
     with pytest.raises(DataError, match="every pair is a tie"):
         reward_accuracy(write_pairs(tmp_path / "pairs.jsonl", [("a", "b", 0.5)]), given)
