@@ -294,6 +294,11 @@ class PPOOptim(Section):
         description="largest number of episodes per backward pass on one process; smaller saves memory and changes "
         "nothing else",
     )
+    microbatch_tokens: Count | None = Field(
+        None,
+        description="largest number of tokens, prompts included, per backward pass on one process, beside "
+        "microbatch_size: long responses then make smaller microbatches, and need no more memory; null = no limit",
+    )
     compile: Literal["auto", "always", "off"] = Field(
         "auto",
         description="compile the blocks of policy and value model, which takes a minute and makes updates faster and "

@@ -125,7 +125,7 @@ def _placed(ids: Tensor, mask: Tensor, places: list[tuple[int, int]], rows: int,
     return PackedBatch(packed.view(rows, capacity), positions.view(rows, capacity), slot)
 
 
-def microbatches(lengths: Tensor, size: int, *, packed: bool) -> list[Tensor]:
+def microbatches(lengths: Tensor, size: int, *, packed: bool, count: int | None = None) -> list[Tensor]:
     """Split rows into microbatches of at most `size` rows.
 
     If they will be packed, the microbatches have about equally many tokens. Otherwise each has rows of similar length,
@@ -133,16 +133,39 @@ def microbatches(lengths: Tensor, size: int, *, packed: bool) -> list[Tensor]:
 
     Args:
         lengths: [B] int64, tokens of every row.
+        count: number of microbatches (`microbatch_count`); None = as few as `size` allows.
     Returns: int64 row indices on the CPU; every row is in exactly one microbatch.
     """
     order = lengths.cpu().argsort(descending=True, stable=True)
+    parts = count if count is not None else -(-len(order) // size)
     if not packed:
-        return list(order.split(size))
-    parts = -(-len(order) // size)
+        return list(order.split(size)) if count is None else list(order.tensor_split(count))
     rounds = [
         r if i % 2 == 0 else r.flip(0) for i, r in enumerate(order.split(parts))
     ]  # alternate the order, to balance the sums
     return [torch.stack([r[i] for r in rounds if i < len(r)]) for i in range(parts)]
+
+
+def microbatch_count(lengths: Tensor, size: int, tokens: int | None, *, packed: bool) -> int:
+    """Return the smallest number of microbatches with at most `size` rows and `tokens` tokens each.
+
+    Padding counts as tokens if the rows will be padded. A row that is longer than `tokens` has a microbatch of its own.
+
+    Args:
+        lengths: [B] int64 on the CPU, tokens of every row.
+        tokens: None = no limit.
+    """
+    count = -(-len(lengths) // size)
+    if tokens is None:
+        return count
+
+    def largest(parts: list[Tensor]) -> int:
+        return max(int(lengths[p].sum() if packed else lengths[p].max() * len(p)) for p in parts)
+
+    count = max(count, min(len(lengths), -(-int(lengths.sum()) // tokens)))
+    while count < len(lengths) and largest(microbatches(lengths, size, packed=packed, count=count)) > tokens:
+        count += 1
+    return count
 
 
 RowLayout = tuple[list[tuple[int, int]], int, int]  # (row, offset) of every sequence, rows, their length

@@ -169,6 +169,9 @@ def _estimate_ppo(inputs: EstimateInput, config: PPOConfig, shapes: PPOModelShap
     microbatch = min(config.optim.microbatch_size, share)
     max_response = config.sampling.max_new_tokens
     response = min(max_response, max(config.sampling.min_new_tokens, inputs.response_tokens or max_response))
+    if config.optim.microbatch_tokens is not None:
+        mean = sum(data.typical_lengths(microbatch)) / microbatch + response
+        microbatch = max(1, min(microbatch, int(config.optim.microbatch_tokens // mean)))
     packed_shape = _packed_shape([length + response for length in data.typical_lengths(microbatch)])
     models = [shapes.policy] if shapes.value is None else [shapes.policy, shapes.value]
     traces = [traced_activations(model, *packed_shape, inputs.bfloat16) for model in models]

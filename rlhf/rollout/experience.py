@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlhf.config.schema import PPO
 from rlhf.functional import gae, masked_whiten, shaped_rewards
-from rlhf.models.packed_batch import microbatches
+from rlhf.models.packed_batch import microbatch_count, microbatches
 from rlhf.rollout.types import Experience, Rollout, ScoredRollout
 
 ScoringContext = AbstractContextManager[Callable[[Rollout], Tensor]]
@@ -28,6 +28,7 @@ def score_rollout(
     rewards: ScoringContext,
     microbatch: int,
     packed: bool,
+    tokens: int | None = None,
 ) -> ScoredRollout:
     """Score a rollout with the policy, the reference, the value model and the rewards; each row is scored by itself.
 
@@ -39,10 +40,13 @@ def score_rollout(
         rewards: yields rollout -> [B] raw scores.
         microbatch: rows per forward pass.
         packed: rows will be packed rather than padded.
+        tokens: tokens per forward pass; None = no limit.
     """
     old = torch.zeros(rollout.response_ids.shape, device=rollout.response_ids.device)
     ref, values, raw = torch.zeros_like(old), torch.zeros_like(old), torch.zeros_like(old[:, 0])
-    parts = microbatches(rollout.mask.sum(dim=1), microbatch, packed=packed)
+    lengths = rollout.mask.sum(dim=1).cpu()
+    count = None if tokens is None else microbatch_count(lengths, microbatch, tokens, packed=packed)
+    parts = microbatches(lengths, microbatch, packed=packed, count=count)
     with rewards as score_part:
         for rows in parts:
             raw[rows] = score_part(rollout.select(rows))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlhf.models.heads import sequence_outputs, token_scores
 from rlhf.models.output_layer import logit_transform
-from rlhf.models.packed_batch import PackedBatch, can_pack, microbatches, packed_rows
+from rlhf.models.packed_batch import PackedBatch, can_pack, microbatch_count, microbatches, packed_rows
 from rlhf.rollout.teacher_forcing import policy_forward
 from tests.models import tiny
 from tests.tolerances import GRADIENT, assert_close, distance
@@ -181,6 +181,20 @@ def test_microbatches_hold_every_row_once(packed: bool) -> None:
         assert max(tokens) < 1.6 * min(tokens)
     else:
         assert all(int(lengths[a].min()) >= int(lengths[b].max()) for a, b in pairwise(parts))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("tokens", [95, 130, 200, 10_000])
+def test_microbatches_by_tokens_keep_both_limits(packed: bool, tokens: int) -> None:
+    lengths = torch.tensor([5, 90, 7, 7, 30, 61, 8, 80, 6, 40, 9])
+    count = microbatch_count(lengths, 4, tokens, packed=packed)
+    parts = microbatches(lengths, 4, packed=packed, count=count)
+    assert sorted(torch.cat(parts).tolist()) == list(range(11))
+    assert max(map(len, parts)) <= 4
+    sizes = [int(lengths[p].sum() if packed else lengths[p].max() * len(p)) for p in parts]
+    assert max(sizes) <= tokens
+    assert count == 3 if tokens == 10_000 else count > 3 or max(sizes) <= tokens
+    assert microbatch_count(lengths, 4, 50, packed=packed) <= 11  # the longest row is longer: it stands alone
 
 
 def test_the_step_counts_real_tokens_whatever_the_packing(monkeypatch: pytest.MonkeyPatch) -> None:

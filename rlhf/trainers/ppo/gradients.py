@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf.config.ppo import PPOSettings
 from rlhf.distributed import engine
-from rlhf.models.packed_batch import can_pack, microbatches
+from rlhf.models.packed_batch import can_pack, microbatch_count, microbatches
 from rlhf.rollout.types import Experience
 from rlhf.trainers.ppo.losses import policy_terms, value_terms
 from rlhf.trainers.ppo.policy_value import PolicyAndValue
@@ -33,6 +33,31 @@ class MinibatchGradients:
             ((value, self.rows[i]) for value, i in zip(values, self.passes, strict=True) if not math.isfinite(value)),
             None,
         )
+
+
+def _microbatches(
+    pair: PolicyAndValue, accelerator: Any, experience: Experience, minibatch: Tensor, settings: PPOSettings
+) -> list[Tensor]:
+    """Return the rows of this process's microbatches; every process has equally many.
+
+    An engine that shards parameters gathers them in every forward pass, so the numbers of passes must agree: the number
+    is what the process with most tokens needs. Every process knows the whole experience.
+    """
+    optim, packed = settings.optim, can_pack(pair.policy)
+    lengths = experience.mask.sum(dim=1).cpu()
+    shares = [minibatch[process :: accelerator.num_processes] for process in range(accelerator.num_processes)]
+    count = max(
+        microbatch_count(lengths[share], optim.microbatch_size, optim.microbatch_tokens, packed=packed)
+        for share in shares
+    )
+    mine = shares[accelerator.process_index]
+    parts = microbatches(
+        lengths[mine],
+        optim.microbatch_size,
+        packed=packed,
+        count=None if optim.microbatch_tokens is None else count,
+    )
+    return [mine[part] for part in parts]
 
 
 def accumulate_gradients(
@@ -60,13 +85,7 @@ def accumulate_gradients(
         warming: only the value model is trained.
     """
     a = accelerator
-    mine = minibatch[a.process_index :: a.num_processes]
-    parts = [
-        mine[part]
-        for part in microbatches(
-            experience.mask[mine].sum(dim=1), settings.optim.microbatch_size, packed=can_pack(pair.policy)
-        )
-    ]
+    parts = _microbatches(pair, accelerator, experience, minibatch, settings)
     found = MinibatchGradients(parts, ratio_error=torch.zeros((), device=experience.rewards.device))
     one_by_one = pair.separate_trunks and a.num_processes == 1 and not engine.under_deepspeed()
 

@@ -72,6 +72,7 @@ def score_experience(
             rewards=reward_scores(models, prompts_of, check),
             microbatch=settings.optim.microbatch_size,
             packed=can_pack(pair.policy),
+            tokens=settings.optim.microbatch_tokens,
         )
     scored = gather_rollouts(scored, models.accelerator, checks.pad_id)
     state.running_stats = state.running_stats.including(scored.raw_scores)

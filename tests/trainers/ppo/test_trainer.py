@@ -71,6 +71,19 @@ def test_the_gradient_is_that_of_the_equation_for_every_split(trainer: PPOTraine
     assert distance(transcribed(trainer, e, mean_of_rows=True), wanted) > 0.01  # the check sees a mean of means
 
 
+def test_the_gradient_does_not_depend_on_a_limit_of_tokens(reward_folder: str) -> None:
+    found = {}
+    for tokens in (None, 40, 1):
+        trainer = make(reward_folder, optim={"microbatch_tokens": tokens, "microbatch_size": 12})
+        e = experienced(trainer)
+        trainer.models.trained.train()
+        made = trainer.accumulate(e, torch.arange(len(e)), float(e.response_mask.sum()), {})
+        found[tokens] = len(made.rows), gradient(trainer.models.trained)
+    assert found[None][0] == 1 < found[40][0] < found[1][0] == 12
+    for tokens in (40, 1):
+        assert distance(found[tokens][1], found[None][1]) < GRADIENT
+
+
 def test_moving_the_policy_clips_some_tokens_and_not_all(trainer: PPOTrainer) -> None:
     """The test above relies on this."""
     e = experienced(trainer)
