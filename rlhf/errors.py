@@ -7,6 +7,7 @@ and reported together. `assert` is used for the project's own invariants only.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class RLHFError(Exception):
@@ -48,6 +49,34 @@ class CheckpointError(RLHFError):
 
 class TrainingError(RLHFError):
     """An invariant was broken during training (non-finite loss, wrong world size, ...)."""
+
+
+class OutOfMemoryError(TrainingError):
+    """The memory of a GPU or of the machine did not suffice. `rlhf.runs.memory_phase` raises it."""
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        found: str = "",
+        where: str = "",
+        do: str = "",
+        phase: str | None = None,
+        gpu: bool = True,
+        stage: str | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        """Build the message as `RLHFError` does.
+
+        Args:
+            what, found, where, do: as in `RLHFError`.
+            phase: what was being done, such as "sampling"; None = unknown.
+            gpu: whether it was a GPU's memory; else it was the machine's.
+            stage: name of the stage; None = memory ran out outside of a stage.
+            folder: output folder of the stage.
+        """
+        super().__init__(what, found=found, where=where, do=do)
+        self.phase, self.gpu, self.stage, self.folder = phase, gpu, stage, folder
 
 
 def combine_errors(kind: type[RLHFError], problems: Iterable[str]) -> RLHFError | None:

@@ -11,6 +11,7 @@ import typer
 
 from rlhf.cli import options as opt
 from rlhf.cli.data import data
+from rlhf.cli.memory_errors import explain_out_of_memory
 from rlhf.cli.output import explain_unforeseen, make_console, print_ending, print_notes
 from rlhf.errors import ConfigError, RLHFError
 from rlhf.runs import preemption
@@ -349,7 +350,8 @@ def main() -> None:
     preemption.handle_sigterm()
     write_heartbeat("running")
     try:
-        app(prog_name="rlhf")  # prints usage and exits by itself on a wrong command or option
+        with explain_out_of_memory():
+            app(prog_name="rlhf")  # prints usage and exits by itself on a wrong command or option
     except RLHFError as error:
         write_heartbeat("refused", words=f"{type(error).__name__}: {error}")
         typer.echo(f"{type(error).__name__}: {error}", err=True)

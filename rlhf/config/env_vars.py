@@ -14,6 +14,9 @@ EXPECTED_PROCESSES = "RLHF_EXPECTED_PROCESSES"
 TIMEOUT_VARIABLE = "RLHF_TIMEOUT"
 """Seconds that a process waits for the others; see `timeout_seconds`."""
 
+LAUNCH_OPTIONS = "RLHF_LAUNCH_OPTIONS"
+"""Options of the launch as JSON, from which a process that runs out of memory writes the command to run again."""
+
 HEARTBEAT_FOLDER = "RLHF_HEARTBEAT_FOLDER"
 """Folder in which each process writes its heartbeats and how it ended, for the supervisor."""
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rlhf.config.env_vars import (
     DEFAULT_TIMEOUT,
     EXPECTED_PROCESSES,
+    LAUNCH_OPTIONS,
     RENDEZVOUS_SECONDS,
     TIMEOUT_VARIABLE,
     timeout_seconds,
@@ -275,6 +277,7 @@ def launch_stage(options: LaunchOptions, stage: str, arguments: list[str], *, ou
             ip=plan.ip,
             port=plan.port,
         )
+    environment[LAUNCH_OPTIONS] = json.dumps(asdict(options))
     resume_command = "rlhf " + shlex.join([stage, *arguments, *options.flags()])
     join_timeout = max(timeout, RENDEZVOUS_SECONDS) + RENDEZVOUS_SECONDS / 2
     result = JobResult(0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from rlhf.config.run_plan import PPOPlan, SupervisedPlan, count_processes
 from rlhf.config.schema import STAGES, FineTuningStage, PPOConfig, StageConfig
 from rlhf.console import Console
 from rlhf.errors import CheckpointError, ConfigError, DataError, RLHFError, ShapeError
-from rlhf.launch.launcher import LaunchOptions, LaunchPlan, check_batch_shared, resolve_launch
 from rlhf.models.load import check_context, resolve_model
 from rlhf.preflight import memory_formulas
 from rlhf.preflight.data_audit import DataAudit, audit_data
@@ -25,13 +24,12 @@ from rlhf.preflight.model_shapes import (
     PPOModelShapes,
     base_weights,
     expected_reply_tokens,
-    ppo_model_shapes,
     reward_sources,
-    trained_model_shape,
 )
+from rlhf.preflight.stage_inputs import data_profile, launch_sharding, model_shapes
 from rlhf.preflight.stage_memory import DataProfile, EstimateInput, device_bytes, estimate_memory
 from rlhf.preflight.suggestions import memory_suggestions, with_lora
-from rlhf.rollout.reward_loading import check_offload, same_tokenizer
+from rlhf.rollout.reward_loading import same_tokenizer
 from rlhf.stages import lifecycle
 
 FAILS, WELL = 1, 0  # exit codes
@@ -99,7 +97,7 @@ def run_preflight(
         if name == "evaluate":
             console.note("evaluate: trains nothing, so it is not checked")
             continue
-        sharding = _sharding(config, launch[0] or pipeline_launcher, *launch[1:])
+        sharding = launch_sharding(config, launch[0] or pipeline_launcher, *launch[1:])
         report = PreflightReport(console, sharding, limit or device_bytes(), gpu, response_tokens, planned, templates)
         console.title(f"{name} ({config.output_dir})")
         try:
@@ -131,18 +129,6 @@ def _jobs(
         )
     loaded = load_stage_config(STAGES[name], path, overrides)
     return [(name, loaded.config, None)], loaded.notes
-
-
-def _sharding(config: StageConfig, launcher: str | None, processes: int | None, machines: int | None) -> Sharding:
-    """Return the sharding of a launch. Raises: ConfigError if the launch is impossible or cannot share the batch."""
-    if launcher is None:
-        number = processes or 1
-        plan = LaunchPlan(Path(), {"distributed_type": "MULTI_GPU"}, number, 1, 0, None, None)
-    else:
-        address = "machine-0" if machines is None or machines > 1 else None  # a placeholder: nothing is started
-        plan = resolve_launch(LaunchOptions(launcher, processes, machines, 0, address), {})
-    check_batch_shared(config, plan.processes)
-    return Sharding.from_accelerate(plan.settings, plan.processes)
 
 
 def _add_planned_model(
@@ -185,9 +171,9 @@ def _check_stage(report: PreflightReport, name: str, config: Any) -> float | Non
     else:
         console.note("data: not checked, because the tokenizer does not exist yet; 'pretrain' will create it")
     shared_tokenizer = _check_tokenizers(report, config, renderer) if isinstance(config, PPOConfig) else True
-    models = _model_shapes(report, name, config, shared_tokenizer)
+    models = model_shapes(name, config, report.planned, shared_tokenizer)
     _check_context_length(config, models)
-    data = _data_profile(config, audits[0] if audits else None)
+    data = data_profile(config, audits[0] if audits else None)
     _print_run(config, data, report.sharding.processes, console)
     inputs = EstimateInput(name, config, models, data, report.sharding, report.gpu, report.response_tokens)
     _check_memory(report, inputs, expected_reply_tokens(config, report.planned), shared_tokenizer)
@@ -226,36 +212,6 @@ def _check_tokenizers(report: PreflightReport, config: PPOConfig, renderer: Any)
     return shared_tokenizer
 
 
-def _model_shapes(
-    report: PreflightReport, name: str, config: Any, shared_tokenizer: bool
-) -> ModelShape | PPOModelShapes:
-    if not isinstance(config, PPOConfig):
-        return trained_model_shape(name, config, report.planned)
-    shapes = ppo_model_shapes(
-        config,
-        report.planned,
-        shared_base=_has_shared_base(config, report.planned),
-        shared_tokenizer=shared_tokenizer,
-    )
-    check_offload(config, 0 if shapes.shared_base else len(shapes.reward_models))
-    return shapes
-
-
-def _has_shared_base(config: PPOConfig, planned: Mapping[str, PlannedModel]) -> bool:
-    """Return whether the roles will share a base model.
-
-    For a reward model that does not exist yet it depends on whether its adapter will be of the same kind.
-    """
-    if not config.peft.enabled or config.roles == "separate":
-        return False
-    scorer = config.reward_model
-    if scorer is not None and not Path(scorer.path).exists() and scorer.path in planned:
-        return planned[scorer.path].peft.method == config.peft.method
-    from rlhf.stages.ppo import decide_shared_base
-
-    return decide_shared_base(config, Console(quiet=True))
-
-
 def _check_context_length(config: Any, models: ModelShape | PPOModelShapes) -> None:
     model = models.policy if isinstance(models, PPOModelShapes) else models
     context = getattr(model.config, "max_position_embeddings", None)
@@ -264,17 +220,6 @@ def _check_context_length(config: Any, models: ModelShape | PPOModelShapes) -> N
         check_context(longest, context, "data.max_prompt_tokens + sampling.max_new_tokens")
     else:
         check_context(config.data.max_length, context, "data.max_length")
-
-
-def _data_profile(config: Any, audit: DataAudit | None) -> DataProfile:
-    limit = config.data.max_prompt_tokens if isinstance(config, PPOConfig) else config.data.max_length
-    if audit is None or not audit.kept:
-        return DataProfile(0, 0, limit, 1.0)
-    microbatch = config.optim.microbatch_size
-    longest, loss = audit.longest(microbatch)
-    tokens = sum(n for n, _ in sorted(audit.kept, reverse=True)[:microbatch])
-    lengths = tuple(sorted(n for n, _ in audit.kept))
-    return DataProfile(len(audit.kept), audit.tokens, longest, loss / max(tokens, 1), lengths)
 
 
 def _print_run(config: Any, data: DataProfile, processes: int, console: Console) -> None:
@@ -371,7 +316,7 @@ def _suggest_change(report: PreflightReport, inputs: EstimateInput, limit: float
             smallest, smallest_change = needed, change
     config = with_lora(inputs.config)
     if config is not None:
-        models = _model_shapes(report, inputs.stage, config, shared_tokenizer)
+        models = model_shapes(inputs.stage, config, report.planned, shared_tokenizer)
         needed = estimate_memory(replace(inputs, config=config, models=models)).peak
         if needed <= limit:
             return f"only adapters fit, which train other weights: peft.method=lora ({format_bytes(needed)})"

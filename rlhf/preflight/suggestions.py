@@ -15,12 +15,18 @@ from rlhf.preflight.stage_memory import EstimateInput, offloadable
 Suggestion = tuple[str, EstimateInput]  # the change as command-line words, and the input of its estimate
 
 
-def memory_suggestions(inputs: EstimateInput) -> Iterator[Suggestion]:
+def memory_suggestions(inputs: EstimateInput, phase: str | None = None) -> Iterator[Suggestion]:
     """Yield changes that need less memory, the cheapest first.
 
     The order is: smaller microbatches, offloaded frozen models, activation checkpointing, fewer rows decoded at once,
     more sharding over the same processes, more processes.
+
+    Args:
+        inputs: the stage.
+        phase: "sample" if PPO's sampling is known to need too much: fewer rows decoded at once then come first.
     """
+    if phase == "sample":
+        yield from _fewer_decoded_rows(inputs, "")
     yield from _smaller_microbatches(inputs, "")
     inputs, change = _with_offload(inputs)
     if change:
@@ -36,12 +42,9 @@ def memory_suggestions(inputs: EstimateInput) -> Iterator[Suggestion]:
                 change = f"{offload_change} optim.activation_checkpointing=true{smaller}".strip()
                 yield change, smallest
             microbatch //= 2
-    if isinstance(inputs.config, PPOConfig):
-        rows = inputs.config.sampling.batch_size
-        while rows > 8:
-            rows //= 2
-            smallest = _with_settings(smallest, "sampling", batch_size=rows)
-            yield f"{change} sampling.batch_size={rows}".strip(), smallest
+    for fewer, changed in _fewer_decoded_rows(smallest, change):
+        smallest = changed
+        yield fewer, changed
     yield from _more_sharding(smallest, change)
 
 
@@ -53,6 +56,16 @@ def _smaller_microbatches(inputs: EstimateInput, change: str) -> Iterator[Sugges
         if _is_possible(inputs, size):
             smaller = _with_settings(inputs, "optim", microbatch_size=size)
             yield f"{change} optim.microbatch_size={size}".strip(), smaller
+
+
+def _fewer_decoded_rows(inputs: EstimateInput, change: str) -> Iterator[Suggestion]:
+    """Yield suggestions that repeatedly halve the rows that PPO decodes at once, in addition to `change`."""
+    if not isinstance(inputs.config, PPOConfig):
+        return
+    rows = inputs.config.sampling.batch_size
+    while rows > 8:
+        rows //= 2
+        yield f"{change} sampling.batch_size={rows}".strip(), _with_settings(inputs, "sampling", batch_size=rows)
 
 
 def _with_offload(inputs: EstimateInput) -> tuple[EstimateInput, str]:

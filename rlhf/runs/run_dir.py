@@ -25,9 +25,11 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
+from rlhf.config.memory_settings import memory_changes, only_memory_differs
 from rlhf.config.renamed_keys import rename_old_keys
 from rlhf.errors import CheckpointError, ConfigError
 from rlhf.runs.lock import LOCK_FILE, Lock, refuse_if_held
+from rlhf.runs.memory_phase import phase
 from rlhf.runs.preemption import RunStopped
 from rlhf.version import __version__
 
@@ -111,6 +113,7 @@ class RunDir:
         """Return the state of the folder: 'new', 'interrupted' or 'finished'.
 
         The last two mean a run of the same stage with the same configuration and inputs; an interrupted one can resume.
+        Settings that only change how much memory a run needs may differ (`MEMORY_SETTINGS`).
 
         Args:
             stage: name of the stage.
@@ -134,12 +137,8 @@ class RunDir:
                 do="choose another output_dir",
             )
         info = read_json(self.path / RUN_FILE)
-        saved = self._saved_config()
-        saved_config = yaml.safe_load(saved.read_text(encoding="utf-8")) if saved.is_file() else None
-        same = isinstance(saved_config, dict) and rename_old_keys(type(config), saved_config).values == config_to_dict(
-            config
-        )
-        if info.get("stage") != stage or not same:
+        saved = self._saved_values(type(config))
+        if info.get("stage") != stage or saved is None or not only_memory_differs(saved, config_to_dict(config)):
             raise ConfigError(
                 "the output folder already holds another run",
                 found=f"{info.get('stage')}, {info.get('status')}",
@@ -163,13 +162,15 @@ class RunDir:
         self._check_writable()
         return "interrupted"
 
-    def _saved_config(self) -> Path:
-        """Return the path of the saved configuration: config.yaml, or config.yaml.new if that is missing.
+    def _saved_values(self, schema: type[BaseModel]) -> dict[str, Any] | None:
+        """Return the saved configuration: of config.yaml, or of config.yaml.new if that is missing; None without both.
 
         `start` renames it only after run.json is written, so that a kill never leaves config.yaml without run.json.
         """
         saved = self.path / CONFIG_FILE
-        return saved if saved.is_file() else saved.with_name(f"{CONFIG_FILE}.new")
+        saved = saved if saved.is_file() else saved.with_name(f"{CONFIG_FILE}.new")
+        values = yaml.safe_load(saved.read_text(encoding="utf-8")) if saved.is_file() else None
+        return rename_old_keys(schema, values).values if isinstance(values, dict) else None
 
     def _check_writable(self) -> None:
         """Check that the folder can be written to and is not locked. Raises: ConfigError if not."""
@@ -197,6 +198,7 @@ class RunDir:
     ) -> None:
         """Create the folder (or reuse that of an interrupted run), lock it, and write run.json and config.yaml.
 
+        Settings that only concern memory and have changed since the attempt before are listed in run.json.
         Raises: ConfigError if another process writes to the folder, or has done so since `check`.
         """
         if not self.main:
@@ -212,9 +214,12 @@ class RunDir:
                 do="run the command again; it then checks the folder again",
             )
         new = self.path / f"{CONFIG_FILE}.new"
-        if not (self.path / CONFIG_FILE).is_file():
+        saved = self._saved_values(type(config)) if (self.path / CONFIG_FILE).is_file() else None
+        changes = memory_changes(saved, config_to_dict(config)) if saved is not None else {}
+        if saved is None or changes:
             write_text(new, yaml.safe_dump(config_to_dict(config), sort_keys=False))
         attempts = int(self.info.get("attempts", 0)) + 1
+        changed = [*self.info.get("changed", []), *([{"attempt": attempts, **changes}] if changes else [])]
         self.info = {
             "id": uuid.uuid4().hex,
             "stage": stage,
@@ -226,6 +231,7 @@ class RunDir:
             "seed": seed,
             "processes": processes,
             "attempts": attempts,
+            **({"changed": changed} if changed else {}),
             "started": _timestamp(),
             "inputs": dict(inputs),
             "data": {},
@@ -286,7 +292,8 @@ class RunDir:
         if self.main:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-        yield temporary
+        with phase("saving"):
+            yield temporary
         if self.main:
             for path in temporary.rglob("*"):
                 fsync_path(path)

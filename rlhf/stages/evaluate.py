@@ -29,6 +29,7 @@ from rlhf.evaluation.reward_accuracy import reward_accuracy
 from rlhf.models.reward_models import load_scorer
 from rlhf.models.soft_prompt import load_for_generation
 from rlhf.reports.html import write_report
+from rlhf.runs.memory_phase import phase
 from rlhf.runs.run_dir import write_json
 from rlhf.stages.lifecycle import RunResult, begin_run, open_tokenizer, start_run
 
@@ -41,11 +42,12 @@ def run(config: EvaluateConfig, console: Console) -> RunResult:
         return RunResult(directory.path, directory.info.get("summary", {}), skipped=True)
     inputs = _load_inputs(config, console)
 
+    @phase("loading")
     def load(source: ModelSource) -> Any:
         return load_for_generation(source).eval()
 
     start_run(directory, "evaluate", config)
-    with directory.guard():
+    with directory.guard(), phase("evaluating"):
         answers = answer_with_every_model(config, inputs, load, console)
         results: dict[str, Any] = {
             "reference": config.reference,
@@ -65,6 +67,7 @@ def run(config: EvaluateConfig, console: Console) -> RunResult:
     return RunResult(directory.path, results)
 
 
+@phase("loading")
 def _load_inputs(config: EvaluateConfig, console: Console) -> EvaluationInputs:
     """Load and tokenize the prompts and the held-out text; load the judge, the measures and the reward model."""
     device = inference_device()

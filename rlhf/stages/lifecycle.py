@@ -28,6 +28,7 @@ from rlhf.errors import ConfigError, DataError, RLHFError
 from rlhf.launch.rank_consistency import check_same_run
 from rlhf.models import model_metadata
 from rlhf.models.load import load_tokenizer, resolve_model
+from rlhf.runs.memory_phase import begin_stage
 from rlhf.runs.run_dir import RunDir, config_to_dict, fingerprint_path
 
 
@@ -48,6 +49,7 @@ def begin_run(stage: str, config: StageConfig, console: Console) -> tuple[RunDir
     """
     console.title(f"{stage} -> {config.output_dir}")
     run = RunDir(config.output_dir, main=is_main_process())
+    begin_stage(stage, run.path)
     state, inputs, failure = "", {}, None
     try:
         inputs = inputs_of(config)

@@ -27,6 +27,7 @@ from rlhf.rollout.reward_loading import build_rewards, check_offload, reward_dev
 from rlhf.rollout.rewards import Rewards
 from rlhf.rollout.types import Experience
 from rlhf.runs import preemption
+from rlhf.runs.memory_phase import phase
 from rlhf.runs.metrics import MetricsWriter, truncate_jsonl
 from rlhf.runs.run_dir import RunDir
 from rlhf.stages.lifecycle import RunResult, begin_run, open_tokenizer, start_run
@@ -91,6 +92,7 @@ class PPOComponents:
     text: PtxMixture | None
     fingerprint: str  # of the prompts
 
+    @phase("loading")
     def trainer(self, config: PPOConfig, **options: Any) -> PPOTrainer:
         """Return the trainer; `options` are its callbacks, monitor and console."""
         return PPOTrainer(
@@ -106,6 +108,7 @@ class PPOComponents:
         )
 
 
+@phase("loading")
 def load_components(config: PPOConfig, console: Console) -> PPOComponents:
     """Load and check models, rewards and prompts of a configuration.
 

@@ -13,6 +13,7 @@ from rlhf.models.adapters import add_adapter, continued_config, load_adapter
 from rlhf.models.load import check_context, context_length, grow_embeddings, is_adapter, resolve_model
 from rlhf.models.packed_batch import packed_rows
 from rlhf.models.policy import load_causal
+from rlhf.runs.memory_phase import phase
 from rlhf.stages.lifecycle import RunResult, begin_run, load_data, open_tokenizer, read_template, start_run
 from rlhf.trainers.phase_setup import set_up_phases
 from rlhf.trainers.supervised.probe_data import load_probe
@@ -75,6 +76,7 @@ def run(config: SFTConfig, console: Console) -> RunResult:
     return RunResult(directory.path, summary)
 
 
+@phase("loading")
 def _model(config: SFTConfig, vocab_size: int, console: Console) -> Any:
     if not config.peft.enabled:
         return load_causal(config.model, vocab_size=vocab_size)

@@ -38,6 +38,7 @@ COVERED_ELSEWHERE = {
     "rlhf.models.policy": "tests/models/test_load.py",
     "rlhf.preflight.check": "tests/cli/test_check.py",
     "rlhf.preflight.data_audit": "tests/cli/test_check.py",
+    "rlhf.preflight.stage_inputs": "tests/cli/test_memory_errors.py",
     "rlhf.preflight.model_shapes": "tests/preflight/test_stage_memory.py",
     "rlhf.rollout.experience": "tests/rollout/test_score.py",
     "rlhf.rollout.teacher_forcing": "tests/rollout/test_score.py",

@@ -218,3 +218,23 @@ def test_a_fingerprint_changes_with_content_and_with_the_run_behind_a_model(tmp_
         fingerprints.append(fingerprint_path(folder))
         assert fingerprint_path(folder) == fingerprint_path(folder.parent) == fingerprints[-1]
     assert len(set(fingerprints)) == 5
+
+
+def test_a_run_resumes_with_other_memory_settings_and_lists_them(tmp_path: Path) -> None:
+    interrupted_run(tmp_path)
+    smaller = config(tmp_path, optim={"microbatch_size": 2, "activation_checkpointing": True})
+    run = RunDir(tmp_path)
+    assert run.check("sft", smaller, {}) == "interrupted"
+    assert "microbatch_size: 16" in (tmp_path / "config.yaml").read_text(encoding="utf-8"), "checking writes nothing"
+    run.start("sft", smaller, seed=1, processes=1, versions={}, inputs={})
+    changes = {"optim.microbatch_size": [16, 2], "optim.activation_checkpointing": [False, True]}
+    assert info(tmp_path)["changed"] == [{"attempt": 2, **changes}]
+    assert "microbatch_size: 2" in (tmp_path / "config.yaml").read_text(encoding="utf-8")
+    run.finish()
+    assert RunDir(tmp_path).check("sft", config(tmp_path), {}) == "finished"
+
+
+def test_a_setting_that_changes_results_is_refused_beside_one_that_does_not(tmp_path: Path) -> None:
+    interrupted_run(tmp_path)
+    with pytest.raises(ConfigError, match="already holds another run"):
+        RunDir(tmp_path).check("sft", config(tmp_path, optim={"microbatch_size": 2, "batch_size": 32}), {})

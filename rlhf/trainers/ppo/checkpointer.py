@@ -13,6 +13,7 @@ from rlhf.console import Console
 from rlhf.distributed.engine import any_process
 from rlhf.launch.rank_consistency import check_same_checkpoint
 from rlhf.runs import preemption
+from rlhf.runs.memory_phase import phase
 from rlhf.runs.run_dir import RunDir
 from rlhf.trainers.ppo.callbacks import PPOCallback
 from rlhf.trainers.ppo.state import PPOState, state_size
@@ -54,7 +55,7 @@ class PPOCheckpointer(PPOCallback):
         Raises: CheckpointError if the disk is full.
         """
         with self.interval.saving():
-            with self._folder(trainer) as folder:
+            with phase("saving"), self._folder(trainer) as folder:
                 trainer.save(folder)
             trainer.accelerator.wait_for_everyone()
 

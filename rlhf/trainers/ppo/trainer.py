@@ -33,6 +33,7 @@ from rlhf.models.ema import WeightAverage
 from rlhf.models.load import check_context, context_length
 from rlhf.models.offload import OffloadedModels
 from rlhf.rollout.types import Experience, Rollout
+from rlhf.runs.memory_phase import phase
 from rlhf.trainers.lr_schedule import schedule_factor
 from rlhf.trainers.ppo import health, inputs
 from rlhf.trainers.ppo.callbacks import PPOCallback
@@ -174,15 +175,18 @@ class PPOTrainer:
         self.phases.select(state.step)
         if state.progress is None:
             start = time.monotonic()
-            rollout = self.sample()
+            with phase("sampling"):
+                rollout = self.sample()
             sampled = time.monotonic()
             report_progress()
-            state.progress = StepProgress(self.score(rollout))
+            with phase("scoring"):
+                state.progress = StepProgress(self.score(rollout))
             report_progress()
             state.progress.time_sample, state.progress.time_score = sampled - start, time.monotonic() - sampled
             self._call("on_safe_point")
         progress, experience, start = state.progress, state.progress.experience, time.monotonic()
-        stats = self.update(experience)
+        with phase("updating"):
+            stats = self.update(experience)
         stats |= {
             "time_sample": progress.time_sample,
             "time_score": progress.time_score,

@@ -18,6 +18,7 @@ from rlhf.config.sections import Optim
 from rlhf.console import Bar
 from rlhf.distributed.engine import trainer_arguments
 from rlhf.distributed.heartbeat import report_progress
+from rlhf.runs.memory_phase import phase
 from rlhf.runs.metrics import METRICS, MetricsWriter, read_jsonl, round_metric
 from rlhf.runs.run_dir import RunDir
 from rlhf.trainers.phase_schedule import PhaseSchedule
@@ -130,6 +131,12 @@ class OverridingTrainer:
             self.lr_scheduler = self.phase_callback.scheduler(optimizer or self.optimizer)
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def evaluate(self: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate; if memory runs out, the message names this phase."""
+        with phase("evaluating"):
+            metrics: dict[str, float] = super().evaluate(*args, **kwargs)  # type: ignore[misc]
+        return metrics
 
     def _save_checkpoint(self: Any, *args: Any, **kwargs: Any) -> None:
         """Write a checkpoint inside `CheckpointCallback.writing`, which checks disk space and removes partial files."""

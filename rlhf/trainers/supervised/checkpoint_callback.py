@@ -28,6 +28,7 @@ from rlhf.config.sections import Saving
 from rlhf.distributed.engine import any_process, override_deepspeed_loading
 from rlhf.distributed.zero_gather import full_numel
 from rlhf.runs import preemption
+from rlhf.runs.memory_phase import phase
 from rlhf.runs.metrics import MetricsWriter
 from rlhf.runs.run_dir import RunDir
 from rlhf.trainers.phase_schedule import PhaseSchedule
@@ -72,7 +73,8 @@ class CheckpointCallback(TrainerCallback):
             try:
                 if self.run.main:
                     (folder / MANIFEST).unlink(missing_ok=True)
-                yield
+                with phase("saving"):
+                    yield
             except BaseException:
                 if self.run.main:
                     shutil.rmtree(folder, ignore_errors=True)

@@ -16,6 +16,7 @@ from rlhf.launch.rank_consistency import check_same_checkpoint
 from rlhf.models.load import set_stop_tokens
 from rlhf.models.model_metadata import save_tokenizer_and_handover
 from rlhf.runs import preemption
+from rlhf.runs.memory_phase import phase
 from rlhf.runs.metrics import MetricsWriter
 from rlhf.runs.run_dir import RunDir
 from rlhf.trainers.phase_schedule import PhaseSchedule
@@ -85,7 +86,8 @@ def run_training(
         optim, directory, seed=seed, processes=world, schedule=schedule, evaluate=evaluate, evaluations=evaluations
     )
     with directory.guard(), console.progress(stage, updates, "update") as bar:
-        trainer = build(args, MetricsCallback(writer, bar, shown, tokens=before, losses=losses))
+        with phase("loading"):
+            trainer = build(args, MetricsCallback(writer, bar, shown, tokens=before, losses=losses))
         attach_phases(trainer, schedule)
         remove_printer(trainer)
         check_accelerator(trainer.accelerator)
@@ -93,7 +95,8 @@ def run_training(
         if probe is not None:
             trainer.add_callback(probe)
         CheckpointCallback(directory, saving, writer).attach(trainer)
-        with preemption.delay_sigterm(saving.grace_seconds), save_by_parameter_name(trainer, schedule):
+        stopping, by_name = preemption.delay_sigterm(saving.grace_seconds), save_by_parameter_name(trainer, schedule)
+        with stopping, by_name, phase("updating"):
             trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
         updates = trainer.state.global_step  # fewer than planned if patience ended the run
         final = trainer.evaluate() if evaluate else {}
