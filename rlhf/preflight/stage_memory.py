@@ -76,7 +76,9 @@ def traced_activations(model: ModelShape, rows: int, length: int, bfloat16: bool
     """Return the traced activations of a model; each model and batch shape is traced once."""
     key = (id(model), rows, length, bfloat16)
     if key not in _trace_cache:
-        _trace_cache[key] = trace_activations(model.build, rows=rows, length=length, bfloat16=bfloat16)
+        _trace_cache[key] = trace_activations(
+            model.build_for_trace(bfloat16), rows=rows, length=length, bfloat16=bfloat16
+        )
     return _trace_cache[key]
 
 
@@ -100,7 +102,7 @@ def _estimate_supervised(inputs: EstimateInput, model: ModelShape) -> MemoryEsti
         rows *= 2  # the chosen and the rejected response
     soft_prompt = config.peft.prompt_tokens if isinstance(config, SFTConfig) and config.peft.method == "prompt" else 0
     activations = traced_activations(model, rows, length + soft_prompt, inputs.bfloat16)
-    transient = [formulas.gathered_part(model.weights, model.blocks, s)]
+    transient = [formulas.gathered_part(model.weights, model.blocks, s), _restored_layer([model], inputs.gpu)]
     if inputs.stage == "pretrain":
         transient.append(
             MemoryPart(
@@ -159,7 +161,8 @@ def _estimate_ppo(inputs: EstimateInput, config: PPOConfig, shapes: PPOModelShap
     if inputs.bfloat16 and not inputs.gpu:
         copies = min(formulas.ONEDNN_COPIES, config.sampling.batch_size)
         counts = shapes.policy.weights
-        permanent.append(MemoryPart("kernels' copies of weights", 2.0 * copies * (counts.trained + counts.frozen)))
+        unquantized = counts.trained + counts.frozen - counts.quantized
+        permanent.append(MemoryPart("kernels' copies of weights", 2.0 * copies * unquantized))
     if config.ppo.ema is not None:
         permanent.append(MemoryPart("averaged policy", float(4 * shapes.policy.weights.trained)))
     share = config.ppo.rollout_size // config.ppo.minibatches // s.processes
@@ -171,7 +174,9 @@ def _estimate_ppo(inputs: EstimateInput, config: PPOConfig, shapes: PPOModelShap
     traces = [traced_activations(model, *packed_shape, inputs.bfloat16) for model in models]
     vocabulary = shapes.policy.vocabulary
     tokens = min(microbatch * response, max(1, MAX_LOGITS_AT_ONCE // vocabulary))
+    restored = _restored_layer([*models, *shapes.reward_models], inputs.gpu)
     score = [
+        restored,
         MemoryPart("activations", max(trace.fixed + trace.block for trace in traces)),
         MemoryPart("output layer and loss", formulas.logit_bytes(tokens, vocabulary, formulas.CROSS_ENTROPY_BYTES)),
         formulas.gathered_part(trained, shapes.policy.blocks, s, whole=True),
@@ -179,6 +184,7 @@ def _estimate_ppo(inputs: EstimateInput, config: PPOConfig, shapes: PPOModelShap
     decode_rows = min(config.sampling.batch_size, max(1, config.ppo.rollout_size // s.processes))
     cache = _kv_cache_bytes(shapes.policy, decode_rows, data.longest + max_response, inputs.bfloat16)
     sample = [
+        restored,
         MemoryPart("KV cache", cache),
         MemoryPart("output layer and loss", formulas.logit_bytes(decode_rows, vocabulary, formulas.SAMPLING_BYTES)),
         formulas.gathered_part(shapes.policy.weights, shapes.policy.blocks, s, whole=True),
@@ -194,7 +200,8 @@ def _estimate_ppo(inputs: EstimateInput, config: PPOConfig, shapes: PPOModelShap
             for trace, phase in zip(traces, phases, strict=True)
         ]
         head = MemoryPart("output layer and loss", _output_layer_bytes(config, tokens, vocabulary, kept))
-        update = [MemoryPart("activations", sum(kept)), head, formulas.gathered_part(trained, shapes.policy.blocks, s)]
+        gathered = formulas.gathered_part(trained, shapes.policy.blocks, s)
+        update = [MemoryPart("activations", sum(kept)), head, gathered, restored]
         states = formulas.state_parts(trained, s, sum(phase.weights for phase in phases))
         updates.append(formulas.with_runtime([*states, *permanent], update, runtime))
     others = {
@@ -202,6 +209,12 @@ def _estimate_ppo(inputs: EstimateInput, config: PPOConfig, shapes: PPOModelShap
         "score": formulas.with_runtime([*outside_updates, *on_device_for_scoring], score, runtime),
     }
     return _with_largest_update(others, updates, inputs)
+
+
+def _restored_layer(models: list[ModelShape], gpu: bool) -> MemoryPart:
+    """Return the memory of the largest quantized layer, restored for its product in the dtype that it computes in."""
+    largest = max(model.largest_quantized for model in models)
+    return MemoryPart("restored 4-bit layer", float(largest * (2 if gpu else 4)))
 
 
 def _trained_weights(shapes: PPOModelShapes) -> WeightCounts:
