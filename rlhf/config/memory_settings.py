@@ -8,7 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-MEMORY_SETTINGS = ("optim.microbatch_size", "optim.activation_checkpointing", "offload", "sampling.batch_size")
+MEMORY_SETTINGS = (
+    "optim.microbatch_size",
+    "optim.microbatch_tokens",
+    "optim.activation_checkpointing",
+    "optim.compile",
+    "offload",
+    "sampling.batch_size",
+    "sampling.compile",
+)
 """Dotted keys. They divide the same work into other parts or place it elsewhere: results agree up to rounding."""
 
 

@@ -20,6 +20,7 @@ from rlhf.config.sections import (
     Saving,
     Section,
     Source,
+    require_adapter_on_quantized,
 )
 from rlhf.config.tuning import EMPTY_SELECTION, Freeze, Probe, Selection, TrainingPhase, Unfreeze
 
@@ -70,6 +71,8 @@ class FineTuningStage(TrainingStage):
     )
     probe: Probe = Probe()
 
+    _quantized = model_validator(mode="after")(require_adapter_on_quantized)
+
     @model_validator(mode="after")
     def _one_length(self) -> FineTuningStage:
         optim, default = getattr(self, "optim"), type(self).model_fields["optim"].default  # noqa: B009
@@ -87,6 +90,18 @@ class PretrainConfig(TrainingStage):
     architecture: Architecture = Architecture()
     data: Data
     optim: Optim = Optim(learning_rate=1e-3, batch_size=64, microbatch_size=64)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_quantized(cls, values: Any) -> Any:
+        model = values.get("model") if isinstance(values, dict) else None
+        if isinstance(model, dict) and model.get("quantize") is not None:
+            raise ValueError(
+                f"model.quantize={model['quantize']}: pretraining creates a new model and trains all of its weights, "
+                "which quantized weights do not allow; remove model, and quantize the base of an adapter in sft, "
+                "reward, classify or ppo"
+            )
+        return values
 
 
 def refuse_soft_prompt(config: RewardConfig | ClassifyConfig | PPOConfig) -> Any:
@@ -237,6 +252,7 @@ class PPOConfig(TrainingStage):
     sample_every: Count = Field(10, description="steps between entries in samples.jsonl (prompts with responses)")
 
     _refuse_soft_prompt = model_validator(mode="after")(refuse_soft_prompt)
+    _quantized = model_validator(mode="after")(require_adapter_on_quantized)
 
     @property
     def settings(self) -> PPOSettings:
@@ -318,6 +334,8 @@ class EvaluateConfig(StageConfig):
     show: Annotated[int, Field(ge=0)] = Field(
         3, description="number of prompts for which the report shows all models' responses side by side"
     )
+
+    _quantized = model_validator(mode="after")(require_adapter_on_quantized)
 
     @model_validator(mode="after")
     def _reference_is_a_model(self) -> EvaluateConfig:

@@ -6,6 +6,7 @@ quantities that follow from other settings are methods.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
@@ -85,6 +86,12 @@ class ModelSource(Section):
         description="dtype of the weights in memory; auto = float32; bfloat16 halves the memory of frozen models and "
         "of LoRA bases",
     )
+    quantize: Literal["nf4"] | None = Field(
+        None,
+        description="nf4 = store the frozen linear layers below an adapter in 4 bits (QLoRA, arXiv:2305.14314), except "
+        "the output layer and score heads; needs peft.method other than none and pip install 'rlhf[quantize]'; "
+        "null = not quantized",
+    )
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
         "auto",
         description="attention implementation; auto = the default of transformers; eager is faster for bfloat16 on a "
@@ -143,6 +150,39 @@ class Peft(Section):
                     f"remove {name}"
                 )
         return self
+
+
+def quantized_sources(section: BaseModel, key: str = "") -> Iterator[tuple[str, ModelSource]]:
+    """Yield (dotted key, model source) of every model in a configuration that is loaded quantized."""
+    if isinstance(section, ModelSource) and section.quantize is not None:
+        yield key, section
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, tuple) else ()
+        inner = [(f"{name}.{part}", member) for part, member in parts] or [(name, value)]
+        for inner_key, member in inner:
+            if isinstance(member, BaseModel):
+                yield from quantized_sources(member, f"{key}.{inner_key}" if key else inner_key)
+
+
+def require_adapter_on_quantized(config: Any) -> Any:
+    """Refuse a quantized model in a stage that would train all of its weights, or that trains nothing.
+
+    Raises: ValueError that names the model.
+    """
+    peft = getattr(config, "peft", None)
+    for key, source in quantized_sources(config):
+        if peft is None:
+            raise ValueError(
+                f"{key}.quantize={source.quantize}: only stages that train an adapter quantize its base; remove "
+                "quantize, and the adapter is evaluated on the base as it is stored"
+            )
+        if not peft.enabled:
+            raise ValueError(
+                f"{key}.quantize={source.quantize}: quantized weights cannot be trained, and peft.method=none trains "
+                f"all weights; set peft.method=lora, or remove {key}.quantize"
+            )
+    return config
 
 
 READ_BY = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import json
 import os
 from pathlib import Path
 
@@ -22,6 +23,25 @@ def use_cpu() -> bool:
 def under_deepspeed() -> bool:
     """Return whether the launcher requested DeepSpeed."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+
+
+def weight_sharding() -> str | None:
+    """Return the engine by which the launcher shards weights over processes, as text; None if each holds them whole."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
+        return "FSDP"
+    if not under_deepspeed():
+        return None
+    file = Path(os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none"))
+    if file.is_file():
+        stage = json.loads(file.read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage", 0)
+    else:
+        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    return "DeepSpeed ZeRO-3" if str(stage) == "3" else None
+
+
+def local_rank() -> int:
+    """Return the number of this process on its machine, which is also the number of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def check_launch(stage: str) -> None:

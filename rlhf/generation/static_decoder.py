@@ -32,6 +32,7 @@ from rlhf.generation.sampling import allowed_tokens, draw_token, uniform_numbers
 from rlhf.generation.stop_strings import StopStrings
 from rlhf.models.output_layer import next_token_logits
 from rlhf.models.packed_batch import TOLERANCE
+from rlhf.models.quantization import least_precise_dtype
 from rlhf.rollout.types import Rollout
 
 STEPS_BETWEEN_CHECKS = 8
@@ -82,7 +83,8 @@ def _decodes_correctly(model: Any) -> bool:
     except Exception:  # whatever an architecture raises that cannot do it
         return False
     difference = (torch.stack(logprobs) - rollout.sampled_logprobs).abs().max()
-    return bool(difference <= 4 * TOLERANCE.get(next(model.parameters()).dtype, TOLERANCE[torch.bfloat16]))
+    dtype = least_precise_dtype(model, next(model.parameters()).dtype)
+    return bool(difference <= 4 * TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16]))
 
 
 class _Layer(CacheLayerMixin):

@@ -12,6 +12,7 @@ from torch import nn
 from rlhf.config.sections import ModelSource
 from rlhf.data.render import Renderer
 from rlhf.errors import CheckpointError, ConfigError
+from rlhf.models.quantization import prepare_quantized, quantized_loading, weight_count
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 
@@ -94,12 +95,15 @@ def load_tokenizer(source: ModelSource) -> Any:
 def load_pretrained(auto_class: Any, source: ModelSource, folder: str, **options: Any) -> Any:
     """Call `from_pretrained` with the source's settings; only safetensors files are read.
 
-    Raises: CheckpointError if the model does not load.
+    Every model with `quantize` is quantized here, see `quantized_loading`.
+
+    Raises: CheckpointError if the model does not load; ConfigError if it cannot be quantized in this environment.
     """
+    options |= quantized_loading(source)
     if source.attention != "auto":
         options["attn_implementation"] = source.attention
     try:
-        return auto_class.from_pretrained(
+        model = auto_class.from_pretrained(
             folder,
             revision=source.revision,
             trust_remote_code=source.trust_remote_code,
@@ -114,6 +118,9 @@ def load_pretrained(auto_class: Any, source: ModelSource, folder: str, **options
                 "the model does not load", found=f"{kind}: {str(error).splitlines()[0][:200]}", where=folder
             ) from None
         raise
+    if source.quantize is not None:
+        prepare_quantized(model, folder)
+    return model
 
 
 def grow_embeddings(model: Any, vocab_size: int) -> None:
@@ -150,7 +157,7 @@ def context_length(model: Any) -> int | None:
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Return the number of trainable parameters and the number of all parameters."""
-    total = sum(p.numel() for p in model.parameters())
+    total = sum(weight_count(p) for p in model.parameters())
     return sum(p.numel() for p in model.parameters() if p.requires_grad), total
 
 

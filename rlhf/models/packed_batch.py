@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.models.load import backbone
+from rlhf.models.quantization import least_precise_dtype
 
 LINEAR_COST_LENGTH = (
     512  # row length at which attention costs as much as all the rest of a token; smaller for narrow models
@@ -268,5 +269,5 @@ def _probe(model: Any) -> bool:
     found = together.last_hidden_state[0].float()
     if found.shape != expected.shape:
         return False
-    tolerance = TOLERANCE.get(padded.last_hidden_state.dtype, 1e-3)
+    tolerance = TOLERANCE.get(least_precise_dtype(model, padded.last_hidden_state.dtype), 1e-3)
     return bool((found - expected).abs().max() <= tolerance * expected.abs().max())

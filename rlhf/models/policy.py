@@ -13,6 +13,8 @@ from rlhf.models.load import disable_dropout, grow_embeddings, is_adapter, load_
 def load_causal(source: ModelSource, *, vocab_size: int | None = None) -> Any:
     """Load a causal LM with dropout off; an adapter is merged into its base in memory.
 
+    On a quantized base an adapter stays beside the base, because merging would quantize the sum.
+
     Args:
         vocab_size: length of the tokenizer; smaller embeddings grow to it.
     Raises: CheckpointError if the folder does not hold a loadable model.
@@ -29,7 +31,8 @@ def load_causal(source: ModelSource, *, vocab_size: int | None = None) -> Any:
                 do="use it with 'rlhf generate', 'rlhf chat' or 'rlhf evaluate'; for a model that other stages start "
                 "from, train with peft.method=lora or ia3",
             )
-        model = load_adapter(source, folder, AutoModelForCausalLM, trainable=False).merge_and_unload()
+        model = load_adapter(source, folder, AutoModelForCausalLM, trainable=False)
+        model = model if source.quantize is not None else model.merge_and_unload()
     else:
         model = load_pretrained(AutoModelForCausalLM, source, folder)
     if vocab_size is not None:

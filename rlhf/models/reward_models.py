@@ -67,6 +67,8 @@ def new_value_model(source: ModelSource, peft: Peft, *, pad_id: int, vocab_size:
 def load_classifier(source: ModelSource, *, role: str = "classifier", do: str = "give one that was trained") -> Any:
     """Load a trained sequence classifier with any number of labels and dropout off; an adapter is merged into its base.
 
+    On a quantized base an adapter stays beside the base, because merging would quantize the sum.
+
     Args:
         role: what the model is called in messages.
         do: what messages advise.
@@ -76,7 +78,8 @@ def load_classifier(source: ModelSource, *, role: str = "classifier", do: str = 
 
     folder = resolve_model(source)
     if is_adapter(folder):
-        model = adapted_classifier(source, folder, role, do, trainable=False).merge_and_unload()
+        model = adapted_classifier(source, folder, role, do, trainable=False)
+        model = model if source.quantize is not None else model.merge_and_unload()
         disable_dropout(model)
         return model
     model = load_pretrained(AutoModelForSequenceClassification, source, folder)

@@ -50,7 +50,7 @@ def reason_not_shared(policy: ModelSource, scorer: ModelSource, method: str) -> 
     base, base_of_policy = base_source(scorer, folder).path, policy_base(policy)
     if _resolved(base) != _resolved(base_of_policy):
         return f"{scorer.path} is an adapter of {base}, the policy's base is {base_of_policy}"
-    for name in ("dtype", "attention"):
+    for name in ("dtype", "attention", "quantize"):
         if getattr(policy, name) != getattr(scorer, name):
             return f"{scorer.path} has another {name} than the policy"
     return None

@@ -11,12 +11,14 @@ from typing import Any
 from rlhf.config.load import load_pipeline, load_stage_config
 from rlhf.config.run_plan import PPOPlan, SupervisedPlan, count_processes
 from rlhf.config.schema import STAGES, FineTuningStage, PPOConfig, StageConfig
+from rlhf.config.sections import quantized_sources
 from rlhf.console import Console
 from rlhf.errors import CheckpointError, ConfigError, DataError, RLHFError, ShapeError
 from rlhf.models.load import check_context, resolve_model
+from rlhf.models.quantization import check_quantization
 from rlhf.preflight import memory_formulas
 from rlhf.preflight.data_audit import DataAudit, audit_data
-from rlhf.preflight.memory_formulas import Sharding, format_bytes
+from rlhf.preflight.memory_formulas import QUANTIZED_BITS, Sharding, format_bytes
 from rlhf.preflight.model_shapes import (
     NO_ADAPTER,
     ModelShape,
@@ -171,6 +173,7 @@ def _check_stage(report: PreflightReport, name: str, config: Any) -> float | Non
     else:
         console.note("data: not checked, because the tokenizer does not exist yet; 'pretrain' will create it")
     shared_tokenizer = _check_tokenizers(report, config, renderer) if isinstance(config, PPOConfig) else True
+    _check_quantization(report, config)
     models = model_shapes(name, config, report.planned, shared_tokenizer)
     _check_context_length(config, models)
     data = data_profile(config, audits[0] if audits else None)
@@ -178,6 +181,21 @@ def _check_stage(report: PreflightReport, name: str, config: Any) -> float | Non
     inputs = EstimateInput(name, config, models, data, report.sharding, report.gpu, report.response_tokens)
     _check_memory(report, inputs, expected_reply_tokens(config, report.planned), shared_tokenizer)
     return audits[0].reply_tokens if audits is not None and name == "sft" else None
+
+
+def _check_quantization(report: PreflightReport, config: StageConfig) -> None:
+    """Report a problem if the stage could not load its quantized models, and say what their memory is based on."""
+    if not any(True for _ in quantized_sources(config)):
+        return
+    s = report.sharding
+    try:
+        check_quantization(config, None if s.zero < 3 else "DeepSpeed ZeRO-3" if s.deepspeed else "FSDP")
+    except ConfigError as error:
+        report.add_problem(f"ConfigError: {error}")
+    report.console.note(
+        f"quantize: {QUANTIZED_BITS:.3f} bits for each weight of the quantized linear layers; this was computed, and "
+        "was not validated on a GPU"
+    )
 
 
 def _check_tokenizers(report: PreflightReport, config: PPOConfig, renderer: Any) -> bool:

@@ -21,6 +21,7 @@ import torch
 from rlhf.models.adapters import adapter_parameters
 from rlhf.models.heads import AdapterScorer
 from rlhf.models.load import backbone
+from rlhf.models.quantization import weight_count
 
 GEMM_SIZES = (256, 512, 1024)  # sizes of the square matrices with which F is measured; the fastest counts
 ADAMW_BYTES = 28
@@ -51,7 +52,7 @@ class ModelCost:
         excluded = {id(p) for p in trunk.get_input_embeddings().parameters()} | inactive
         first = next(trunk.parameters())
         return cls(
-            sum(p.numel() for p in trunk.parameters() if id(p) not in excluded),
+            sum(weight_count(p) for p in trunk.parameters() if id(p) not in excluded),
             config.num_hidden_layers,
             config.hidden_size,
             config.vocab_size,

@@ -15,6 +15,7 @@ Bytes on each of n processes, for P trained and F frozen parameters of b and f b
     activations     fixed + k A                     k blocks that are differentiated, A bytes of one block
       recomputed    fixed + k H + A                 H bytes of a block's input
     output layer    tokens x V x bytes per logit
+    quantized       4.127 bits for each weight of the frozen linear layers that are quantized, instead of 8 f
     KV cache        2 L heads width x rows x columns x bytes
 
 Blocks below the first trained weight keep no activations: k counts the blocks from the lowest trained one upwards, and
@@ -40,6 +41,7 @@ POLICY_PASS_BYTES = 24  # PPO's forward pass: logits, log-softmax, and the inter
 POLICY_KEPT_BYTES = 8  # the part of POLICY_PASS_BYTES that is kept until the backward pass
 FILTER_BYTES = 9  # added to both if sampling was filtered: a bool and masked logits
 SAMPLING_BYTES = 16  # sampling of a token: logits, probabilities and their cumulative sums
+QUANTIZED_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # nf4 with double quantization (arXiv:2305.14314, section 3)
 ONEDNN_COPIES = 120  # oneDNN (bfloat16 on CPU) caches up to this many packed copies of a weight, one per batch shape
 RECORD_BYTES, TOKEN_BYTES = 2048, 56  # Python objects of a record and of a token, in rows and data set together
 
@@ -83,12 +85,14 @@ class WeightCounts:
     trained: int
     frozen: int = 0
     trained_bytes: int = 4  # bytes per trained parameter
-    frozen_bytes: int = 4  # bytes per frozen parameter
+    frozen_bytes: int = 4  # bytes per frozen parameter that is not quantized
+    quantized: int = 0  # how many of the frozen parameters are quantized
 
     @property
-    def bytes(self) -> int:
+    def bytes(self) -> float:
         """Bytes of all parameters, unsharded."""
-        return self.trained * self.trained_bytes + self.frozen * self.frozen_bytes
+        whole = self.trained * self.trained_bytes + (self.frozen - self.quantized) * self.frozen_bytes
+        return whole + self.quantized * QUANTIZED_BITS / 8
 
     def __add__(self, other: WeightCounts) -> WeightCounts:
         """Return the sum of both; the larger number of bytes per parameter counts for both, as an upper bound."""
@@ -97,6 +101,7 @@ class WeightCounts:
             self.frozen + other.frozen,
             max(self.trained_bytes, other.trained_bytes),
             max(self.frozen_bytes if self.frozen else 0, other.frozen_bytes if other.frozen else 0) or 4,
+            self.quantized + other.quantized,
         )
 
 

@@ -22,7 +22,7 @@ from rlhf.distributed.library_internals import set_attention
 from rlhf.errors import CheckpointError
 from rlhf.models import model_metadata
 from rlhf.models.adapters import add_adapter, base_source
-from rlhf.models.load import disable_dropout, dtype_of, is_adapter, resolve_model
+from rlhf.models.load import backbone, disable_dropout, dtype_of, is_adapter, resolve_model
 from rlhf.models.parameter_selection import ParameterMap, map_parameters
 from rlhf.preflight.memory_formulas import WeightCounts
 from rlhf.trainers.phase_schedule import PhaseSchedule, ResolvedPhase, make_ppo_schedule, make_schedule
@@ -64,6 +64,18 @@ class ModelShape:
     weights: WeightCounts  # a weight counts as trained if any phase trains it
     blocks: int
     phases: tuple[TrainablePhase, ...]
+    largest_quantized: int = 0  # weights of the largest quantized layer; 0 if no layer is quantized
+
+    def build_for_trace(self, bfloat16: bool) -> Callable[[int | None], Any]:
+        """Return `build`, whose quantized weights get the dtype of the passes, so that autocast does not copy them."""
+
+        def build(blocks: int | None) -> Any:
+            model = self.build(blocks)
+            for parameter in _quantized_weights(model):
+                parameter.data = parameter.data.to(torch.bfloat16)
+            return model
+
+        return build if bfloat16 and self.largest_quantized else self.build
 
     @property
     def vocabulary(self) -> int:
@@ -132,8 +144,18 @@ def model_shape(
     ever_trained = sum(sizes[name] for name in frozenset().union(*(resolved.names for resolved in resolved_phases)))
     frozen_bytes = torch.empty((), dtype=dtype).element_size()
     trained_bytes = next((p.element_size() for p in model.parameters() if p.requires_grad), frozen_bytes)
-    weights = WeightCounts(ever_trained, sum(sizes.values()) - ever_trained, trained_bytes, frozen_bytes)
-    return ModelShape(name, build, config, weights, blocks, tuple(phases))
+    frozen = sum(sizes.values()) - ever_trained
+    quantized = [p.numel() for p in _quantized_weights(model)] if source.quantize is not None else []
+    weights = WeightCounts(ever_trained, frozen, trained_bytes, frozen_bytes, sum(quantized))
+    return ModelShape(name, build, config, weights, blocks, tuple(phases), max(quantized, default=0))
+
+
+def _quantized_weights(model: Any) -> list[torch.Tensor]:
+    """Return the weights that quantization packs: those of the frozen linear layers of the trunk."""
+    from transformers.pytorch_utils import Conv1D
+
+    layers: list[Any] = [m for m in backbone(model).modules() if isinstance(m, torch.nn.Linear | Conv1D)]
+    return [layer.weight for layer in layers if not layer.weight.requires_grad]
 
 
 def _config(base: ModelSource | None, architecture: Any) -> Any:

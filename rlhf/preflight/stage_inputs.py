@@ -92,7 +92,8 @@ def _has_shared_base(config: PPOConfig, planned: Mapping[str, PlannedModel]) -> 
         return False
     scorer = config.reward_model
     if scorer is not None and not Path(scorer.path).exists() and scorer.path in planned:
-        return planned[scorer.path].peft.method == config.peft.method
+        same_base = scorer.quantize == config.policy.quantize
+        return same_base and planned[scorer.path].peft.method == config.peft.method
     from rlhf.stages.ppo import decide_shared_base
 
     return decide_shared_base(config, Console(quiet=True))

@@ -76,7 +76,9 @@ def traced_activations(model: ModelShape, rows: int, length: int, bfloat16: bool
     """Return the traced activations of a model; each model and batch shape is traced once."""
     key = (id(model), rows, length, bfloat16)
     if key not in _trace_cache:
-        _trace_cache[key] = trace_activations(model.build, rows=rows, length=length, bfloat16=bfloat16)
+        _trace_cache[key] = trace_activations(
+            model.build_for_trace(bfloat16), rows=rows, length=length, bfloat16=bfloat16
+        )
     return _trace_cache[key]
 
 
@@ -100,7 +102,7 @@ def _estimate_supervised(inputs: EstimateInput, model: ModelShape) -> MemoryEsti
         rows *= 2  # the chosen and the rejected response
     soft_prompt = config.peft.prompt_tokens if isinstance(config, SFTConfig) and config.peft.method == "prompt" else 0
     activations = traced_activations(model, rows, length + soft_prompt, inputs.bfloat16)
-    transient = [formulas.gathered_part(model.weights, model.blocks, s)]
+    transient = [formulas.gathered_part(model.weights, model.blocks, s), _restored_layer([model], inputs.gpu)]
     if inputs.stage == "pretrain":
         transient.append(
             MemoryPart(
@@ -160,7 +162,8 @@ def _estimate_ppo(inputs: EstimateInput, config: PPOConfig, shapes: PPOModelShap
     if inputs.bfloat16 and not inputs.gpu:
         copies = min(formulas.ONEDNN_COPIES, config.sampling.batch_size)
         counts = shapes.policy.weights
-        permanent.append(MemoryPart("kernels' copies of weights", 2.0 * copies * (counts.trained + counts.frozen)))
+        unquantized = counts.trained + counts.frozen - counts.quantized
+        permanent.append(MemoryPart("kernels' copies of weights", 2.0 * copies * unquantized))
     if config.ppo.ema is not None:
         permanent.append(MemoryPart("averaged policy", float(4 * shapes.policy.weights.trained)))
     if inputs.bfloat16 and inputs.gpu and s.zero < 3:
@@ -179,7 +182,9 @@ def _estimate_ppo(inputs: EstimateInput, config: PPOConfig, shapes: PPOModelShap
     tokens = min(microbatch * response, max(1, MAX_LOGITS_AT_ONCE // vocabulary))
     # One graph at a time where the two models share nothing and no engine counts the backward passes.
     one_by_one = shapes.value is not None and not shapes.shared_base and s.processes == 1 and not s.deepspeed
+    restored = _restored_layer([*models, *shapes.reward_models], inputs.gpu)
     score = [
+        restored,
         MemoryPart("activations", max(trace.fixed + trace.block for trace in traces)),
         MemoryPart("output layer and loss", formulas.logit_bytes(tokens, vocabulary, formulas.CROSS_ENTROPY_BYTES)),
         formulas.gathered_part(trained, shapes.policy.blocks, s, whole=True),
@@ -187,6 +192,7 @@ def _estimate_ppo(inputs: EstimateInput, config: PPOConfig, shapes: PPOModelShap
     decode_rows = min(config.sampling.batch_size, max(1, config.ppo.rollout_size // s.processes))
     cache = _kv_cache_bytes(shapes.policy, decode_rows, data.longest + max_response, inputs.bfloat16)
     sample = [
+        restored,
         MemoryPart("KV cache", cache),
         MemoryPart("output layer and loss", formulas.logit_bytes(decode_rows, vocabulary, formulas.SAMPLING_BYTES)),
         formulas.gathered_part(shapes.policy.weights, shapes.policy.blocks, s, whole=True),
@@ -205,7 +211,7 @@ def _estimate_ppo(inputs: EstimateInput, config: PPOConfig, shapes: PPOModelShap
         others_kept = activations - kept[0] if one_by_one else sum(kept[1:])
         head = MemoryPart("output layer and loss", _output_layer_bytes(config, tokens, vocabulary, others_kept))
         gathered = formulas.gathered_part(trained, shapes.policy.blocks, s)
-        update = [MemoryPart("activations", activations), head, gathered]
+        update = [MemoryPart("activations", activations), head, gathered, restored]
         states = formulas.state_parts(trained, s, sum(phase.weights for phase in phases))
         updates.append(formulas.with_runtime([*states, *permanent], update, runtime))
     others = {
@@ -213,6 +219,12 @@ def _estimate_ppo(inputs: EstimateInput, config: PPOConfig, shapes: PPOModelShap
         "score": formulas.with_runtime([*outside_updates, *on_device_for_scoring], score, runtime),
     }
     return _with_largest_update(others, updates, inputs)
+
+
+def _restored_layer(models: list[ModelShape], gpu: bool) -> MemoryPart:
+    """Return the memory of the largest quantized layer, restored for its product in the dtype that it computes in."""
+    largest = max(model.largest_quantized for model in models)
+    return MemoryPart("restored 4-bit layer", float(largest * (2 if gpu else 4)))
 
 
 def _trained_weights(
@@ -287,7 +299,7 @@ def _frozen_model_bytes(inputs: EstimateInput, config: PPOConfig, shapes: PPOMod
 
     def stored(model: ModelShape) -> float:
         halved = _stores_linear_weights(inputs, config) and model.weights.frozen_bytes == 4
-        linear = model.weights.frozen - _embedding_weights(model) if halved else 0
+        linear = model.weights.frozen - model.weights.quantized - _embedding_weights(model) if halved else 0
         return float(model.weights.bytes - 2 * max(linear, 0))
 
     reference = 0.0 if shapes.reference is None else stored(shapes.reference)

@@ -23,11 +23,12 @@ from rlhf.distributed.engine import (
     set_process_group_timeout,
 )
 from rlhf.distributed.heartbeat import report_progress, start_watchdog
-from rlhf.distributed.launch_env import check_launch, is_main_process, world_size
+from rlhf.distributed.launch_env import check_launch, is_main_process, weight_sharding, world_size
 from rlhf.errors import ConfigError, DataError, RLHFError
 from rlhf.launch.rank_consistency import check_same_run
 from rlhf.models import model_metadata
 from rlhf.models.load import load_tokenizer, resolve_model
+from rlhf.models.quantization import check_quantization
 from rlhf.runs.memory_phase import begin_stage
 from rlhf.runs.run_dir import RunDir, config_to_dict, fingerprint_path
 
@@ -56,6 +57,7 @@ def begin_run(stage: str, config: StageConfig, console: Console) -> tuple[RunDir
         state = run.check(stage, config, inputs)
         if state != "finished":
             check_launch(stage)
+            check_quantization(config, weight_sharding())
     except RLHFError as error:
         failure = error
     check_same_run(run, state, config, inputs, failure)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from rlhf.config.sections import ModelSource
@@ -21,6 +22,7 @@ from rlhf.models import model_metadata
 from rlhf.models.adapters import load_adapter, saved_adapter_method
 from rlhf.models.load import context_length, is_adapter, load_pretrained, resolve_model, set_stop_tokens
 from rlhf.models.reward_models import adapted_classifier, saved_head
+from rlhf.runs.run_dir import CONFIG_FILE, RUN_FILE
 from rlhf.stages.lifecycle import open_tokenizer
 
 MAX_LOGIT_DIFFERENCE = 1e-5  # tolerated difference of logits, relative to the largest logit if that is above 1
@@ -37,6 +39,11 @@ def merge_adapter(adapter: str, output: Path, console: Console) -> None:
         console: where notes are printed.
     Raises: ConfigError if the output exists, or there is no adapter to merge; CheckpointError if a file is missing, or
         the logits differ by more than 1e-5.
+
+    An adapter that was trained on a quantized base is merged into the base as it is stored, which is not quantized.
+    Both sides of the comparison are computed on that base, so the limit of 1e-5 holds for it too. By how much the
+    logits differ from those on the quantized base is not compared: that is the error of the quantization, not of
+    merging. A note says so if the adapter's run directory shows how it was trained.
     """
     source = ModelSource(path=adapter)
     folder = resolve_model(source)
@@ -57,6 +64,11 @@ def merge_adapter(adapter: str, output: Path, console: Console) -> None:
         del model, merged
         reloaded = load_pretrained(auto_class, ModelSource(path=str(temporary)), str(temporary))
         difference = _check_logits(_logits(reloaded, ids), expected, folder)
+    if (quantized := _base_while_training(Path(folder))) is not None:
+        console.note(
+            f"the adapter was trained on a base quantized to {quantized} and is merged into the base that is not "
+            "quantized, so the merged model's logits differ from those in training by the error of quantization"
+        )
     console.note(
         f"{output}: plain weights; logits of {ids.numel()} tokens differ from the adapter's by {difference:.1e}"
     )
@@ -82,6 +94,17 @@ def _check_arguments(folder: str, output: Path) -> None:
         raise ConfigError("the output exists already", where=str(output), do="choose another name")
     if not output.absolute().parent.is_dir():
         raise ConfigError("no such folder to write into", where=str(output.parent), do="create it first")
+
+
+def _base_while_training(folder: Path) -> str | None:
+    """Return how the base was quantized while the adapter in a run directory was trained; None if not, or unknown."""
+    file = folder.parent / CONFIG_FILE
+    if not (folder.parent / RUN_FILE).is_file() or not file.is_file():
+        return None
+    config = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    source = config.get("policy") or config.get("model") or {}
+    quantized: str | None = source.get("quantize")
+    return quantized
 
 
 def _load_adapter(source: ModelSource, folder: str) -> tuple[Any, Any]:

@@ -24,6 +24,7 @@ from rlhf.errors import ConfigError
 from rlhf.models.adapters import adapter_rate_factor
 from rlhf.models.load import count_parameters
 from rlhf.models.parameter_selection import ParameterMap, map_parameters
+from rlhf.models.quantization import weight_count
 from rlhf.trainers.phase_schedule import PhaseSchedule, make_schedule, parameter_rate_factors, phase_table
 from rlhf.trainers.ppo.phases import phase_schedules, value_parameter_map
 from rlhf.trainers.ppo.policy_value import PolicyAndValue
@@ -92,7 +93,7 @@ def print_phases(
     """
     if console.quiet:
         return
-    counts = {name: tensor.numel() for name, tensor in weights.items() if name in parameters.places}
+    counts = {name: weight_count(tensor) for name, tensor in weights.items() if name in parameters.places}
     trained, total = sum(counts[n] for n in schedule.names), sum(counts.values())
     console.table(
         f"{title}{total:,} parameters, {trained:,} trained ({100 * trained / total:.1f} %)",

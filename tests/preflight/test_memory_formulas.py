@@ -197,3 +197,12 @@ def test_amounts_of_memory_are_formatted() -> None:
 def test_the_formulas_import_no_torch() -> None:
     source = Path(memory_formulas.__file__).read_text(encoding="utf-8")
     assert "import torch" not in source
+
+
+def test_a_quantized_weight_takes_4_127_bits() -> None:
+    assert pytest.approx(4.127, abs=5e-4) == memory_formulas.QUANTIZED_BITS
+    counts = WeightCounts(trained=10, frozen=64 * 256 + 100, trained_bytes=4, frozen_bytes=4, quantized=64 * 256)
+    block_scales, their_scales = 256, 4  # bytes: one scale of 8 bits for 64 weights, one of float32 for 256 scales
+    assert counts.bytes == 4 * 10 + 4 * 100 + 64 * 256 / 2 + block_scales + their_scales
+    assert (counts + counts).quantized == 2 * 64 * 256
+    assert (counts + counts).bytes == 2 * counts.bytes

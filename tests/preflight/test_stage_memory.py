@@ -10,7 +10,7 @@ import pytest
 
 from rlhf.config.schema import Architecture, PPOConfig, SFTConfig
 from rlhf.config.sections import Peft
-from rlhf.preflight.memory_formulas import Sharding
+from rlhf.preflight.memory_formulas import QUANTIZED_BITS, Sharding
 from rlhf.preflight.model_shapes import PlannedModel, ppo_model_shapes, trained_model_shape
 from rlhf.preflight.stage_memory import DataProfile, EstimateInput, estimate_memory
 from rlhf.preflight.suggestions import memory_suggestions
@@ -163,3 +163,35 @@ def test_responses_count_at_least_min_new_tokens() -> None:
     inputs = ppo(sampling={"max_new_tokens": 16, "min_new_tokens": 12})
     peaks = [estimate_memory(replace(inputs, response_tokens=mean)).peak for mean in (4, 12, 14, None)]
     assert peaks[0] == peaks[1] < peaks[2] < peaks[3]
+
+
+def test_a_quantized_base_takes_4_127_bits_a_weight_of_its_linear_layers() -> None:
+    lora = {"method": "lora", "r": 4}
+    plain, small = (sft(model={"path": "made/sft", "quantize": q}, peft=lora) for q in (None, "nf4"))
+    linear = 4 * (4 * 64 * 64 + 3 * 64 * 96)
+    saved = parts(plain, "update")["weights"] - parts(small, "update")["weights"]
+    assert saved == pytest.approx(linear * (4 - QUANTIZED_BITS / 8))
+    for name in ("gradients", "optimizer (Adam)", "activations"):
+        assert parts(small, "update")[name] == parts(plain, "update")[name]
+    assert parts(small, "update")["restored 4-bit layer"] == 4 * 64 * 96
+    assert "restored 4-bit layer" not in parts(plain, "update")
+
+
+def test_autocast_copies_no_quantized_weights() -> None:
+    lora, optim = {"method": "lora", "r": 4}, {"precision": "bfloat16"}
+    plain, small = (sft(model={"path": "made/sft", "quantize": q}, peft=lora, optim=optim) for q in (None, "nf4"))
+    casts = 2 * 4 * (4 * 64 * 64 + 3 * 64 * 96)
+    difference = parts(plain, "update")["activations"] - parts(small, "update")["activations"]
+    assert 0.5 * casts < difference <= casts
+
+
+def test_ppo_counts_a_shared_quantized_base_once_and_separate_ones_each() -> None:
+    lora = {"method": "lora", "r": 4}
+    sources = {"policy": {"path": "made/sft"}, "reward_model": {"path": "made/reward"}}
+    quantized = {name: source | {"quantize": "nf4"} for name, source in sources.items()}
+    linear = 4 * (4 * 64 * 64 + 3 * 64 * 96)
+    for shared, bases in ((True, 1), (False, 3)):  # policy, value and reward model
+        plain = parts(ppo(shared=shared, peft=lora, **sources), "update")
+        small = parts(ppo(shared=shared, peft=lora, **quantized), "update")
+        saved = sum(plain[name] - small[name] for name in ("weights", "reward models") if name in plain)
+        assert saved == pytest.approx(bases * linear * (4 - QUANTIZED_BITS / 8))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.distributed.engine import gathered_module, shards_parameters
+from rlhf.models.quantization import quantized_layers
 from rlhf.trainers.ppo.state import PPOModels
 
 
@@ -40,6 +41,8 @@ class BFloat16Copy:
                 copies[id(parameter)] = cast
             else:
                 copies[id(parameter)] = parameter
+        for layer in quantized_layers(policy):  # the scales beside the packed weights are shared as well
+            copies[id(layer.quant_state)] = layer.quant_state
         self.model: Any = copy.deepcopy(policy, copies).eval()
 
     @torch.no_grad()

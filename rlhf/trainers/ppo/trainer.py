@@ -32,6 +32,7 @@ from rlhf.generation.native import NativeGenerator
 from rlhf.models.ema import WeightAverage
 from rlhf.models.load import check_context, context_length
 from rlhf.models.offload import OffloadedModels
+from rlhf.models.quantization import least_precise_dtype
 from rlhf.rollout.types import Experience, Rollout
 from rlhf.runs.memory_phase import phase
 from rlhf.trainers.lr_schedule import schedule_factor
@@ -120,7 +121,8 @@ class PPOTrainer:
         settings.check_shared(a.num_processes)
         compile_trained_blocks(pair, settings.optim, a.device.type, longest, self.console)
         self.phases = PPOPhases(settings, pair)
-        dtype = torch.bfloat16 if pair.computes_in_bfloat16 else next(pair.policy.parameters()).dtype
+        own_dtype = least_precise_dtype(pair.policy, next(pair.policy.parameters()).dtype)
+        dtype = torch.bfloat16 if pair.computes_in_bfloat16 else own_dtype
         self.tolerance = health.TOLERANCES.get(dtype, health.TOLERANCES[torch.bfloat16])
         if settings.old_logprobs == "sampled":  # the first ratio is only as exact as sampling
             self.tolerance = replace(self.tolerance, ratio=self.tolerance.sampling)

@@ -18,6 +18,7 @@ from rlhf.config.sections import Optim
 from rlhf.console import Bar
 from rlhf.distributed.engine import trainer_arguments
 from rlhf.distributed.heartbeat import report_progress
+from rlhf.models.quantization import quantized_layers
 from rlhf.runs.memory_phase import phase
 from rlhf.runs.metrics import METRICS, MetricsWriter, read_jsonl, round_metric
 from rlhf.runs.run_dir import RunDir
@@ -97,6 +98,17 @@ class OverridingTrainer:
     checkpoints: Any = None  # `CheckpointCallback`: wraps the writing of a checkpoint
     saved_names: frozenset[str] | None = None  # parameters that are saved by name, with their Adam state
     columns: tuple[str, ...] | None = None  # columns of the data set that the collator needs
+
+    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        """Keep the dtype of the trained weights on a quantized base; TRL would cast them to bfloat16.
+
+        bfloat16 weights lose small AdamW updates, and a score head must compute in float32.
+        """
+        quantized = any(True for _ in quantized_layers(model))
+        trained = [(p, p.data) for p in model.parameters() if quantized and p.requires_grad]
+        super().__init__(model, *args, **kwargs)  # type: ignore[call-arg]
+        for parameter, data in trained:
+            parameter.data = data.to(parameter.device)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         """Return `row_order` as the sampler of training rows."""
