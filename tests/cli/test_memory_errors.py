@@ -16,8 +16,10 @@ import torch
 import yaml
 
 from rlhf.cli.memory_errors import changed_command
+from rlhf.config.env_vars import LAUNCH_OPTIONS
 from rlhf.config.load import load_config
-from rlhf.launch.launcher import LaunchOptions
+from rlhf.launch.launcher import LaunchOptions, launch_stage
+from rlhf.launch.supervisor import JobResult
 from rlhf.preflight.memory_formulas import format_bytes
 from rlhf.preflight.stage_inputs import launch_sharding, read_estimate_input
 from rlhf.preflight.stage_memory import estimate_memory
@@ -208,3 +210,16 @@ def test_the_command_keeps_its_launch_and_changes_what_the_advice_changes() -> N
     assert changed_command(words[:2], options, ["--launcher", "zero3", "--num-processes", "4"]) == (
         "rlhf ppo 'a b.yaml' --launcher zero3 --num-processes 4"
     )
+
+
+def test_a_launched_process_learns_the_options_of_its_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, str] = {}
+
+    def supervise(command: list[str], environment: dict[str, str], *_: Any) -> JobResult:
+        seen.update(environment)
+        return JobResult(0)
+
+    monkeypatch.setattr("rlhf.launch.launcher.supervise", supervise)
+    options = LaunchOptions("ddp", 2)
+    assert launch_stage(options, "sft", ["sft.yaml"]) == 0
+    assert LaunchOptions(**json.loads(seen[LAUNCH_OPTIONS])) == options
