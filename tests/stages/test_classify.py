@@ -270,5 +270,5 @@ def test_a_label_that_it_does_not_have_is_refused_with_those_it_has(case: Case, 
         path = setup.write(tmp_path, "ppo", rewarded(case, tmp_path / "run", wrong))
         code, _, err = call_cli(["ppo", path])
         assert code == 2
-        assert f"{case.run}: the classifier has no label '{wrong}' (found: {', '.join(case.labels)}); name one" in err
+        assert f"{case.run}: the classifier has no label '{wrong}' (found: {', '.join(case.labels)}); " in err
         assert not (tmp_path / "run").exists()
