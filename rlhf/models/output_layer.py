@@ -247,6 +247,8 @@ def logit_transform(model: Any) -> LogitTransform | None:
     is believed only if it reproduces the model's logits of a short sequence. Call this before an engine shards the
     model: later calls then find the answer.
     """
+    if not hasattr(model, "config"):  # no model of transformers: its logits are read as it returns them
+        return None
     if model not in _transforms:
         ids = torch.arange(4, device=next(model.parameters()).device)[None]
         with torch.autocast(ids.device.type, enabled=False):
