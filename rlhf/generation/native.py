@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from rlhf.config.sections import Sampling
-from rlhf.data.collate import pad_left
 from rlhf.functional.bits import pack_bits
 from rlhf.generation.interface import NumberedPrompt
 from rlhf.generation.kv_cache import open_cache
-from rlhf.generation.sampling import allowed_tokens, draw_token, uniform_numbers
+from rlhf.generation.request import DecodingRequest
+from rlhf.generation.sampling import allowed_tokens, draw_token
 from rlhf.generation.static_decoder import StaticDecoder, can_decode_statically
 from rlhf.generation.stop_strings import Decode, StopStrings
 from rlhf.models.heads import position_ids
@@ -54,21 +54,11 @@ def generate_rollout(
     stops = StopStrings(settings.stop, decode) if settings.stop and decode is not None else None
     was_training = model.training
     model.eval()
+    request = DecodingRequest(prompts, settings, seed, step, end_id, pad_id, device, stops)
     if use_static_buffers(model, settings, device):
-        decoder = StaticDecoder(
-            model,
-            prompts,
-            settings,
-            seed=seed,
-            step=step,
-            end_id=end_id,
-            pad_id=pad_id,
-            device=device,
-            stops=stops,
-        )
-        rollout = decoder.run()
+        rollout = StaticDecoder(model, request).run()
     else:
-        rollout = _decode_with_growing_cache(model, prompts, settings, seed, step, end_id, pad_id, device, stops)
+        rollout = _decode_with_growing_cache(model, request)
     model.train(was_training)
     rollout.validate()
     return rollout
@@ -81,20 +71,10 @@ def use_static_buffers(model: Any, settings: Sampling, device: torch.device) -> 
     return (device.type == "cuda" or settings.compile == "always") and can_decode_statically(model)
 
 
-def _decode_with_growing_cache(
-    model: Any,
-    prompts: Sequence[NumberedPrompt],
-    settings: Sampling,
-    seed: int,
-    step: int,
-    end_id: int,
-    pad_id: int,
-    device: torch.device,
-    stops: StopStrings | None,
-) -> Rollout:
+def _decode_with_growing_cache(model: Any, request: DecodingRequest) -> Rollout:
     """Decode step by step; finished rows are removed, so that a step on a CPU costs no more than its active rows."""
-    ids, mask = (t.to(device) for t in pad_left([p for _, p in prompts], pad_id))
-    responses = _Responses(prompts, settings, seed, step, end_id, pad_id, device, stops)
+    ids, mask = request.padded_prompts()
+    responses, settings = _Responses(request), request.settings
     lengths, slots = mask.sum(dim=1), open_cache(model)
     pending = lengths.argsort(stable=True)
     active = pending[:0]  # rows that are being decoded
@@ -119,26 +99,15 @@ def _decode_with_growing_cache(
 class _Responses:
     """Tokens of the responses sampled so far, [B, R], and the state of each row."""
 
-    def __init__(
-        self,
-        prompts: Sequence[tuple[int, list[int]]],
-        settings: Sampling,
-        seed: int,
-        step: int,
-        end_id: int,
-        pad_id: int,
-        device: torch.device,
-        stops: StopStrings | None,
-    ) -> None:
-        self.settings, self.end_id, self.stops = settings, end_id, stops
-        size, longest = len(prompts), settings.max_new_tokens
-        self.index = torch.tensor([index for index, _ in prompts], dtype=torch.long, device=device)
-        self.uniform = torch.stack([uniform_numbers(seed, step, index, longest) for index, _ in prompts]).to(device)
-        self.ids = torch.full((size, longest), pad_id, dtype=torch.long, device=device)
+    def __init__(self, request: DecodingRequest) -> None:
+        self.settings, self.end_id, self.stops = request.settings, request.end_id, request.stops
+        size, longest, device = len(request.prompts), request.settings.max_new_tokens, request.device
+        self.index, self.uniform = request.prompt_numbers(), request.uniform_numbers()
+        self.ids = torch.full((size, longest), request.pad_id, dtype=torch.long, device=device)
         self.logprobs = torch.zeros((size, longest), device=device)
         self.support: Tensor | None = None
         self.lengths = torch.zeros(size, dtype=torch.long, device=device)
-        self.last = torch.full_like(self.lengths, pad_id)  # last token of each row
+        self.last = torch.full_like(self.lengths, request.pad_id)  # last token of each row
         self.finished = torch.zeros(size, dtype=torch.bool, device=device)  # ended by an end token or a stop string
         self.done = self.finished.clone()  # finished, or of the maximum length
 

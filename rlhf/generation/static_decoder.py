@@ -16,7 +16,7 @@ last step without effect.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from rlhf.config.sections import Sampling
-from rlhf.data.collate import pad_left, pad_right
+from rlhf.data.collate import pad_right
 from rlhf.distributed.library_internals import attention_implementation
+from rlhf.generation.request import DecodingRequest
 from rlhf.generation.response_buffers import ResponseBuffers
-from rlhf.generation.sampling import allowed_tokens, draw_token, uniform_numbers
-from rlhf.generation.stop_strings import StopStrings
+from rlhf.generation.sampling import allowed_tokens, draw_token
 from rlhf.models.output_layer import next_token_logits
 from rlhf.models.packed_batch import TOLERANCE
 from rlhf.models.quantization import least_precise_dtype
@@ -71,10 +71,8 @@ def _decodes_correctly(model: Any) -> bool:
     prompts = [(0, rows[0][:6]), (1, rows[1][:3])]
     settings = Sampling(max_new_tokens=3, temperature=0.0, batch_size=2)
     try:
-        decoder = StaticDecoder(
-            model, prompts, settings, seed=0, step=0, end_id=-1, pad_id=0, device=device, graphs=False
-        )
-        rollout = decoder.run()
+        request = DecodingRequest(prompts, settings, seed=0, step=0, end_id=-1, pad_id=0, device=device)
+        rollout = StaticDecoder(model, request, graphs=False).run()
         logprobs = []
         for row, (_, prompt) in enumerate(prompts):
             ids = torch.tensor([[*prompt, *rollout.response_ids[row].tolist()]], device=device)
@@ -149,35 +147,23 @@ class StaticCache(Cache):
 class StaticDecoder:
     """Decodes the responses of one rollout in a fixed number of slots."""
 
-    def __init__(
-        self,
-        model: Any,
-        prompts: Sequence[tuple[int, list[int]]],
-        settings: Sampling,
-        *,
-        seed: int,
-        step: int,
-        end_id: int,
-        pad_id: int,
-        device: torch.device,
-        stops: StopStrings | None = None,
-        graphs: bool = True,
-    ) -> None:
+    def __init__(self, model: Any, request: DecodingRequest, *, graphs: bool = True) -> None:
         """Allocate the buffers.
 
         Args:
-            graphs: capture the decode step as CUDA graphs where the device is a GPU. The others are those of
-                `generate_rollout`.
+            model: causal LM on the request's device, for which `can_decode_statically` holds.
+            graphs: capture the decode step as CUDA graphs where the device is a GPU.
         """
-        self.model, self.prompts, self.settings, self.stops = model, prompts, settings, stops
-        self.end_id, self.pad_id, self.device = end_id, pad_id, device
+        prompts, settings, device, pad_id = request.prompts, request.settings, request.device, request.pad_id
+        self.model, self.request, self.prompts, self.settings = model, request, prompts, settings
+        self.end_id, self.pad_id, self.device, self.stops = request.end_id, pad_id, device, request.stops
         self.pool = torch.cuda.graph_pool_handle() if graphs and device.type == "cuda" else None
         self.slots, self.length_limit = min(settings.batch_size, len(prompts)), settings.max_new_tokens
         longest = max(len(ids) for _, ids in prompts)
         self.columns = -(-(longest + self.length_limit) // COLUMN_STEP) * COLUMN_STEP
         layers = len(DynamicCache(config=model.config).layers)
         self.cache = StaticCache(layers, self.slots, self.columns, device)
-        self.uniform = torch.stack([uniform_numbers(seed, step, i, self.length_limit) for i, _ in prompts]).to(device)
+        self.uniform = request.uniform_numbers()
         self.responses = ResponseBuffers.empty(len(prompts), settings, model, pad_id, device)
         self.live = ResponseBuffers.empty(self.slots, settings, model, pad_id, device)
         self.live.done.fill_(True)
@@ -316,9 +302,8 @@ class StaticDecoder:
 
     def _rollout(self) -> Rollout:
         """Return all responses, cut to the longest."""
-        ids, mask = (t.to(self.device) for t in pad_left([ids for _, ids in self.prompts], self.pad_id))
+        ids, mask = self.request.padded_prompts()
         found, used = self.responses, int(self.responses.length.max())
-        index = torch.tensor([index for index, _ in self.prompts], dtype=torch.long, device=self.device)
         response_mask = torch.arange(used, device=self.device) < found.length[:, None]
         support = (
             found.support if found.support is not None else found.ids.new_zeros(*found.ids.shape, 0, dtype=torch.uint8)
@@ -329,7 +314,7 @@ class StaticDecoder:
             found.ids[:, :used],
             response_mask,
             found.finished,
-            index,
+            self.request.prompt_numbers(),
             found.logprobs[:, :used],
             support[:, :used],
         )

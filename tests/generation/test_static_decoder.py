@@ -10,6 +10,7 @@ import torch
 
 from rlhf.generation import static_decoder as module
 from rlhf.generation.native import generate_rollout
+from rlhf.generation.request import DecodingRequest
 from rlhf.generation.sampling import draw_token
 from rlhf.generation.static_decoder import StaticDecoder, can_decode_statically
 from rlhf.models.adapters import add_adapter
@@ -144,9 +145,7 @@ def test_a_model_that_decodes_wrongly_is_found_out(model: Any, monkeypatch: pyte
 def test_a_step_touches_buffers_only(model: Any) -> None:  # noqa: F811
     """What a graph replays: the step's buffers keep their places, and nothing is read back to the host."""
     settings = module.Sampling(max_new_tokens=9, batch_size=4, top_p=0.9)
-    decoder = StaticDecoder(
-        model, PROMPTS, settings, seed=1, step=0, end_id=END, pad_id=PAD, device=torch.device("cpu")
-    )
+    decoder = StaticDecoder(model, DecodingRequest(PROMPTS, settings, 1, 0, END, PAD, torch.device("cpu")))
     decoder._admit([0, 1, 2, 3], [0, 1, 2, 3])
     buffers = [*decoder.live.state(), decoder.cache.position]
     layers = itertools.chain.from_iterable((layer.keys, layer.values) for layer in decoder.cache.layers)

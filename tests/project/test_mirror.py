@@ -29,6 +29,7 @@ COVERED_ELSEWHERE = {
     "rlhf.distributed.zero_gather": "tests/trainers/supervised/test_phase_callback.py",
     "rlhf.functional.bits": "tests/generation/test_distribution.py",
     "rlhf.functional.reduce": "tests/functional/test_masked.py",
+    "rlhf.generation.request": "tests/generation/test_static_decoder.py",
     "rlhf.generation.sampling": "tests/generation/test_distribution.py",
     "rlhf.generation.response_buffers": "tests/generation/test_static_decoder.py",
     "rlhf.generation.interface": "tests/generation/test_native.py",
