@@ -55,7 +55,7 @@ def generate_rollout(
     was_training = model.training
     model.eval()
     request = DecodingRequest(prompts, settings, seed, step, end_id, pad_id, device, stops)
-    if use_static_buffers(model, settings, device):
+    if wants_static_buffers(settings, device) and can_decode_statically(model):
         rollout = StaticDecoder(model, request).run()
     else:
         rollout = _decode_with_growing_cache(model, request)
@@ -64,11 +64,9 @@ def generate_rollout(
     return rollout
 
 
-def use_static_buffers(model: Any, settings: Sampling, device: torch.device) -> bool:
-    """Return whether responses are decoded in buffers of fixed shape, as CUDA graphs need: see `sampling.compile`."""
-    if settings.compile == "off":
-        return False
-    return (device.type == "cuda" or settings.compile == "always") and can_decode_statically(model)
+def wants_static_buffers(settings: Sampling, device: torch.device) -> bool:
+    """Return whether `sampling.compile` asks for buffers of fixed shape on this device, as CUDA graphs need them."""
+    return settings.compile == "always" or (settings.compile == "auto" and device.type == "cuda")
 
 
 def _decode_with_growing_cache(model: Any, request: DecodingRequest) -> Rollout:
@@ -175,19 +173,26 @@ class NativeGenerator:
         pad_id: int,
         device: torch.device,
         decode: Decode | None = None,
+        log: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Create a generator; the model is opened only in `generate`.
 
         Args:
             open_model: returns a context manager that yields the causal LM, with unsharded weights, on `device`.
             decode: converts ids to text, special tokens included; needed only with stop strings.
+            log: told once if the model cannot be decoded in the way that `settings.compile` asks for.
         """
+        self.log: Callable[[str], None] | None = log
         self.open_model, self.settings, self.seed = open_model, settings, seed
         self.end_id, self.pad_id, self.device, self.decode = end_id, pad_id, device, decode
 
     def generate(self, prompts: Sequence[NumberedPrompt], step: int) -> Rollout:
         """Sample one response for each prompt; see `Generator.generate`."""
         with self.open_model() as model:
+            if self.log is not None:
+                if wants_static_buffers(self.settings, self.device) and not can_decode_statically(model):
+                    self.log("sampling: without CUDA graphs, because the model's cache or mask does not allow them")
+                self.log = None
             return generate_rollout(
                 model,
                 prompts,

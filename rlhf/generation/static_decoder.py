@@ -78,6 +78,8 @@ def _decodes_correctly(model: Any) -> bool:
             ids = torch.tensor([[*prompt, *rollout.response_ids[row].tolist()]], device=device)
             logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
             logprobs.append(logits.log_softmax(-1).gather(1, rollout.response_ids[row][:, None]).squeeze(1))
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # whatever an architecture raises that cannot do it
         return False
     difference = (torch.stack(logprobs) - rollout.sampled_logprobs).abs().max()

@@ -121,7 +121,7 @@ def next_token_logits(model: Any, inputs: dict[str, Any], positions: Tensor) -> 
 
 
 def _tiled(hidden: Tensor, tokens: int, vocabulary: int) -> bool:
-    """Whether logits are computed in tiles. On a CPU plain logits are faster, as long as they fit."""
+    """Return whether logits are computed in tiles. On a CPU plain logits are faster, as long as they fit."""
     return hidden.device.type == "cuda" or tokens * vocabulary > MAX_LOGITS_AT_ONCE
 
 
@@ -142,7 +142,7 @@ def _from_logits(
 
 @contextmanager
 def _reads_only(head: Any, positions: Tensor) -> Iterator[None]:
-    """Inside, the output layer sees only some of the positions: a model's logits are [1, n, V]."""
+    """Context manager inside which the output layer sees some positions only: a model's logits are [1, n, V]."""
     handle = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1)[positions][None], *args[1:]))
     try:
         yield
@@ -173,7 +173,9 @@ def _computes_numbers(
     allowed: Tensor | None,
     transform: LogitTransform,
 ) -> Iterator[None]:
-    """Inside, calling the output layer on states [n, H] returns [1 or 2, n]: log-probabilities, and entropies if asked.
+    """Context manager inside which the output layer, called on states [n, H], returns [1 or 2, n] numbers.
+
+    They are the tokens' log-probabilities, and in the second row their entropies if `entropy` is set.
 
     It is called as a module, so that an engine that shards its weights gathers them around the call and around its
     backward pass.
@@ -181,7 +183,7 @@ def _computes_numbers(
     logits_of = head.forward
 
     def tiles(states: Tensor) -> Tensor:
-        """Whole tiles of the vocabulary at a time: needs the weights themselves, and all tokens allowed."""
+        """Compute tile after tile of the vocabulary; needs the weights themselves, and all tokens allowed."""
         from trl.kernels import ChunkedLogProbFunction
 
         logprobs, spread, *_ = ChunkedLogProbFunction.apply(
@@ -203,7 +205,7 @@ def _computes_numbers(
         return _stack(*_from_logits(logits, targets[part], temperature, entropy, entropy_gradient, bits))
 
     def token_chunks(states: Tensor) -> Tensor:
-        """A few tokens at a time over the whole vocabulary; the backward pass computes their logits again."""
+        """Compute a few tokens at a time over the whole vocabulary, again in the backward pass."""
         size = max(1, MAX_LOGITS_AT_ONCE // head.weight.shape[0])
         return torch.cat(
             [

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 
 from rlhf.generation import static_decoder as module
-from rlhf.generation.native import generate_rollout
+from rlhf.generation.native import NativeGenerator, generate_rollout
 from rlhf.generation.request import DecodingRequest
 from rlhf.generation.sampling import draw_token
 from rlhf.generation.static_decoder import StaticDecoder, can_decode_statically
@@ -170,3 +171,24 @@ class _NoHost(torch.utils._python_dispatch.TorchDispatchMode):
 def test_the_probe_of_host_reads_sees_one() -> None:
     with pytest.raises(AssertionError), _NoHost():
         float(draw_token(torch.zeros(1, 3), torch.zeros(1), 1.0)[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "told"), [("mistral", "always", 1), ("mistral", "auto", 0), ("llama", "always", 0)]
+)
+def test_a_model_that_must_be_decoded_otherwise_is_logged_once(name: str, setting: str, told: int) -> None:
+    lines: list[str] = []
+    settings = module.Sampling(max_new_tokens=2, compile=setting)
+    generator = NativeGenerator(
+        lambda: nullcontext(architectures.build(name)),
+        settings,
+        seed=1,
+        end_id=2,
+        pad_id=0,
+        device=torch.device("cpu"),
+        log=lines.append,
+    )
+    for step in range(2):
+        generator.generate([(0, [5, 6, 7])], step)
+    assert len(lines) == told
+    assert all("without CUDA graphs" in line for line in lines)

@@ -8,6 +8,7 @@ from rlhf.distributed.launch_env import under_deepspeed
 from rlhf.models.compiled_blocks import compile_blocks
 from rlhf.models.packed_batch import can_pack
 from rlhf.models.parameter_selection import block_modules
+from rlhf.models.quantization import quantized_layers
 from rlhf.trainers.ppo.policy_value import PolicyAndValue
 
 ROW_LENGTH_STEP = 64
@@ -30,6 +31,8 @@ def compile_trained_blocks(
         reason = "DeepSpeed gathers and releases weights around every layer"
     elif optim.activation_checkpointing:
         reason = "activation checkpointing runs every block twice"
+    elif any(True for model in models for _ in quantized_layers(model)):
+        reason = "layers in 4 bits restore their weights in kernels of their own"
     elif not all(can_pack(model) and block_modules(model) for model in models):
         reason = "a model's blocks are not found, or it does not compute the same on packed rows"
     if reason is not None:

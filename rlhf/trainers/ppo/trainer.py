@@ -137,6 +137,7 @@ class PPOTrainer:
             pad_id=self.renderer.pad_id,
             device=a.device,
             decode=self.renderer.tokenizer.decode,
+            log=self.console.note,
         )
 
     def _prepare(self, pair: PolicyAndValue, reference: nn.Module | None, rewards: Any) -> PPOModels:
